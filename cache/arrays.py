@@ -1,0 +1,141 @@
+"""`zarr.json` documents: written by zarr-python itself, parsed back strictly."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from cache.chunks import BLOSC_BLOCK, BLOSC_CNAME, BLOSC_LEVEL, BLOSC_SHUFFLE
+from cache.errors import CorruptError
+from cache.shards import ArrayLayout
+
+_DTYPES: Final = ("uint8", "int16", "uint16", "int32", "float16", "float32")
+
+
+def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` of a group."""
+    stored: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(stored), attributes=dict(attributes), zarr_format=3)
+    return stored["zarr.json"].to_bytes()
+
+
+def array_metadata(layout: ArrayLayout, attributes: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` of an array of this layout."""
+    blosc = BloscCodec(
+        typesize=layout.dtype.itemsize,
+        cname=BLOSC_CNAME,
+        clevel=BLOSC_LEVEL,
+        shuffle=BLOSC_SHUFFLE,
+        blocksize=BLOSC_BLOCK,
+    )
+    stored: dict[str, Buffer] = {}
+    zarr.create_array(
+        MemoryStore(stored),
+        shape=layout.shape,
+        shards=layout.shard_shape,
+        chunks=layout.chunk_shape,
+        dtype=layout.dtype,
+        fill_value=layout.fill,
+        filters=None,
+        compressors=[blosc, Crc32cCodec()] if layout.compressed else [Crc32cCodec()],
+        attributes=dict(attributes),
+        zarr_format=3,
+    )
+    return stored["zarr.json"].to_bytes()
+
+
+def group_attributes(raw: bytes, file: str) -> dict[str, Any]:
+    """Attributes of a group's `zarr.json`.
+
+    Raises:
+        CorruptError: `raw` is not the metadata of a Zarr v3 group.
+    """
+    document = _parse(raw, file)
+    _expect(file, "node_type", "group", document.get("node_type"))
+    return _attributes(document, file)
+
+
+def array_layout(raw: bytes, file: str) -> tuple[ArrayLayout, dict[str, Any]]:
+    """Layout and attributes of an array's `zarr.json`.
+
+    Raises:
+        CorruptError: `raw` is not the metadata of an array that `array_metadata` could have written.
+    """
+    document = _parse(raw, file)
+    try:
+        layout = _layout(document, file)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptError(file, f"is not the metadata of an array of a cache ({error!r})") from None
+    return layout, _attributes(document, file)
+
+
+def _layout(document: dict[str, Any], file: str) -> ArrayLayout:
+    _expect(file, "node_type", "array", document["node_type"])
+    if document["data_type"] not in _DTYPES:
+        raise CorruptError(file, f"data_type: expected one of {', '.join(_DTYPES)}, found {document['data_type']!r}")
+    dtype = np.dtype(document["data_type"])
+    _expect(file, "chunk_key_encoding", ("default", {"separator": "/"}), _named(document["chunk_key_encoding"]))
+    _expect(file, "storage_transformers", [], document.get("storage_transformers", []))
+    grid, grid_options = _named(document["chunk_grid"])
+    _expect(file, "chunk_grid", "regular", grid)
+    (sharding,) = document["codecs"]
+    name, options = _named(sharding)
+    _expect(file, "codecs", "sharding_indexed", name)
+    _expect(file, "index_location", "end", options.get("index_location", "end"))
+    little = ("bytes", {"endian": "little"})
+    _expect(file, "index_codecs", [little, ("crc32c", {})], [_named(codec) for codec in options["index_codecs"]])
+    codecs = [_named(codec) for codec in options["codecs"]]
+    compressed = len(codecs) == 3
+    if dtype.itemsize > 1:
+        _expect(file, "codecs", little, codecs[0])
+    names = ["bytes", "blosc", "crc32c"] if compressed else ["bytes", "crc32c"]
+    _expect(file, "codecs", names, [codec for codec, _ in codecs])
+
+    shape, shard, chunk = document["shape"], grid_options["chunk_shape"], options["chunk_shape"]
+    _expect(file, "inner dimensions of the shards", shape[1:], shard[1:])
+    _expect(file, "inner dimensions of the chunks", shape[1:], chunk[1:])
+    fill = document["fill_value"]
+    return ArrayLayout(
+        rows=int(shape[0]),
+        unit_rows=int(shard[0]),
+        chunk_rows=int(chunk[0]),
+        item_shape=tuple(int(length) for length in shape[1:]),
+        dtype=dtype,
+        fill=float(fill) if dtype.kind == "f" else int(fill),
+        compressed=compressed,
+    )
+
+
+def _parse(raw: bytes, file: str) -> dict[str, Any]:
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise CorruptError(file, f"is not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise CorruptError(file, f"expected a JSON object, found {type(document).__name__}")
+    _expect(file, "zarr_format", 3, document.get("zarr_format"))
+    return document
+
+
+def _attributes(document: dict[str, Any], file: str) -> dict[str, Any]:
+    attributes = document.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise CorruptError(file, f"attributes: expected a JSON object, found {attributes!r}")
+    return attributes
+
+
+def _named(value: Any) -> tuple[str, dict[str, Any]]:
+    """Name and configuration of a Zarr extension point, which may be a bare name."""
+    if isinstance(value, str):
+        return value, {}
+    return value["name"], value.get("configuration", {})
+
+
+def _expect(file: str, field: str, expected: object, found: object) -> None:
+    if found != expected:
+        raise CorruptError(file, f"{field}: expected {expected!r}, found {found!r}")

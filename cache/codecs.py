@@ -1,0 +1,149 @@
+"""How features become stored values and back: `value = centre + scale * stored`, per channel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.errors import CorruptError, MismatchError
+from cache.spec import CodecSpec
+from cache.statistics import F32, Statistics, snap
+
+LIMIT: Final = 32767  # the largest stored integer of `uniform`; -LIMIT the smallest, one below it is the fill
+MASKED: Final = -32768
+BF16_NAN: Final = 0x7FC0
+
+_DTYPES: Final = {"uniform": np.int16, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+_FP16_MAX: Final = np.float32(65504.0)
+_BF16_MAX: Final = np.uint32(0x7F7F0000).view(np.float32)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A codec with the static parameters of one output: `centre` and `scale` are float32[D].
+
+    Centre is 0 and scale 1 for every codec but `uniform`.
+    """
+
+    codec: CodecSpec
+    centre: F32
+    scale: F32
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """Of the stored values; `bf16` is stored as the bits of its numbers, in uint16."""
+        return np.dtype(_DTYPES[self.codec.name])
+
+    @property
+    def fill(self) -> int | float:
+        """What a masked row and padding hold; it decodes to NaN."""
+        return {"uniform": MASKED, "bf16": BF16_NAN}.get(self.codec.name, float("nan"))
+
+    @property
+    def compressed(self) -> bool:
+        """Whether shards are worth compressing: floating-point noise is not."""
+        return self.codec.name == "uniform"
+
+    def encode(self, features: F32) -> npt.NDArray[Any]:
+        """Stored values of float32[..., D], of the same shape.
+
+        `uniform` rounds half to even and clips to -32767..32767; `fp16` and `bf16` clip to their finite range and
+        round half to even. NaN becomes the fill.
+        """
+        name = self.codec.name
+        if name == "fp32":
+            return features.astype(np.float32, copy=False)
+        if name == "fp16":
+            return np.clip(features, -_FP16_MAX, _FP16_MAX).astype(np.float16)
+        if name == "bf16":
+            return _to_bf16(np.clip(features, -_BF16_MAX, _BF16_MAX))
+        steps = self._steps(features)
+        missing = np.isnan(steps)
+        np.clip(steps, -LIMIT, LIMIT, out=steps)
+        steps[missing] = MASKED
+        return steps.astype(np.int16)
+
+    def saturated(self, features: F32) -> npt.NDArray[np.bool_]:
+        """Which values `encode` clips; of the shape of `features`."""
+        name = self.codec.name
+        if name == "uniform":
+            return np.abs(self._steps(features)) > LIMIT
+        if name == "fp32":
+            return np.zeros(features.shape, np.bool_)
+        return np.abs(features) > (_FP16_MAX if name == "fp16" else _BF16_MAX)
+
+    def decode(self, stored: npt.NDArray[Any]) -> F32:
+        """float32 values of what `encode` gave, of the same shape; the fill becomes NaN."""
+        name = self.codec.name
+        if name == "bf16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        values = stored.astype(np.float32)
+        if name == "uniform":
+            values *= self.scale
+            values += self.centre
+            # A masked row is masked in every channel.
+            masked = stored[..., 0] == MASKED
+            if masked.any():
+                values[stored == MASKED] = np.nan
+        return values
+
+    def attributes(self, grid: tuple[int, int] | None) -> dict[str, Any]:
+        """The array's attribute `kpu`. `grid` is (H, W) of a map's tokens, None for vectors."""
+        return {
+            "codec": self.codec.name,
+            "step": self.codec.step,
+            "centre": self.centre.astype(np.float64).tolist(),
+            "scale": self.scale.astype(np.float64).tolist(),
+            "grid": None if grid is None else list(grid),
+        }
+
+    @staticmethod
+    def from_attributes(attributes: Mapping[str, Any], file: str) -> "tuple[Grid, tuple[int, int] | None]":
+        """Grid and (H, W) from an array's attribute `kpu`; `file` is named in errors.
+
+        Raises:
+            CorruptError: it is not what `attributes` gives.
+        """
+        try:
+            codec = CodecSpec(name=attributes["codec"], step=attributes["step"])
+            centre = np.array(attributes["centre"], dtype=np.float32)
+            scale = np.array(attributes["scale"], dtype=np.float32)
+            tokens = attributes["grid"]
+            grid = None if tokens is None else (int(tokens[0]), int(tokens[1]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptError(file, f"attribute kpu is not that of a teacher's output ({error})") from None
+        if centre.ndim != 1 or centre.shape != scale.shape or not (scale > 0).all() or not np.isfinite(centre).all():
+            raise CorruptError(file, "attribute kpu: expected finite centres and as many positive scales")
+        return Grid(codec, centre, scale), grid
+
+    def _steps(self, features: F32) -> F32:
+        steps: F32 = features - self.centre
+        steps /= self.scale
+        return np.rint(steps, out=steps)
+
+
+def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
+    """The grid that `codec` stores an output with these statistics on.
+
+    Raises:
+        MismatchError: the statistics' centre was snapped to the grid of another step.
+    """
+    if codec.step is None:
+        channels = len(statistics.mean)
+        return Grid(codec, np.zeros(channels, np.float32), np.ones(channels, np.float32))
+    centre, scale = snap(statistics.mean, statistics.std, codec.step)
+    if not np.array_equal(centre, statistics.centre):
+        raise MismatchError(
+            f"codec.step: the calibration's centres do not lie on a grid of step {codec.step}: they were made for "
+            "another step; use that one, or calibrate anew in another cache"
+        )
+    return Grid(codec, centre, scale)
+
+
+def _to_bf16(values: F32) -> npt.NDArray[np.uint16]:
+    """Bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return np.where(np.isnan(values), np.uint16(BF16_NAN), rounded.astype(np.uint16))

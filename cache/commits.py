@@ -1,0 +1,193 @@
+"""Committing a unit of a teacher: shards first, its record last. This is what makes the unit part of the cache.
+
+Also the one place to import everything about commits from.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import layout
+from cache.digests import seal_document
+from cache.errors import MismatchError
+from cache.failpoints import failpoint
+from cache.fidelity import RowFidelity, summarise
+from cache.images import UnitImages, load_images, load_status, publish_images
+from cache.records import (
+    Mask,
+    committed_units,
+    load_images_record,
+    load_record,
+    load_unit,
+    mask_digest,
+    pack_mask,
+    sealed_files,
+)
+from cache.settle import UnitShards
+from cache.shards import Shard, encode_shard
+from cache.spec import OutputRecord, OutputSpec, Plan, UnitRecord
+from cache.storage import Storage
+from cache.teachers import PublishedTeacher
+
+__all__ = [
+    "EncodedOutput",
+    "UnitImages",
+    "committed_units",
+    "load_images",
+    "load_images_record",
+    "load_record",
+    "load_status",
+    "load_unit",
+    "publish_images",
+    "publish_unit",
+]
+
+LOSSLESS_TOLERANCE: Final = 1e-2  # channel standard deviations within which two lossless encodings agree
+Remeasure = Callable[[str, npt.NDArray[Any]], RowFidelity]
+
+
+@dataclass(frozen=True)
+class EncodedOutput:
+    """One output of one unit: `stored` [n, ...] as the grid encodes it, and what that cost in each row."""
+
+    stored: npt.NDArray[Any]
+    rows: RowFidelity
+
+
+def publish_unit(
+    storage: Storage,
+    plan: Plan,
+    teacher: PublishedTeacher,
+    unit: int,
+    outputs: Mapping[str, EncodedOutput],
+    valid: Mask,
+    nonfinite: Mask,
+    row_digest: str,
+    run: str,
+    pool: Executor | None = None,
+    *,
+    remeasure: Remeasure,
+) -> UnitRecord:
+    """Publish a unit's shards and then its commit record; or return the record that stands already.
+
+    Args:
+        storage: the cache.
+        plan: of the cache.
+        teacher: as published.
+        unit: whose images are committed already.
+        outputs: of every output of the teacher, for the unit's n rows.
+        valid: bool [n], False where the image is masked.
+        nonfinite: bool [n], True where this teacher alone masks the row.
+        row_digest: of the unit's keys and views.
+        run: whose temporary folder is used.
+        pool: compresses in its threads.
+        remeasure: `remeasure(output, stored)` gives the fidelity of stored values other than ours, which another
+            worker published before us and which agree with ours.
+
+    Raises:
+        MismatchError: the images record of the unit is missing, or is of other rows or masks.
+    """
+    folder = layout.teacher(teacher.spec.name)
+    marker = layout.commit(folder, unit)
+    if storage.size(marker) is not None:
+        return load_unit(storage, plan, teacher, unit)
+    masked = ~(valid | nonfinite)
+    _check_images(storage, plan, unit, masked, row_digest)
+    shards = UnitShards(storage, unit, marker, run)
+    records: dict[str, OutputRecord] = {}
+    for output in teacher.spec.outputs:
+        ours = outputs[output.name]
+        record = _publish_output(shards, plan, teacher, output, unit, ours, valid & ~nonfinite, pool, remeasure)
+        if record is None:
+            return load_unit(storage, plan, teacher, unit)
+        records[output.name] = record
+    failpoint("unit.shards")
+    unit_record = UnitRecord(
+        unit=unit,
+        plan=plan.digest,
+        row_digest=row_digest,
+        teacher=teacher.spec.name,
+        fingerprint=teacher.fingerprint,
+        files=sealed_files(teacher),
+        masked=int(np.count_nonzero(masked)),
+        masked_digest=mask_digest(masked),
+        nonfinite=pack_mask(nonfinite),
+        outputs=records,
+    )
+    if not storage.publish(marker, seal_document(unit_record.model_dump(mode="json")), run=run):
+        unit_record = load_unit(storage, plan, teacher, unit)
+    shards.restore(
+        {output_shard(teacher, output, unit): unit_record.outputs[output.name] for output in teacher.spec.outputs}
+    )
+    failpoint("unit.committed")
+    return unit_record
+
+
+def output_shard(teacher: PublishedTeacher, output: OutputSpec, unit: int) -> str:
+    """Key of the object that holds one unit of one output."""
+    return layout.shard(f"{layout.teacher(teacher.spec.name)}/{output.name}", unit, len(output.shape))
+
+
+def _publish_output(
+    shards: UnitShards,
+    plan: Plan,
+    teacher: PublishedTeacher,
+    output: OutputSpec,
+    unit: int,
+    ours: EncodedOutput,
+    valid: Mask,
+    pool: Executor | None,
+    remeasure: Remeasure,
+) -> OutputRecord | None:
+    """Publish one shard and say what stands; None where the unit turns out to be committed with another one."""
+    array = teacher.layouts[output.name]
+    stored = ours.stored
+    if not valid.all():
+        stored = stored.copy()
+        stored[~valid] = array.fill
+
+    def encode() -> Shard:
+        return encode_shard(stored, array, pool=pool)
+
+    def agree(standing: npt.NDArray[Any]) -> bool:
+        return _agree(teacher, output.name, standing, stored, valid)
+
+    settled = shards.publish(output_shard(teacher, output, unit), array, encode, agree)
+    if settled is None:
+        return None
+    rows = ours.rows if settled.values is None else remeasure(output.name, settled.values)
+    fidelity = summarise(rows, valid, plan.unit_range(unit).start)
+    return OutputRecord(bytes=settled.record.bytes, seal=settled.record.seal, fidelity=fidelity)
+
+
+def _check_images(storage: Storage, plan: Plan, unit: int, masked: Mask, row_digest: str) -> None:
+    images = load_images_record(storage, plan, unit)
+    expected = (images.row_digest, images.masked_digest) if images else None
+    found = (row_digest, mask_digest(masked))
+    if expected != found:
+        raise MismatchError(
+            f"unit {unit}: expected the rows and masks of {layout.commit(layout.IMAGES, unit)} {expected}, found "
+            f"{found}; the images are committed first and decide which rows are masked"
+        )
+
+
+def _agree(
+    teacher: PublishedTeacher, name: str, standing: npt.NDArray[Any], ours: npt.NDArray[Any], valid: Mask
+) -> bool:
+    """Same masked rows, and within one grid step (lossless codecs: 0.01 channel standard deviations) in the others."""
+    grid, fill = teacher.grids[name], teacher.layouts[name].fill
+    tolerance = LOSSLESS_TOLERANCE * teacher.statistics[name].std
+    for row in range(len(ours)):  # one at a time: the differences of a whole shard would fill the memory
+        if not valid[row]:
+            if not np.array_equal(standing[row], ours[row], equal_nan=ours.dtype.kind == "f"):
+                return False
+        elif grid.codec.name == "uniform":
+            if (standing[row] == fill).any() or np.abs(standing[row].astype(np.int32) - ours[row]).max() > 1:
+                return False
+        elif not (np.abs(grid.decode(standing[row]) - grid.decode(ours[row])) <= tolerance).all():
+            return False
+    return True

@@ -1,0 +1,99 @@
+"""Every error that KPU raises on purpose, in one tree.
+
+The message of each names the field or file, what was expected, what was found and what to do. `exit_code` is what a
+command ends with when the error reaches it: 2 for wrong usage, configuration or input, 1 for work left undone.
+"""
+
+from typing import Any
+
+
+class KpuError(Exception):
+    """Root of all errors raised on purpose. They survive pickling whatever their constructor takes."""
+
+    exit_code = 2
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[KpuError], args: tuple[Any, ...], state: dict[str, Any]) -> KpuError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(KpuError):
+    """A configuration key or command-line value is unknown, malformed or contradicts another."""
+
+
+class SourceError(KpuError):
+    """The image source is empty, unreadable, malformed, or has duplicate keys."""
+
+
+class TeacherError(KpuError):
+    """A teacher is unknown, does not load, has other weights than expected, or emits something unusable."""
+
+
+class NonFiniteError(TeacherError):
+    """A teacher emitted NaN or infinity for a row."""
+
+    exit_code = 1
+
+
+class MismatchError(KpuError):
+    """What stands in the cache was made from other data, another teacher or another configuration."""
+
+
+class StorageError(KpuError):
+    """The cache's location cannot be read or written."""
+
+
+class FullDiskError(StorageError):
+    """The disk or quota is full. Nothing that was committed is lost."""
+
+    exit_code = 1
+
+
+class CacheError(KpuError):
+    """Something is wrong with, or missing from, a cache that is being read."""
+
+
+class NotACacheError(CacheError):
+    """There is no cache at this path, or one of a format version that this release cannot read."""
+
+
+class CorruptError(CacheError):
+    """A file of the cache does not hold what was committed.
+
+    `file` is the path inside the cache; `unit` and `teacher` are set where the file belongs to one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, file: str, reason: str, *, unit: int | None = None, teacher: str | None = None) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file, self.reason, self.unit, self.teacher = file, reason, unit, teacher
+
+
+class MissingUnitError(CacheError):
+    """A row was asked for whose unit is not committed for that teacher."""
+
+    exit_code = 1
+
+    def __init__(self, teacher: str, unit: int) -> None:
+        super().__init__(
+            f"teacher {teacher!r} has no committed unit {unit}: the extraction is incomplete; "
+            "run the same `kpu-cache extract` command again, or look at `kpu-cache status`"
+        )
+        self.teacher, self.unit = teacher, unit
+
+
+class MaskedRowError(CacheError):
+    """A masked row was read without asking for NaN in its place."""
+
+
+class IncompleteError(KpuError):
+    """The work ended with units left undone."""
+
+    exit_code = 1

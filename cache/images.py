@@ -1,0 +1,148 @@
+"""What decoding found in every row: the arrays below `images/`, committed with a unit's first teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import layout
+from cache.digests import seal_document
+from cache.errors import CorruptError, MismatchError
+from cache.failpoints import failpoint
+from cache.plans import image_layouts
+from cache.records import Mask, load_images_record, mask_digest, open_committed
+from cache.samples import Samples
+from cache.settle import UnitShards
+from cache.shards import ArrayLayout, Shard, encode_shard
+from cache.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
+from cache.storage import Storage
+
+
+@dataclass(frozen=True)
+class UnitImages:
+    """Of a unit's n rows: digest uint8 [n, 16] of the encoded bytes, status uint8 [n], size int32 [n, 2] (H, W)."""
+
+    digest: npt.NDArray[np.uint8]
+    status: npt.NDArray[np.uint8]
+    size: npt.NDArray[np.int32]
+
+    @property
+    def masked(self) -> Mask:
+        """Rows that every teacher masks, bool [n]."""
+        return np.not_equal(self.status, ImageStatus.OK)
+
+
+def publish_images(
+    storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str, run: str
+) -> ImagesRecord:
+    """Commit what decoding found in a unit; or compare it with what a former teacher's run committed.
+
+    Raises:
+        MismatchError: an image of the unit has other bytes, or decodes otherwise, than when it was committed.
+    """
+    marker = layout.commit(layout.IMAGES, unit)
+    if storage.size(marker) is not None:
+        return _compare(storage, plan, unit, images, row_digest)
+    shards = UnitShards(storage, unit, marker, run)
+    records: dict[str, ShardRecord] = {}
+    for name, array in image_layouts(plan.rows, plan.unit_rows).items():
+        values = getattr(images, name).astype(array.dtype, copy=False)
+
+        def encode(values: npt.NDArray[Any] = values, array: ArrayLayout = array) -> Shard:
+            return encode_shard(values, array)
+
+        def agree(standing: npt.NDArray[Any], values: npt.NDArray[Any] = values) -> bool:
+            return np.array_equal(standing, values)
+
+        settled = shards.publish(_shard(name, unit, array), array, encode, agree)
+        if settled is None:
+            return _compare(storage, plan, unit, images, row_digest)
+        records[name] = settled.record
+    record = ImagesRecord(
+        unit=unit,
+        plan=plan.digest,
+        row_digest=row_digest,
+        masked=int(np.count_nonzero(images.masked)),
+        masked_digest=mask_digest(images.masked),
+        arrays=records,
+    )
+    if not storage.publish(marker, seal_document(record.model_dump(mode="json")), run=run):
+        record = _compare(storage, plan, unit, images, row_digest)
+    layouts = image_layouts(plan.rows, plan.unit_rows)
+    shards.restore({_shard(name, unit, layouts[name]): shard for name, shard in record.arrays.items()})
+    failpoint("unit.images")
+    return record
+
+
+def _shard(name: str, unit: int, array: ArrayLayout) -> str:
+    return layout.shard(f"{layout.IMAGES}/{name}", unit, len(array.item_shape))
+
+
+def _compare(storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str) -> ImagesRecord:
+    """The standing record, after its images were found to be ours."""
+    standing = load_images(storage, plan, unit)
+    if standing is None:
+        raise CorruptError(layout.commit(layout.IMAGES, unit), "vanished while it was read", unit=unit)
+    record, committed = standing
+    if record.row_digest != row_digest:
+        raise CorruptError(layout.commit(layout.IMAGES, unit), "is of other rows than the sample table's", unit=unit)
+    changed = (committed.digest != images.digest).any(axis=1)
+    decodes_otherwise = committed.status != images.status
+    for row in np.flatnonzero(changed | decodes_otherwise):
+        number = plan.unit_range(unit)[int(row)]
+        key = Samples(storage, plan).take([number])["key"][0].as_py()
+        if changed[row]:
+            expected, found = (value.digest[row].tobytes().hex() for value in (committed, images))
+            what = f"its bytes changed since it was extracted: expected digest {expected}, found {found}"
+        else:
+            expected, found = (ImageStatus(value.status[row]).name for value in (committed, images))
+            what = f"it decodes otherwise than when it was extracted: expected {expected}, found {found}"
+        raise MismatchError(f"image {key!r} (row {number}): {what}; restore it, or extract into a new cache")
+    return record
+
+
+def load_images(storage: Storage, plan: Plan, unit: int) -> tuple[ImagesRecord, UnitImages] | None:
+    """What is committed of a unit's images; None where nothing is.
+
+    Raises:
+        CorruptError: the record or a shard is damaged or missing.
+    """
+    record = load_images_record(storage, plan, unit)
+    if record is None:
+        return None
+    images = UnitImages(**{name: _load_array(storage, plan, record, name) for name in layout.IMAGE_ARRAYS})
+    _check_mask(record, images.masked, record.masked_digest)
+    return record, images
+
+
+def load_status(
+    storage: Storage, plan: Plan, unit: int, masked_digest: str | None = None
+) -> npt.NDArray[np.uint8] | None:
+    """`images/status` of one unit, uint8 [n]; None where its images are not committed.
+
+    `masked_digest` is what a teacher's commit record says of the masked rows, if there is one to compare with.
+
+    Raises:
+        CorruptError: the images record or its shard is damaged or missing, or masks other rows.
+    """
+    record = load_images_record(storage, plan, unit)
+    if record is None:
+        return None
+    status = _load_array(storage, plan, record, "status")
+    _check_mask(record, status != ImageStatus.OK, masked_digest or record.masked_digest)
+    return status
+
+
+def _check_mask(record: ImagesRecord, masked: Mask, expected: str) -> None:
+    if mask_digest(masked) != expected:
+        reason = "images/status masks other rows than the commit record"
+        raise CorruptError(layout.commit(layout.IMAGES, record.unit), reason, unit=record.unit)
+
+
+def _load_array(storage: Storage, plan: Plan, record: ImagesRecord, name: str) -> npt.NDArray[Any]:
+    array = image_layouts(plan.rows, plan.unit_rows)[name]
+    values = np.empty((array.valid_rows(record.unit), *array.item_shape), array.dtype)
+    key = _shard(name, record.unit, array)
+    open_committed(storage, key, array, record.arrays[name], unit=record.unit).read(np.arange(len(values)), values)
+    return values

@@ -1,0 +1,188 @@
+"""A cache in an object store, through fsspec. Exclusive puts are the store's own (`If-None-Match: *` on S3)."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+import fsspec  # type: ignore[import-untyped]
+
+from cache import layout
+from cache.errors import CorruptError, StorageError
+from cache.failpoints import failpoint
+from cache.storage import Data, check_key, check_removable, check_replaceable
+
+T = TypeVar("T")
+
+# S3 takes 5 GiB in one put; fsspec splits from twice this size. Parts are not needed, nor exclusive on every server.
+_SINGLE_PUT: Final = 5 * 2**29
+_TAKEN: Final = frozenset({"PreconditionFailed", "412"})
+_CONFLICT: Final = "ConditionalRequestConflict"  # another put of that name is under way
+_CONFLICT_TRIES: Final = 8
+
+
+class ObjectStorage:
+    """An fsspec URL such as `s3://bucket/prefix`; credentials and endpoint come from the environment.
+
+    Not to be carried over a fork: open it anew in the child.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            # Listings are never cached: other processes publish while we look.
+            self._fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            raise StorageError(f"{url}: {error}; for S3, install kpu[s3]") from None
+        except Exception as error:
+            raise StorageError(f"{url}: cannot be opened: {error}") from error
+        self._root = str(root).rstrip("/")
+        protocol = self._fs.protocol
+        self._s3 = "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def read(self, key: str) -> bytes:
+        one_request = {"max_concurrency": 1} if self._s3 else {}
+        return self._call("read", key, lambda path: bytes(self._fs.cat_file(path, **one_request)))
+
+    def open(self, key: str) -> "ObjectHandle":
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(f"{self.url}/{key}: no such object in the cache")
+        return ObjectHandle(self, key, size)
+
+    def size(self, key: str) -> int | None:
+        try:
+            info: dict[str, Any] = self._call("read", key, self._fs.info)
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def names(self, folder: str) -> Iterator[str]:
+        def listing(path: str) -> list[str]:
+            return [str(name).rstrip("/").rpartition("/")[2] for name in self._fs.ls(path, detail=False)]
+
+        try:
+            yield from self._call("list", folder, listing)
+        except FileNotFoundError:
+            return
+
+    def publish(self, key: str, data: Data, *, run: str) -> bool:
+        check_key(run)
+        won = self._call("write", key, lambda path: self._put_new(path, bytes(data)))
+        if won:
+            failpoint("publish.done")
+        return won
+
+    def replace(self, key: str, data: Data, *, run: str) -> None:
+        check_key(run)
+        check_replaceable(key)
+        self._call("write", key, lambda path: self._fs.pipe_file(path, bytes(data)))
+
+    def quarantine(self, key: str, *, run: str) -> None:
+        target = f"{self._root}/{layout.QUARANTINE}/{check_key(run)}/{check_key(key)}"
+
+        def move(path: str) -> None:
+            self._fs.cp_file(path, target)
+            self._fs.rm_file(path)
+
+        try:
+            self._call("move to quarantine", key, move)
+        except FileNotFoundError:
+            return
+
+    def remove(self, folder: str) -> int:
+        check_removable(folder)
+
+        def delete(path: str) -> int:
+            found = self._fs.find(path, detail=True)
+            if found:
+                self._fs.rm(list(found))
+            return sum(int(info["size"]) for info in found.values())
+
+        try:
+            return self._call("remove", folder, delete)
+        except FileNotFoundError:
+            return 0
+
+    def probe(self) -> None:
+        """Publish twice under one name below `.tmp`, and see that the second loses.
+
+        Raises:
+            StorageError: the location is not writable, or the store knows no conditional put.
+        """
+        run = f"probe-{secrets.token_hex(8)}"
+        folder = f"{layout.TEMPORARY}/{run}"
+        first, second = (self.publish(f"{folder}/probe", b"probe", run=run) for _ in range(2))
+        self.remove(folder)
+        if not first or second:
+            raise StorageError(
+                f"{self.url}: expected a store that refuses to overwrite when asked (If-None-Match: *), found one that "
+                "overwrites: a cache there could lose or mix data; use another store"
+            )
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes from `start` to `end` of an object, fewer where it ends before."""
+        return self._call("read", key, lambda path: bytes(self._fs.cat_file(path, start=start, end=end)))
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        one_put = {"chunksize": _SINGLE_PUT} if self._s3 else {}
+        for attempt in range(_CONFLICT_TRIES):
+            try:
+                self._fs.pipe_file(path, data, mode="create", **one_put)
+            except FileExistsError:
+                return False
+            except Exception as error:
+                code = _code(error)
+                if code in _TAKEN:
+                    return False
+                if code != _CONFLICT or attempt + 1 == _CONFLICT_TRIES:
+                    raise
+                time.sleep(0.05 * 2**attempt)
+            else:
+                return True
+        raise AssertionError("unreachable")
+
+    def _call(self, action: str, key: str, function: Callable[[str], T]) -> T:
+        """Run `function` on the full path of `key`; whatever a store's client raises becomes a StorageError."""
+        try:
+            return function(f"{self._root}/{check_key(key)}")
+        except (FileNotFoundError, StorageError):
+            raise
+        except Exception as error:
+            raise StorageError(f"{self.url}: cannot {action} {key}: {error or type(error).__name__}") from error
+
+
+class ObjectHandle:
+    """An object whose size was asked once; every read is a ranged request."""
+
+    remote = True
+    fetch_bytes = 8 << 20
+
+    def __init__(self, storage: ObjectStorage, key: str, size: int) -> None:
+        self._storage: ObjectStorage | None = storage
+        self._key, self.size = key, size
+
+    def read(self, offset: int, length: int) -> bytes:
+        storage = self._storage
+        if storage is None:
+            raise StorageError(f"{self._key}: read after close")
+        if not length:
+            return b""
+        if offset + length > self.size:
+            raise CorruptError(self._key, f"ends before byte {offset + length}")
+        try:
+            data = storage.read_range(self._key, offset, offset + length)
+        except FileNotFoundError:
+            raise CorruptError(self._key, "was removed while it was read") from None
+        if len(data) != length:
+            raise CorruptError(self._key, f"ends before byte {offset + length}")
+        return data
+
+    def close(self) -> None:
+        self._storage = None
+
+
+def _code(error: Exception) -> str:
+    """The store's own error code behind what its client raised; "" if there is none."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))

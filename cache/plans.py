@@ -1,0 +1,191 @@
+"""`plan.json` and everything that must stand before it: group and image metadata, and the sample table."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from cache import layout
+from cache.arrays import array_metadata, group_metadata
+from cache.digests import digest, open_document, seal_document
+from cache.errors import CorruptError, MismatchError, NotACacheError, SourceError
+from cache.failpoints import failpoint
+from cache.samples import Fingerprint, write_part
+from cache.settle import settle_file
+from cache.shards import ArrayLayout
+from cache.spec import FORMAT, VERSION, ImageStatus, Plan
+from cache.storage import Storage
+
+MAX_CHUNK_ROWS = 64
+Build = Callable[[str, tuple[str, ...], int, dict[str, str]], Plan]
+
+_IMAGE_ITEMS: dict[str, tuple[tuple[int, ...], str, int]] = {
+    "digest": ((16,), "uint8", 0),
+    "status": ((), "uint8", int(ImageStatus.NOT_WRITTEN)),
+    "size": ((2,), "int32", 0),
+}
+
+
+def chunk_rows(unit_rows: int) -> int:
+    """Rows in an inner chunk of arrays with small items: 64, or the most below it that divides a unit."""
+    return math.gcd(MAX_CHUNK_ROWS, unit_rows)
+
+
+def image_layouts(rows: int, unit_rows: int) -> dict[str, ArrayLayout]:
+    """Layouts of `images/`: `digest` uint8 [rows, 16], `status` uint8 [rows], `size` int32 [rows, 2]."""
+    return {
+        name: ArrayLayout(
+            rows=rows,
+            unit_rows=unit_rows,
+            chunk_rows=chunk_rows(unit_rows),
+            item_shape=item_shape,
+            dtype=np.dtype(dtype),
+            fill=fill,
+            compressed=True,
+        )
+        for name, (item_shape, dtype, fill) in _IMAGE_ITEMS.items()
+    }
+
+
+def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run: str, *, unit_rows: int) -> Plan:
+    """Publish the sample table and the plan; the plan comes last and seals the rest.
+
+    `parts` are tables of exactly 64 units of `unit_rows` rows, the last one shorter (`cache.samples.split_parts` cuts
+    them). They are streamed: memory does not grow with their number. `build(fingerprint, samples_digests, samples,
+    metadata)` makes the plan once they are counted. Where a run was interrupted before its plan stood, whatever it
+    left that differs is moved into quarantine.
+
+    Returns: the plan that stands, which may be another driver's where it says the same.
+
+    Raises:
+        SourceError: there are no rows.
+        MismatchError: another plan, or something that is no cache of ours, stands here.
+    """
+    metadata: dict[str, str] = {}
+
+    def settle(key: str, data: bytes) -> str:
+        return settle_file(storage, key, data, marker=layout.PLAN, run=run)
+
+    _refuse_foreign(storage)
+    metadata[layout.ROOT] = settle(layout.ROOT, group_metadata({"kpu": {"format": FORMAT, "version": VERSION}}))
+    metadata[layout.TEACHERS] = settle(layout.TEACHERS, group_metadata({}))
+    metadata[layout.group(layout.IMAGES)] = settle(layout.group(layout.IMAGES), group_metadata({}))
+
+    fingerprint, rows, samples = Fingerprint(), 0, 0
+    digests: list[str] = []
+    for part in parts:
+        if rows % (layout.UNITS_PER_PART * unit_rows) or not 0 < part.num_rows <= layout.UNITS_PER_PART * unit_rows:
+            raise ValueError(f"a part has {part.num_rows} rows after {rows}: expected 64 units of {unit_rows} rows")
+        fingerprint.update(part)
+        digests.append(settle(layout.samples_part(len(digests)), write_part(part, unit_rows)))
+        rows += part.num_rows
+        samples += int(np.count_nonzero(part["view"].to_numpy() == 0))
+    if not rows:
+        raise SourceError("the source has no samples: expected at least one image")
+    for name, array in image_layouts(rows, unit_rows).items():
+        key = layout.group(f"{layout.IMAGES}/{name}")
+        metadata[key] = settle(key, array_metadata(array, {}))
+    failpoint("plan.samples")
+
+    plan = build(fingerprint.hexdigest(), tuple(digests), samples, metadata)
+    if plan.rows != rows or plan.unit_rows != unit_rows:
+        raise ValueError(f"the plan says {plan.rows} rows in units of {plan.unit_rows}: expected {rows}, {unit_rows}")
+    document = {"format": FORMAT, "version": VERSION, "plan": plan.model_dump(mode="json")}
+    if not storage.publish(layout.PLAN, seal_document(document), run=run):
+        standing = load_plan(storage)
+        if standing is None:
+            raise CorruptError(layout.PLAN, "vanished while this run was planning")
+        check_same_plan(standing, plan)
+        plan = standing
+    failpoint("plan.published")
+    return plan
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """Never move aside a Zarr hierarchy that is not a cache: somebody pointed `out` at their own data."""
+    try:
+        raw = storage.read(layout.ROOT)
+    except FileNotFoundError:
+        return
+    if FORMAT.encode() not in raw:
+        raise MismatchError(
+            f"out: {storage.url} holds a zarr.json that is not of a {FORMAT}; expected an empty or new folder, or a "
+            "cache; choose another `out`"
+        )
+
+
+def check_same_plan(standing: Plan, wanted: Plan) -> None:
+    """Compare what decides rows and units; where the images lie and how many threads run may differ.
+
+    Raises:
+        MismatchError: naming the first field that differs.
+    """
+    for field in ("fingerprint", "samples", "views", "seed", "unit_rows", "classes"):
+        _compare(f"plan field {field!r}", getattr(standing, field), getattr(wanted, field))
+    _compare("source kind", standing.source.kind, wanted.source.kind)
+    _compare("source options", standing.source.options, wanted.source.options)
+
+
+def _compare(what: str, standing: Any, wanted: Any) -> None:
+    if standing != wanted:
+        raise MismatchError(
+            f"{what}: this cache was made with {standing!r}, found {wanted!r}; the images or the settings have "
+            "changed since: restore them, or choose another `out`"
+        )
+
+
+def read_plan(storage: Storage) -> Plan | None:
+    """The plan alone; None where there is none.
+
+    Raises:
+        CorruptError: any byte of it differs from what was published.
+        NotACacheError: it is of a format version that this release cannot read.
+    """
+    try:
+        raw = storage.read(layout.PLAN)
+    except FileNotFoundError:
+        return None
+    document = open_document(raw, layout.PLAN)
+    found = (document.get("format"), document.get("version"))
+    if found != (FORMAT, VERSION):
+        raise NotACacheError(
+            f"{storage.url}: {layout.PLAN} is of format {found[0]!r} version {found[1]!r}; this release reads "
+            f"{FORMAT!r} version {VERSION}; use the release that wrote it"
+        )
+    try:
+        return Plan.model_validate(document.get("plan"))
+    except ValidationError as error:
+        raise CorruptError(layout.PLAN, f"holds no valid plan ({error})") from None
+
+
+def load_plan(storage: Storage) -> Plan | None:
+    """The plan, with the metadata files that it digests checked; None where there is none.
+
+    Raises:
+        CorruptError: the plan or one of those files is damaged or missing.
+        NotACacheError: the plan is of a format version that this release cannot read.
+    """
+    plan = read_plan(storage)
+    if plan is not None:
+        for file, expected in plan.metadata.items():
+            read_checked(storage, file, expected)
+    return plan
+
+
+def read_checked(storage: Storage, file: str, expected: str, *, teacher: str | None = None) -> bytes:
+    """A whole file whose digest is known.
+
+    Raises:
+        CorruptError: it is missing, or its bytes are others.
+    """
+    try:
+        raw = storage.read(file)
+    except FileNotFoundError:
+        raise CorruptError(file, "is missing", teacher=teacher) from None
+    found = digest(raw)
+    if found != expected:
+        raise CorruptError(file, f"is damaged: expected digest {expected}, found {found}", teacher=teacher)
+    return raw

@@ -1,0 +1,297 @@
+"""Reading a cache: rows of features by number, checked on every read."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import layout
+from cache.codecs import Grid
+from cache.commits import output_shard
+from cache.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from cache.images import load_images, load_status
+from cache.plans import load_plan
+from cache.published import Head, PublishedTeacher, load_teacher, teacher_names
+from cache.recent import Recent
+from cache.records import Mask, committed_units, load_unit, nonfinite_rows, open_committed
+from cache.samples import Samples
+from cache.shards import ShardReader
+from cache.spec import ImageStatus, OutputSpec, Plan, ShardRecord, TeacherSpec
+from cache.statistics import Statistics
+from cache.storage import Storage, open_storage
+
+Rows = Sequence[int] | npt.NDArray[Any] | slice | int
+_OPEN_SHARDS: Final = 256  # each holds a file descriptor, of which a process often has 1,024
+_KNOWN_UNITS: Final = 8192
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as stored: `values` [n, ...] with `value = centre + scale * stored`; centre and scale are float32 [D].
+
+    `codec` is its name; `step` the grid's width in channel standard deviations, None for lossless codecs. With
+    `bf16` the values are the bits of bfloat16 numbers as uint16. Masked rows hold the fill value.
+    """
+
+    values: npt.NDArray[Any]
+    centre: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32]
+    codec: str
+    step: float | None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What reading needs of a commit record: shards by output, and the masked rows, None where there is none."""
+
+    outputs: dict[str, ShardRecord]
+    masked: Mask | None
+    status: npt.NDArray[np.uint8] | None
+
+
+class Teacher:
+    """One teacher of a cache."""
+
+    def __init__(self, storage: Storage, plan: Plan, name: str) -> None:
+        self._storage, self._plan, self.name = storage, plan, name
+
+    @cached_property
+    def published(self) -> PublishedTeacher:
+        """Everything that stands of the teacher but its units; loaded and checked at first use."""
+        return load_teacher(self._storage, self._plan, self.name)
+
+    @property
+    def spec(self) -> TeacherSpec:
+        return self.published.spec
+
+    @property
+    def outputs(self) -> dict[str, OutputSpec]:
+        """By name, in stored order."""
+        return {output.name: output for output in self.spec.outputs}
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """By output: moments of the unquantised features over the calibration rows."""
+        return self.published.statistics
+
+    @property
+    def head(self) -> Head | None:
+        """The teacher's linear classifier on `global`: weight float32 [C, D], bias float32 [C]."""
+        return self.published.head
+
+    def grid(self, output: str) -> Grid:
+        """How the output is stored."""
+        return self.published.grids[output]
+
+    def committed(self) -> Mask:
+        """Which units can be read, as listed now, bool [units]."""
+        return committed_units(self._storage, layout.teacher(self.name), self._plan.units)
+
+
+class _Teachers(Mapping[str, Teacher]):
+    def __init__(self, storage: Storage, plan: Plan) -> None:
+        self._teachers = {name: Teacher(storage, plan, name) for name in teacher_names(storage)}
+
+    def __getitem__(self, name: str) -> Teacher:
+        return self._teachers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._teachers)
+
+    def __len__(self) -> int:
+        return len(self._teachers)
+
+
+class Cache:
+    """An open cache. Safe to use from several threads, and to send to other processes.
+
+    Rows are given as a slice, a sequence or array of row numbers, a boolean array over all rows, or one number; what
+    comes back always has a leading axis of rows, in the order asked for.
+    """
+
+    def __init__(self, storage: Storage, plan: Plan) -> None:
+        self.plan = plan
+        self.rows = plan.rows
+        self.path = storage.url
+        self.teachers: Mapping[str, Teacher] = _Teachers(storage, plan)
+        self.samples = Samples(storage, plan)
+        self._storage = storage
+        self._units: Recent[tuple[str, int], _Unit] = Recent(_KNOWN_UNITS)
+        self._shards: Recent[tuple[str, str, int], ShardReader] = Recent(_OPEN_SHARDS)
+        self._status: Recent[int, npt.NDArray[np.uint8]] = Recent(_KNOWN_UNITS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_cache, (self.path,)
+
+    def valid(self, rows: Rows | None = None, teacher: str | None = None) -> Mask:
+        """Which rows have an image that was decoded and, with `teacher`, finite features from it, bool [n].
+
+        Raises:
+            MissingUnitError: a row's unit is not committed, by any teacher or by the one named.
+            CorruptError: a file that had to be read is damaged.
+        """
+        numbers = self._rows(slice(None) if rows is None else rows)
+        valid = np.empty(len(numbers), dtype=bool)
+        for unit, places, within in self._by_unit(numbers):
+            if teacher is not None:
+                masked = self._unit(self._teacher(teacher), unit).masked
+                valid[places] = True if masked is None else ~masked[within]
+            else:
+                valid[places] = self._status.get(unit, self._load_status)[within] == 0
+        return valid
+
+    def read(
+        self, teacher: str, output: str, rows: Rows, *, masked: Literal["raise", "nan"] = "raise"
+    ) -> npt.NDArray[np.float32]:
+        """Features, float32 [n, D] or [n, T, D].
+
+        Args:
+            teacher: one of `teachers`.
+            output: one of its outputs.
+            rows: which rows.
+            masked: whether a masked row is an error or gives NaN.
+
+        Raises:
+            MissingUnitError: a row's unit is not committed.
+            MaskedRowError: a row is masked and `masked` is "raise".
+            CorruptError: anything that had to be read is not what was committed.
+            ConfigError: there is no such teacher or output.
+            IndexError: a row is outside the cache.
+        """
+        if masked not in ("raise", "nan"):
+            raise ConfigError(f"masked: expected 'raise' or 'nan', found {masked!r}")
+        published = self._teacher(teacher)
+        numbers = self._rows(rows)
+        stored, hidden = self._stored(published, output, numbers)
+        if masked == "raise" and hidden.any():
+            row = int(numbers[np.flatnonzero(hidden)[0]])
+            raise MaskedRowError(
+                f"row {row} of teacher {teacher!r} is masked ({self._reason(published, row)}); leave it out (see "
+                "`Cache.valid`) or read with masked='nan'"
+            )
+        values = published.grids[output].decode(stored)
+        values[hidden] = np.nan
+        return values
+
+    def read_encoded(self, teacher: str, output: str, rows: Rows) -> Encoded:
+        """Rows as stored, [n, D] or [n, T, D], with the grid that they lie on. Raises as `read`, masked rows aside."""
+        published = self._teacher(teacher)
+        stored, _ = self._stored(published, output, self._rows(rows))
+        grid = published.grids[output]
+        return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
+
+    def image_digests(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """BLAKE2b-128 of the encoded image bytes, uint8 [n, 16]. Raises as `valid`."""
+        numbers = self._rows(rows)
+        digests = np.empty((len(numbers), 16), np.uint8)
+        for unit, places, within in self._by_unit(numbers):
+            images = load_images(self._storage, self.plan, unit)
+            if images is None:
+                raise MissingUnitError(layout.IMAGES, unit)
+            digests[places] = images[1].digest[within]
+        return digests
+
+    def _teacher(self, name: str) -> PublishedTeacher:
+        if name not in self.teachers:
+            raise ConfigError(f"teacher {name!r}: expected one of {sorted(self.teachers)} in {self.path}")
+        return self.teachers[name].published
+
+    def _rows(self, rows: Rows) -> npt.NDArray[np.int64]:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(self.rows), dtype=np.int64)
+        numbers = np.atleast_1d(np.asarray(rows))
+        if numbers.dtype == bool and numbers.shape == (self.rows,):
+            return np.flatnonzero(numbers)
+        if not numbers.size:
+            return np.empty(0, np.int64)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+            raise TypeError(f"rows: expected integers in one dimension, found {numbers.dtype}{list(numbers.shape)}")
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= self.rows:
+            raise IndexError(f"row {low if low < 0 else high}: the cache has rows 0 to {self.rows - 1}")
+        return numbers.astype(np.int64)
+
+    def _by_unit(
+        self, numbers: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Row numbers [n] as (unit, places in `numbers`, rows within the unit), one unit after another."""
+        units = numbers // self.plan.unit_rows
+        order = np.argsort(units, kind="stable")
+        bounds = np.flatnonzero(np.diff(units[order], prepend=-1))
+        for places in np.split(order, bounds[1:]) if len(order) else ():
+            unit = int(units[places[0]])
+            yield unit, places, numbers[places] - unit * self.plan.unit_rows
+
+    def _stored(
+        self, teacher: PublishedTeacher, output: str, numbers: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], Mask]:
+        """Stored values [n, ...] and which of the rows are masked, bool [n]."""
+        if output not in teacher.layouts:
+            raise ConfigError(f"teacher {teacher.spec.name!r} has outputs {list(teacher.layouts)}, not {output!r}")
+        array = teacher.layouts[output]
+        stored = np.empty((len(numbers), *array.item_shape), array.dtype)
+        hidden = np.zeros(len(numbers), dtype=bool)
+        for unit, places, within in self._by_unit(numbers):
+            masked = self._unit(teacher, unit).masked
+            if masked is not None:
+                hidden[places] = masked[within]
+            self._shard(teacher, output, unit).read(within, stored, at=places)
+        return stored, hidden
+
+    def _unit(self, teacher: PublishedTeacher, unit: int) -> _Unit:
+        return self._units.get((teacher.spec.name, unit), lambda _: self._load_unit(teacher, unit))
+
+    def _load_unit(self, teacher: PublishedTeacher, unit: int) -> _Unit:
+        record = load_unit(self._storage, self.plan, teacher, unit)
+        outputs: dict[str, ShardRecord] = dict(record.outputs)
+        if not record.masked and not record.nonfinite:
+            return _Unit(outputs, None, None)
+        file = layout.commit(layout.teacher(teacher.spec.name), unit)
+        status = load_status(self._storage, self.plan, unit, record.masked_digest)
+        if status is None:
+            raise CorruptError(layout.commit(layout.IMAGES, unit), "is missing", unit=unit)
+        masked = (status != ImageStatus.OK) | nonfinite_rows(record, file, len(status))
+        return _Unit(outputs, masked, status)
+
+    def _shard(self, teacher: PublishedTeacher, output: str, unit: int) -> ShardReader:
+        return self._shards.get((teacher.spec.name, output, unit), lambda _: self._open_shard(teacher, output, unit))
+
+    def _open_shard(self, teacher: PublishedTeacher, output: str, unit: int) -> ShardReader:
+        (spec,) = (spec for spec in teacher.spec.outputs if spec.name == output)
+        key = output_shard(teacher, spec, unit)
+        record = self._unit(teacher, unit).outputs[output]
+        name = teacher.spec.name
+        return open_committed(self._storage, key, teacher.layouts[output], record, unit=unit, teacher=name)
+
+    def _load_status(self, unit: int) -> npt.NDArray[np.uint8]:
+        status = load_status(self._storage, self.plan, unit)
+        if status is None:
+            raise MissingUnitError(layout.IMAGES, unit)
+        return status
+
+    def _reason(self, teacher: PublishedTeacher, row: int) -> str:
+        unit, within = divmod(row, self.plan.unit_rows)
+        status = self._unit(teacher, unit).status
+        code = ImageStatus.OK if status is None else ImageStatus(status[within])
+        return "the teacher gave NaN or infinity" if code == ImageStatus.OK else code.name.lower().replace("_", " ")
+
+
+def open_cache(path: str | os.PathLike[str]) -> Cache:
+    """Open the cache in a folder or at an fsspec URL. Takes the same time whatever the number of rows and units.
+
+    Raises:
+        NotACacheError: there is none, or one of another format version.
+        CorruptError: the plan or group metadata is damaged.
+    """
+    storage = open_storage(path)
+    plan = load_plan(storage)
+    if plan is None:
+        raise NotACacheError(
+            f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path, or make one with "
+            "`kpu-cache extract`"
+        )
+    return Cache(storage, plan)

@@ -1,0 +1,193 @@
+"""Publishing under a name that somebody else may have taken: what stands is judged, then kept or moved aside.
+
+A marker (the plan, a teacher's `zarr.json`, a commit record) seals what it describes. Nothing that a marker describes
+is ever moved; what has no marker yet is the rest of a run that died, or the work of another driver at the same moment.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.chunks import CRC_BYTES
+from cache.digests import DIGEST_BYTES, digest
+from cache.errors import CorruptError, MismatchError, StorageError
+from cache.shards import ArrayLayout, Shard, open_shard
+from cache.spec import ShardRecord
+from cache.storage import Storage
+
+_ATTEMPTS = 8  # each lost attempt means that another driver changed the name between two of our calls
+
+
+def settle_file(storage: Storage, key: str, data: bytes, *, marker: str, run: str) -> str:
+    """Publish `data` under `key`, moving aside anything else that stands there while `marker` does not. Its digest.
+
+    Raises:
+        MismatchError: other bytes stand there and the marker that describes them too.
+    """
+    for _ in range(_ATTEMPTS):
+        if storage.publish(key, data, run=run):
+            return digest(data)
+        try:
+            if storage.read(key) == data:
+                return digest(data)
+        except FileNotFoundError:
+            continue
+        if storage.size(marker) is not None:
+            raise MismatchError(
+                f"{key}: {marker} stands and describes other content than this run would write; another run with "
+                "another configuration or other data published it at the same time; use another `out`"
+            )
+        storage.quarantine(key, run=run)
+    raise _contested(key)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A shard that stands. `values` [n, *item], as stored, where it is another worker's, which agrees with ours."""
+
+    record: ShardRecord
+    values: npt.NDArray[Any] | None = None
+
+
+@dataclass
+class _Published:
+    """What it takes to put a shard back: how to encode ours, and the bytes of others' that stood in its place."""
+
+    array: ArrayLayout
+    encode: Callable[[], Shard]
+    others: list[bytes] = field(default_factory=list)
+
+
+class UnitShards:
+    """The shards of one unit, from their publication until the commit record `marker` stands."""
+
+    def __init__(self, storage: Storage, unit: int, marker: str, run: str) -> None:
+        self._storage, self._unit, self._marker, self._run = storage, unit, marker, run
+        self._published: dict[str, _Published] = {}
+
+    def publish(
+        self,
+        key: str,
+        array: ArrayLayout,
+        encode: Callable[[], Shard],
+        agree: Callable[[npt.NDArray[Any]], bool],
+    ) -> Settled | None:
+        """Publish what `encode` gives, or keep a sound shard that stands there and agrees with it.
+
+        `agree` compares the standing values [n, *item], as stored, with our own. None: the commit record stands, and
+        describes another shard than ours.
+        """
+        shard = encode()
+        ours = ShardRecord(bytes=len(shard.data), seal=shard.seal)
+        published = self._published[key] = _Published(array, encode)
+        for _ in range(_ATTEMPTS):
+            if self._storage.publish(key, shard.data, run=self._run):
+                return Settled(ours)
+            try:
+                standing = self._storage.read(key)
+            except FileNotFoundError:
+                continue
+            if standing == shard.data:
+                return Settled(ours)
+            published.others.append(standing)
+            values = read_unrecorded(standing, array, key, self._unit)
+            if values is not None and agree(values):
+                return Settled(_claimed(standing, array), values)
+            if self._storage.size(self._marker) is not None:
+                return None
+            self._storage.quarantine(key, run=self._run)
+        raise _contested(key)
+
+    def restore(self, records: Mapping[str, ShardRecord]) -> None:
+        """See to it that what stands is what the commit record describes, now that it stands; `records` by key.
+
+        Two workers whose values disagree may each find the other's shard without a commit record, and move it aside
+        in the same moment in which the other creates that record. Each then holds the other's bytes.
+
+        Raises:
+            CorruptError: another shard stands, and nobody here ever saw the committed one.
+        """
+        for key, record in records.items():
+            array = self._published[key].array
+            for _ in range(_ATTEMPTS):
+                if shard_stands(self._storage, key, array, self._unit, record):
+                    break
+                data = self._find(key, record)
+                self._storage.quarantine(key, run=self._run)
+                self._storage.publish(key, data, run=self._run)
+            else:
+                raise _contested(key)
+
+    def _find(self, key: str, record: ShardRecord) -> bytes:
+        published = self._published[key]
+        for other in published.others:
+            claimed = _claimed(other, published.array)
+            if (claimed.bytes, claimed.seal) == (record.bytes, record.seal):
+                return other
+        ours = published.encode()
+        if ours.seal != record.seal:
+            raise CorruptError(key, "is not the shard that the commit record describes", unit=self._unit)
+        return ours.data
+
+
+def read_unrecorded(raw: bytes, array: ArrayLayout, key: str, unit: int) -> npt.NDArray[Any] | None:
+    """Values [n, *item] of a shard that has no commit record; None where it is not sound in itself."""
+    rows = array.valid_rows(unit)
+    values = np.empty((rows, *array.item_shape), array.dtype)
+    try:
+        reader = open_shard(BytesHandle(raw), array, _claimed(raw, array), file=key, unit=unit, teacher=None)
+        reader.verify()
+        reader.read(np.arange(rows), values)
+    except CorruptError:
+        return None
+    return values
+
+
+def _claimed(raw: bytes, array: ArrayLayout) -> ShardRecord:
+    """The record that a shard would have if its seal were right."""
+    end = max(len(raw) - 16 * array.chunks_per_shard - CRC_BYTES, 0)
+    return ShardRecord(bytes=len(raw), seal=raw[max(end - DIGEST_BYTES, 0) : end].hex())
+
+
+def shard_stands(storage: Storage, key: str, array: ArrayLayout, unit: int, record: ShardRecord) -> bool:
+    """Whether the object under `key` is the one that `record` describes, by its size, index and seal."""
+    try:
+        handle = storage.open(key)
+    except FileNotFoundError:
+        return False
+    try:
+        open_shard(handle, array, record, file=key, unit=unit, teacher=None)
+    except CorruptError:
+        return False
+    finally:
+        handle.close()
+    return True
+
+
+class BytesHandle:
+    """Random access to an object that is already in memory."""
+
+    remote = False
+    fetch_bytes = 128 << 10
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self.size = len(raw)
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self._raw[offset : offset + length]
+        if len(data) != length:
+            raise CorruptError("shard", f"ends before byte {offset + length}")
+        return data
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _contested(key: str) -> StorageError:
+    return StorageError(
+        f"{key}: other runs keep changing it; expected that runs on one cache agree; stop all but one and run it again"
+    )

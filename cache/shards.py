@@ -1,0 +1,332 @@
+"""One unit of one array as the bytes of one Zarr v3 `sharding_indexed` object, and fast checked reads of its rows.
+
+    chunk 0 | chunk 1 | ... | seal (16 bytes) | index (16 bytes a chunk) | crc32c of the index (4 bytes)
+
+Each chunk ends with its own crc32c. The seal is BLAKE2b-128 of all chunk bytes and the index. To Zarr it is
+unreferenced space inside the shard, which the format allows; to us it binds the shard to the commit record that
+repeats it: two shards with chunks of equal sizes have equal indices, and only the seal tells them apart.
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from itertools import pairwise
+from math import prod
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.chunks import CRC_BYTES, crc, decode_chunk, encode_chunk, is_intact, use_one_thread
+from cache.digests import DIGEST_BYTES, digest
+from cache.errors import CorruptError
+from cache.spec import ShardRecord
+from cache.storage import Handle
+
+ABSENT: Final = 2**64 - 1
+_BATCH_BYTES: Final = 1 << 20  # decoded bytes of chunks that one task encodes
+_PARALLEL_BYTES: Final = 4 << 20  # decoded bytes from which threads pay on a local disk
+_THREADS: Final = 16
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """Shape and storage of one array: [rows, *item_shape], one shard a unit, `chunk_rows` rows an inner chunk."""
+
+    rows: int
+    unit_rows: int
+    chunk_rows: int
+    item_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: int | float
+    compressed: bool
+
+    def __post_init__(self) -> None:
+        if self.unit_rows % self.chunk_rows or min(self.rows, self.chunk_rows, *self.item_shape, 1) < 1:
+            raise ValueError(f"unit_rows must be a multiple of chunk_rows, and no dimension empty: {self}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.item_shape)
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        return (self.unit_rows, *self.item_shape)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return (self.chunk_rows, *self.item_shape)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.unit_rows // self.chunk_rows
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of one decoded chunk."""
+        return self.chunk_rows * self.row_bytes
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one decoded row."""
+        return prod(self.item_shape) * self.dtype.itemsize
+
+    def valid_rows(self, unit: int) -> int:
+        """Rows of the array that lie in `unit`."""
+        return max(0, min(self.unit_rows, self.rows - unit * self.unit_rows))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The bytes of one shard and the seal inside them, as hexadecimal digits."""
+
+    data: bytes
+    seal: str
+
+
+def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, *, pool: Executor | None = None) -> Shard:
+    """Encode one unit.
+
+    Args:
+        values: [n, *item_shape] of the layout's dtype, 1 <= n <= unit_rows.
+        layout: of the array. A partial last chunk is padded with its fill.
+        pool: compresses chunks in its threads; the bytes are the same without.
+
+    Raises:
+        ValueError: shape or dtype differ from the layout.
+    """
+    rows = len(values) if values.ndim else 0
+    if values.shape[1:] != layout.item_shape or values.dtype != layout.dtype or not 1 <= rows <= layout.unit_rows:
+        raise ValueError(f"values {values.dtype}{list(values.shape)} do not fit {layout}")
+    use_one_thread()
+    step = layout.chunk_rows
+    if rows % step:
+        padding = np.full((step - rows % step, *layout.item_shape), layout.fill, layout.dtype)
+        values = np.concatenate([values, padding])
+    chunks = np.ascontiguousarray(values).reshape(-1, *layout.chunk_shape)
+    seal = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    encoded: list[bytes] = []
+    batch = max(1, _BATCH_BYTES // layout.chunk_bytes)
+    batches = [chunks[first : first + batch] for first in range(0, len(chunks), batch)]
+    for parts in (pool.map if pool else map)(partial(_encode_chunks, compressed=layout.compressed), batches):
+        for part in parts:
+            seal.update(part)
+        encoded += parts
+
+    index = np.full((layout.chunks_per_shard, 2), ABSENT, dtype="<u8")
+    sizes = np.fromiter(map(len, encoded), dtype="<u8", count=len(encoded))
+    index[: len(encoded), 1] = sizes
+    index[: len(encoded), 0] = np.cumsum(sizes) - sizes
+    raw_index = index.tobytes()
+    seal.update(raw_index)
+    return Shard(b"".join([*encoded, seal.digest(), raw_index, crc(raw_index)]), seal.hexdigest())
+
+
+def _encode_chunks(chunks: npt.NDArray[Any], *, compressed: bool) -> list[bytes]:
+    return [encode_chunk(chunk, compressed=compressed) for chunk in chunks]
+
+
+def open_shard(
+    handle: Handle, layout: ArrayLayout, record: ShardRecord, *, file: str, unit: int, teacher: str | None
+) -> "ShardReader":
+    """Read the tail of a shard once and compare it with the commit record.
+
+    Raises:
+        CorruptError: size, index checksum, seal or index are not those of the committed shard.
+    """
+    if handle.size != record.bytes:
+        reason = f"holds {handle.size} bytes, {record.bytes} were committed"
+        raise CorruptError(file, reason, unit=unit, teacher=teacher)
+    use_one_thread()
+    return ShardReader(handle, layout, record.seal, file=file, unit=unit, teacher=teacher)
+
+
+class _Wanted(NamedTuple):
+    """One chunk, where it lies, and what is wanted of it: (row in the chunk, target)."""
+
+    chunk: int
+    start: int
+    end: int
+    rows: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _Span:
+    """Chunks that are fetched with one read."""
+
+    start: int
+    end: int
+    chunks: list[_Wanted]
+
+
+class ShardReader:
+    """Checked reads of one committed shard; safe to use from many threads."""
+
+    def __init__(
+        self, handle: Handle, layout: ArrayLayout, seal: str, *, file: str, unit: int, teacher: str | None
+    ) -> None:
+        self._handle, self._layout, self._seal = handle, layout, seal
+        self._file, self._unit, self._teacher = file, unit, teacher
+        self.rows: Final = layout.valid_rows(unit)
+        """Valid rows of this unit."""
+        self._bounds = self._load_index()
+
+    def read(
+        self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], *, at: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Fill `out` [n, *item_shape] with the stored values of `rows` [n], counted within the unit.
+
+        Rows come in any order, with repeats. The crc32c of every touched chunk is checked. With `at` [n], row
+        `rows[i]` goes to `out[at[i]]` instead of `out[i]`, and `out` may be longer.
+
+        Raises:
+            CorruptError: bytes of a touched chunk are not those that were written.
+            IndexError: a row is not in this unit, or its place not in `out`.
+            ValueError: `out` has another dtype, shape or memory order than the layout's C order.
+        """
+        layout = self._layout
+        fits = out.shape[1:] == layout.item_shape and (at is not None or len(out) == len(rows))
+        if out.dtype != layout.dtype or not fits or not out.flags.c_contiguous:
+            raise ValueError(f"out {out.dtype}{list(out.shape)} does not fit {len(rows)} rows of {layout}")
+        if not len(rows):
+            return
+        # Plain integers from here on: a call often wants one row, and each NumPy operation costs as much as many rows.
+        wanted: list[int] = rows.tolist()
+        targets: list[int] = list(range(len(wanted))) if at is None else at.tolist()
+        if at is not None and not 0 <= min(targets) <= max(targets) < len(out):
+            raise IndexError(f"at: expected indices of {len(out)} rows of out, found {min(targets)} to {max(targets)}")
+        pairs = sorted(zip(wanted, targets, strict=True))
+        if pairs[0][0] < 0 or pairs[-1][0] >= self.rows:
+            raise IndexError(f"{self._file}: rows {pairs[0][0]} to {pairs[-1][0]} of a unit that has {self.rows}")
+        spans = self._spans(pairs)
+        threads = 1 if len(spans) == 1 else self._threads(len(spans), len(pairs) * layout.row_bytes)
+        if threads == 1:
+            self._read_spans(spans, out)
+        else:
+            jobs = [_pool().submit(self._read_spans, spans[k::threads], out) for k in range(threads)]
+            wait(jobs)  # also where one fails: nobody writes into `out` afterwards
+            for job in jobs:
+                job.result()
+
+    def verify(self) -> None:
+        """Read all the bytes; recompute the seal and every crc32c.
+
+        Raises:
+            CorruptError: any byte is not the one that was written.
+        """
+        data = self._fetch(0, self._handle.size)
+        bounds = self._bounds
+        for chunk, (start, end) in enumerate(pairwise(bounds)):
+            if not is_intact(data[start:end]):
+                raise self._corrupt(f"chunk {chunk} does not match its crc32c")
+        if self._check_tail(data[bounds[-1] :]) != bounds:
+            raise self._corrupt("changed while it was read")
+        view = memoryview(data)
+        if digest(view[: bounds[-1]], view[bounds[-1] + DIGEST_BYTES : -CRC_BYTES]) != self._seal:
+            raise self._corrupt("does not match its seal")
+
+    def _load_index(self) -> "array[int]":
+        tail_bytes = DIGEST_BYTES + 16 * self._layout.chunks_per_shard + CRC_BYTES
+        if self._handle.size < tail_bytes:
+            raise self._corrupt(f"holds {self._handle.size} bytes, too few for its index")
+        return self._check_tail(self._fetch(self._handle.size - tail_bytes, tail_bytes))
+
+    def _check_tail(self, tail: bytes) -> "array[int]":
+        """Check the seal and the index; return the bounds between the chunks, chunks + 1 of them."""
+        layout = self._layout
+        if not is_intact(tail[DIGEST_BYTES:]):
+            raise self._corrupt("the index does not match its crc32c")
+        if tail[:DIGEST_BYTES].hex() != self._seal:
+            raise self._corrupt("is not the shard that was committed (its seal differs)")
+        index = np.frombuffer(tail[DIGEST_BYTES:-CRC_BYTES], dtype="<u8").reshape(-1, 2)
+        present = -(-self.rows // layout.chunk_rows)
+        offsets, sizes = index[:present].T.astype(np.int64)  # an absurd size turns negative here
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        if not (
+            (index[present:] == ABSENT).all()
+            and (sizes > CRC_BYTES).all()
+            and (offsets == bounds[:-1]).all()
+            and bounds[-1] == self._handle.size - len(tail)
+            and (layout.compressed or (sizes == layout.chunk_bytes + CRC_BYTES).all())
+        ):
+            raise self._corrupt("the index does not describe the chunks of this unit")
+        return array("q", bounds.tobytes())  # compact, and gives plain integers
+
+    def _spans(self, pairs: list[tuple[int, int]]) -> list[_Span]:
+        """Group sorted (row, target) by chunk, and chunks that lie close together into spans to be fetched at once."""
+        chunk_rows, bounds, longest = self._layout.chunk_rows, self._bounds, self._handle.fetch_bytes
+        spans: list[_Span] = []
+        current = end = -1
+        for row, target in pairs:
+            chunk = row // chunk_rows
+            if chunk != current:
+                current, start, previous, end = chunk, bounds[chunk], end, bounds[chunk + 1]
+                if not spans or end - spans[-1].start > longest or start - previous > longest // 16:
+                    spans.append(_Span(start, end, []))
+                spans[-1].end = end
+                wanted: list[tuple[int, int]] = []
+                spans[-1].chunks.append(_Wanted(chunk, start, end, wanted))
+            wanted.append((row - chunk * chunk_rows, target))
+        return spans
+
+    def _threads(self, spans: int, decoded_bytes: int) -> int:
+        """How many threads share a read: on a network one a span, to overlap the round trips; else one a core."""
+        if self._handle.remote:
+            return min(spans, _THREADS)
+        return min(spans, _THREADS, _cores()) if decoded_bytes >= _PARALLEL_BYTES else 1
+
+    def _read_spans(self, spans: Sequence[_Span], out: npt.NDArray[Any]) -> None:
+        """Fetch, check, decode, and put each row where it belongs in `out`."""
+        one_row = self._layout.chunk_rows == 1
+        scratch = out if one_row else np.empty(self._layout.chunk_shape, self._layout.dtype)
+        for span in spans:
+            data = self._fetch(span.start, span.end - span.start)
+            for chunk, start, end, wanted in span.chunks:
+                raw = data if len(span.chunks) == 1 else data[start - span.start : end - span.start]
+                if not is_intact(raw):
+                    raise self._corrupt(f"chunk {chunk} does not match its crc32c")
+                if one_row:
+                    first = wanted[0][1]
+                    self._decode(chunk, raw, out[first : first + 1])
+                    for _, target in wanted[1:]:
+                        out[target] = out[first]
+                elif len(wanted) == 1:
+                    self._decode(chunk, raw, scratch)
+                    out[wanted[0][1]] = scratch[wanted[0][0]]
+                else:
+                    self._decode(chunk, raw, scratch)
+                    origins, targets = zip(*wanted, strict=True)
+                    out[list(targets)] = scratch[list(origins)]
+
+    def _decode(self, chunk: int, raw: bytes, target: npt.NDArray[Any]) -> None:
+        try:
+            decode_chunk(raw, target, compressed=self._layout.compressed)
+        except ValueError as error:
+            raise self._corrupt(f"chunk {chunk} cannot be decoded ({error})") from None
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        try:
+            return self._handle.read(offset, length)
+        except CorruptError as error:
+            raise self._corrupt(error.reason) from None
+
+    def _corrupt(self, reason: str) -> CorruptError:
+        return CorruptError(self._file, reason, unit=self._unit, teacher=self._teacher)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"kpu-read-{process}")
+
+
+def _pool() -> ThreadPoolExecutor:
+    """The threads of this process: those of a parent do not survive a fork."""
+    return _pool_of(os.getpid())

@@ -1,0 +1,227 @@
+"""The words of the format as values: what a plan, a teacher and a commit record say. Validated on the way in."""
+
+import math
+from enum import IntEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cache.digests import digest_of
+
+FORMAT = "kpu-cache"
+VERSION = 1
+DEFAULT_STEP = 0.05
+
+
+class Frozen(BaseModel):
+    """A validated, immutable value that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageStatus(IntEnum):
+    """What decoding found in a row, as stored in `images/status`. Every value but OK masks the row in all teachers."""
+
+    OK = 0
+    EMPTY = 1  # zero bytes, or no bytes at all
+    NOT_AN_IMAGE = 2  # no decoder recognises it
+    TRUNCATED = 3  # recognised, but the pixel data ends early or is broken
+    TOO_LARGE = 4  # more pixels than the limit against decompression bombs
+    NOT_WRITTEN = 255  # the fill value
+
+
+class CodecSpec(Frozen):
+    """How features are stored. `step` is in channel standard deviations and belongs to `uniform` alone."""
+
+    name: Literal["uniform", "fp32", "fp16", "bf16"] = "uniform"
+    step: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_step(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("name", "uniform") == "uniform" and value.get("step") is None:
+            return {**value, "step": DEFAULT_STEP}
+        return value
+
+    @model_validator(mode="after")
+    def _step_belongs_to_uniform(self) -> "CodecSpec":
+        if self.name != "uniform" and self.step is not None:
+            raise ValueError(f"step is only for the uniform codec, found step={self.step} with {self.name}")
+        return self
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored value before compression."""
+        return 4 if self.name == "fp32" else 2
+
+
+class OutputSpec(Frozen):
+    """One named output of a teacher: `shape` is (D,) or (T, D); `grid` is (H, W) with H * W = T for maps."""
+
+    name: str
+    shape: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+
+class InputSpec(Frozen):
+    """A teacher's preprocessing. The shorter side is resized to `size / crop`, then the centre is cropped to `size`.
+
+    `size` is (H, W) in pixels; `mean` and `std` are per channel of RGB scaled to 0..1.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class TeacherSpec(Frozen):
+    """Everything that decides a teacher's features and how they are stored.
+
+    `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
+    the Python file that defines a `torch:` model. `labels` says which data label each output of the head stands for
+    (-1: none). `outputs` are in stored order.
+    """
+
+    name: str
+    model: str
+    weights: str | None
+    weights_digest: str
+    source_digest: str | None = None
+    input: InputSpec
+    precision: Literal["fp32", "bf16", "fp16"]
+    outputs: tuple[OutputSpec, ...]
+    labels: tuple[int, ...] | None = None
+    has_head: bool = False
+    codec: CodecSpec
+
+    @property
+    def held_bytes_per_row(self) -> int:
+        """Bytes of one row of all outputs in memory, as stored but not compressed."""
+        return sum(math.prod(output.shape) for output in self.outputs) * self.codec.item_bytes
+
+    @property
+    def model_part(self) -> dict[str, Any]:
+        """What decides the features, without how they are stored nor where the weights were read from."""
+        parts = self.model_dump(mode="json", exclude={"name", "weights", "codec", "labels", "has_head"})
+        kind, _, rest = self.model.partition(":")
+        if kind == "torch":  # the file may move; its content is in source_digest
+            parts["model"] = f"torch:{rest.rpartition(':')[2]}"
+        return parts
+
+    @property
+    def model_fingerprint(self) -> str:
+        return digest_of(self.model_part)
+
+
+class SourceSpec(Frozen):
+    """Where images come from, enough to read them again. `files` below `root` are named in the sample table."""
+
+    kind: Literal["folder", "tar", "parquet"]
+    root: str
+    options: dict[str, str | None] = {}
+
+
+class Plan(Frozen):
+    """`plan.json`: fixed once, before anything else. Row numbers, keys and units never change afterwards.
+
+    `fingerprint` digests the ordered sample table; `samples_digests` the raw bytes of its files; `metadata` those of
+    the `zarr.json` files of the root, `teachers` and `images`. `threads` is the CPU thread count of the teachers:
+    results are bit-identical only at equal counts.
+    """
+
+    source: SourceSpec
+    fingerprint: str
+    classes: tuple[str, ...] | None
+    samples: int
+    views: int
+    seed: int
+    unit_rows: int
+    threads: int
+    samples_digests: tuple[str, ...]
+    metadata: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.views
+
+    @property
+    def units(self) -> int:
+        return -(-self.rows // self.unit_rows)
+
+    def unit_range(self, unit: int) -> range:
+        """Row numbers of `unit`."""
+        if not 0 <= unit < self.units:
+            raise IndexError(f"unit {unit} of {self.units}")
+        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.rows))
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.model_dump(mode="json"))
+
+
+class Fidelity(Frozen):
+    """Stored against unquantised features of one unit's valid rows, in channel standard deviations.
+
+    `rmse` over all values; `cosine` the mean over tokens, of standardised features; `worst_row` the row with the
+    largest RMSE, `worst_rmse` that RMSE; `saturated` the number of values outside the integer range.
+    """
+
+    rmse: float
+    cosine: float
+    worst_row: int
+    worst_rmse: float
+    saturated: int
+
+
+class ShardRecord(Frozen):
+    """Size and seal of one published shard."""
+
+    bytes: int
+    seal: str
+
+
+class OutputRecord(ShardRecord):
+    """A teacher's shard with what storing it cost in precision; no fidelity where no row is valid."""
+
+    fidelity: Fidelity | None
+
+
+class ImagesRecord(Frozen):
+    """`images/commits/<unit>.json`."""
+
+    unit: int
+    plan: str
+    row_digest: str
+    masked: int
+    masked_digest: str
+    arrays: dict[str, ShardRecord]
+
+
+class UnitRecord(Frozen):
+    """`teachers/<teacher>/commits/<unit>.json`: a function of the content alone.
+
+    `files` digests the raw bytes of the teacher's `zarr.json`, array `zarr.json`, statistics and head. `nonfinite`
+    is a hexadecimal bit map over the unit's rows (first row = highest bit of the first digit) of rows that this
+    teacher alone masks, empty where there is none.
+    """
+
+    unit: int
+    plan: str
+    row_digest: str
+    teacher: str
+    fingerprint: str
+    files: dict[str, str]
+    masked: int
+    masked_digest: str
+    nonfinite: str = ""
+    outputs: dict[str, OutputRecord]

@@ -1,0 +1,197 @@
+"""How far an extraction is: from listings, commit records and what runs left behind; features are never read."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from cache import layout
+from cache.errors import CorruptError, NotACacheError
+from cache.images import load_status
+from cache.plans import load_plan
+from cache.published import TeacherFiles, read_teacher, teacher_folders, teacher_names
+from cache.records import Mask, committed_units, unpack_mask
+from cache.runs import Failure, RunRecord, load_runs
+from cache.samples import Samples
+from cache.spec import ImageStatus, Plan
+from cache.storage import Storage, open_storage
+
+_REMOTE_READS: Final = 32  # at once: each waits for the network
+
+
+@dataclass
+class TeacherStatus:
+    """How far one teacher is, and what storing its features cost.
+
+    `bytes` of its committed shards; `rmse` in channel standard deviations over all values, `cosine` the mean over all
+    tokens, of every output and valid row together; None where nothing is committed.
+    """
+
+    committed_units: int
+    units: int
+    bytes: int = 0
+    rmse: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """A row without features: in no teacher, or not in the one that `reason` names."""
+
+    key: str
+    row: int
+    reason: str
+
+
+@dataclass
+class Status:
+    """`complete` says that every unit is committed of every teacher that was begun or that the last run was to do."""
+
+    complete: bool
+    rows: int
+    units: int
+    teachers: dict[str, TeacherStatus]
+    masked: list[MaskedRow] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def status(path: str | os.PathLike[str]) -> Status:
+    """Look at a cache, finished or not, that others may be writing at this moment.
+
+    Raises:
+        NotACacheError: there is none, or one of another format version.
+        CorruptError: a file that had to be read is damaged; `kpu-cache verify` lists all such files.
+    """
+    storage = open_storage(path)
+    plan = load_plan(storage)
+    runs = load_runs(storage)
+    if plan is None:
+        if not runs and storage.size(layout.ROOT) is None:
+            raise NotACacheError(f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path")
+        return Status(complete=False, rows=0, units=0, teachers={})
+    tallies = {name: _tally(storage, plan, read_teacher(storage, name)) for name in teacher_names(storage)}
+    teachers = {name: tally.status() for name, tally in tallies.items()}
+    begun = [*teacher_folders(storage), *(runs[-1].teachers if runs else ())]
+    teachers |= {name: TeacherStatus(0, plan.units) for name in begun if name not in teachers}
+    committed = {name: tally.committed for name, tally in tallies.items()}
+    return Status(
+        complete=bool(teachers) and all(teacher.committed_units == plan.units for teacher in teachers.values()),
+        rows=plan.rows,
+        units=plan.units,
+        teachers=teachers,
+        masked=list(_masked_rows(storage, plan, tallies)),
+        failed=_failed(runs, committed),
+    )
+
+
+class _Tally:
+    """Sums over the commit records of one teacher."""
+
+    def __init__(self, plan: Plan, teacher: TeacherFiles, committed: Mask) -> None:
+        self.committed = committed
+        self.masked_units: list[int] = []
+        self.nonfinite: dict[int, str] = {}
+        self._plan = plan
+        self._sizes = {output.name: (output.tokens, output.tokens * output.channels) for output in teacher.spec.outputs}
+        self._bytes = 0
+        self._squared_error = self._values = self._cosine = self._tokens = 0.0
+
+    def add(self, unit: int, record: dict[str, Any]) -> None:
+        hidden = record["masked"]
+        if hidden:
+            self.masked_units.append(unit)
+        if record["nonfinite"]:
+            self.nonfinite[unit] = record["nonfinite"]
+            hidden += int(record["nonfinite"], 16).bit_count()
+        rows = min(self._plan.unit_rows, self._plan.rows - unit * self._plan.unit_rows) - hidden
+        for name, output in record["outputs"].items():
+            self._bytes += output["bytes"]
+            fidelity = output["fidelity"]
+            if fidelity is not None:
+                tokens, values = self._sizes[name]
+                self._squared_error += fidelity["rmse"] ** 2 * rows * values
+                self._values += rows * values
+                self._cosine += fidelity["cosine"] * rows * tokens
+                self._tokens += rows * tokens
+
+    def status(self) -> TeacherStatus:
+        return TeacherStatus(
+            committed_units=int(np.count_nonzero(self.committed)),
+            units=self._plan.units,
+            bytes=self._bytes,
+            rmse=float(f"{math.sqrt(self._squared_error / self._values):.6g}") if self._values else None,
+            cosine=float(f"{self._cosine / self._tokens:.6g}") if self._tokens else None,
+        )
+
+
+def _tally(storage: Storage, plan: Plan, teacher: TeacherFiles) -> _Tally:
+    """Parsed without checks of digests: 100,000 records have to be read in a few seconds."""
+    folder = layout.teacher(teacher.spec.name)
+    committed = committed_units(storage, folder, plan.units)
+    tally = _Tally(plan, teacher, committed)
+    units = np.flatnonzero(committed).tolist()
+    for unit, raw in zip(units, _read_all(storage, folder, units), strict=True):
+        try:
+            tally.add(unit, json.loads(raw))
+        except (ValueError, KeyError, TypeError) as error:
+            file = layout.commit(folder, unit)
+            raise CorruptError(file, f"is no commit record ({error!r})", unit=unit, teacher=teacher.spec.name) from None
+    return tally
+
+
+def _read_all(storage: Storage, folder: str, units: list[int]) -> Iterator[bytes]:
+    if "://" not in storage.url:
+        for unit in units:
+            yield storage.read(layout.commit(folder, unit))
+        return
+    with ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="kpu-status") as pool:
+        for start in range(0, len(units), 1024):  # in batches, so that not all records wait in memory
+            keys = [layout.commit(folder, unit) for unit in units[start : start + 1024]]
+            yield from pool.map(storage.read, keys)
+
+
+def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> Iterator[MaskedRow]:
+    samples = Samples(storage, plan)
+    masked_units = {unit for tally in tallies.values() for unit in tally.masked_units}
+    for unit in sorted(masked_units.union(*(tally.nonfinite for tally in tallies.values()))):
+        rows = plan.unit_range(unit)
+        reasons: list[tuple[int, str]] = []
+        if unit in masked_units:
+            codes = load_status(storage, plan, unit)
+            if codes is None:
+                raise CorruptError(layout.commit(layout.IMAGES, unit), "is missing", unit=unit)
+            reasons += [(int(row), _describe(codes[row])) for row in np.flatnonzero(codes)]
+        for name, tally in tallies.items():
+            mask = unpack_mask(tally.nonfinite.get(unit, ""), len(rows))
+            reasons += [(int(row), f"NaN or infinity from teacher {name}") for row in np.flatnonzero(mask)]
+        reasons.sort()
+        keys = samples.unit(unit)["key"].take([row for row, _ in reasons]).to_pylist()
+        for key, (row, reason) in zip(keys, reasons, strict=True):
+            yield MaskedRow(key, rows[row], reason)
+
+
+def _describe(code: int) -> str:
+    return ImageStatus(code).name.lower().replace("_", " ")
+
+
+def _failed(runs: list[RunRecord], committed: dict[str, Mask]) -> list[Failure]:
+    """The newest failure of each unit and teacher that is not committed since."""
+    newest: dict[tuple[str | None, int], Failure] = {}
+    for run in runs:
+        for failure in run.failed:
+            names = [failure.teacher] if failure.teacher is not None else (run.teachers or list(committed))
+            if not all(_is_committed(committed.get(name), failure.unit) for name in names):
+                newest[failure.teacher, failure.unit] = failure
+    return sorted(newest.values(), key=lambda failure: (failure.unit, failure.teacher or ""))
+
+
+def _is_committed(committed: Mask | None, unit: int) -> bool:
+    return committed is not None and 0 <= unit < len(committed) and bool(committed[unit])

@@ -1,0 +1,172 @@
+"""Publishing a teacher: statistics, head, array metadata, and last the `zarr.json` that seals them and its spec.
+
+Also the one place to import everything about teachers from.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+from cache import layout
+from cache.arrays import array_metadata
+from cache.codecs import Grid, make_grid
+from cache.digests import digest, digest_of
+from cache.errors import CorruptError, MismatchError
+from cache.failpoints import failpoint
+from cache.published import (
+    HEAD,
+    STATISTICS,
+    Head,
+    PublishedTeacher,
+    TeacherFiles,
+    dump_group,
+    dump_head,
+    load_teacher,
+    output_layout,
+    read_teacher,
+    teacher_folders,
+    teacher_names,
+)
+from cache.settle import settle_file
+from cache.spec import Plan, TeacherSpec
+from cache.statistics import Statistics, dump_statistics, load_statistics
+from cache.storage import Storage
+
+__all__ = [
+    "OWN_CALIBRATION",
+    "Head",
+    "PublishedTeacher",
+    "TeacherFiles",
+    "check_same",
+    "load_teacher",
+    "publish_teacher",
+    "read_teacher",
+    "standing_statistics",
+    "teacher_folders",
+    "teacher_names",
+]
+
+OWN_CALIBRATION: Final = "own"
+
+
+def publish_teacher(
+    storage: Storage,
+    plan: Plan,
+    spec: TeacherSpec,
+    statistics: dict[str, Statistics],
+    head: Head | None,
+    run: str,
+    *,
+    calibration: str = OWN_CALIBRATION,
+) -> PublishedTeacher:
+    """Publish a teacher's files, its `zarr.json` last; or return the same teacher as it stands already.
+
+    Statistics that stand already, made for the same model, step and `calibration` (where they come from), win over
+    `statistics`: the caller quantises with what is returned, so two drivers agree. Files that an interrupted run left
+    for another model are moved into quarantine.
+
+    Raises:
+        MismatchError: a teacher of this name stands, and was made otherwise.
+    """
+    folder = layout.teacher(layout.check_name("teacher", spec.name))
+    marker = layout.group(folder)
+    if storage.size(marker) is not None:
+        return _standing(storage, plan, spec)
+
+    def settle(name: str, data: bytes) -> str:
+        return settle_file(storage, f"{folder}/{name}", data, marker=marker, run=run)
+
+    standing = _read_statistics(storage, spec, calibration)
+    raw = standing[0] if standing else dump_statistics(statistics, _metadata(spec, calibration))
+    if standing is None and not storage.publish(f"{folder}/{STATISTICS}", raw, run=run):
+        standing = _read_statistics(storage, spec, calibration)  # another driver may have been faster
+        raw = standing[0] if standing else raw
+    files = {STATISTICS: settle(STATISTICS, raw)}
+    agreed, _ = load_statistics(raw, f"{folder}/{STATISTICS}")
+    failpoint("teacher.statistics")
+
+    if head is not None:
+        files[HEAD] = settle(HEAD, dump_head(head))
+    grids = {output.name: make_grid(spec.codec, agreed[output.name]) for output in spec.outputs}
+    for output in spec.outputs:
+        layout.check_name("output", output.name)
+        grid = grids[output.name]
+        metadata = array_metadata(output_layout(plan, output, grid), {"kpu": grid.attributes(output.grid)})
+        files[f"{output.name}/zarr.json"] = settle(f"{output.name}/zarr.json", metadata)
+    failpoint("teacher.arrays")
+
+    if not storage.publish(marker, dump_group(spec, encoding_fingerprint(grids), files), run=run):
+        return _standing(storage, plan, spec)
+    failpoint("teacher.published")
+    return load_teacher(storage, plan, spec.name)
+
+
+def _standing(storage: Storage, plan: Plan, spec: TeacherSpec) -> PublishedTeacher:
+    check_same(read_teacher(storage, spec.name).spec, spec)
+    return load_teacher(storage, plan, spec.name)
+
+
+def standing_statistics(
+    storage: Storage, spec: TeacherSpec, *, calibration: str = OWN_CALIBRATION
+) -> dict[str, Statistics] | None:
+    """Statistics that an interrupted run published for this very model, step and calibration; else None."""
+    found = _read_statistics(storage, spec, calibration)
+    return found[1] if found else None
+
+
+def _metadata(spec: TeacherSpec, calibration: str) -> dict[str, str]:
+    return {"model": spec.model_fingerprint, "step": str(spec.codec.step), "calibration": calibration}
+
+
+def _read_statistics(
+    storage: Storage, spec: TeacherSpec, calibration: str
+) -> tuple[bytes, dict[str, Statistics]] | None:
+    file = f"{layout.teacher(spec.name)}/{STATISTICS}"
+    try:
+        raw = storage.read(file)
+        statistics, metadata = load_statistics(raw, file)
+    except (FileNotFoundError, CorruptError):
+        return None
+    wanted = _metadata(spec, calibration)
+    if {key: metadata.get(key) for key in wanted} != wanted:
+        return None
+    return raw, statistics
+
+
+def encoding_fingerprint(grids: dict[str, Grid]) -> str:
+    """Digest of the codec, centre and scale of every output: equal for caches whose stored values compare."""
+    return digest_of(
+        {
+            name: [grid.codec.model_dump(mode="json"), digest(grid.centre.tobytes(), grid.scale.tobytes())]
+            for name, grid in grids.items()
+        }
+    )
+
+
+def check_same(published: TeacherSpec, spec: TeacherSpec) -> None:
+    """Compare a teacher as published with one about to be added under its name; where weights lie may differ.
+
+    Raises:
+        MismatchError: naming each field that differs.
+    """
+
+    def fields(value: TeacherSpec) -> dict[str, Any]:
+        flat = {**value.model_dump(mode="json", exclude={"weights"}), "model": value.model_part["model"]}
+        flat["outputs"] = {output.pop("name"): output for output in flat["outputs"]}
+        return flat
+
+    differences = list(_differences(fields(published), fields(spec), ""))
+    if differences:
+        raise MismatchError(
+            f"teacher {spec.name!r} stands in this cache and was made otherwise: {'; '.join(differences)}. "
+            "Use the same settings, or add this one under a new teacher name"
+        )
+
+
+def _differences(published: dict[str, Any], found: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key in [*published, *(key for key in found if key not in published)]:
+        expected, actual = published.get(key), found.get(key)
+        if isinstance(expected, dict) and isinstance(actual, dict):
+            yield from _differences(expected, actual, f"{prefix}{key}.")
+        elif expected != actual:
+            yield f"{prefix}{key}: expected {json.dumps(expected)}, found {json.dumps(actual)}"

@@ -1,0 +1,270 @@
+"""Proving a cache: every file that should stand is read, and compared with what was committed."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from cache import layout
+from cache.codecs import Grid
+from cache.errors import CorruptError, KpuError, MissingUnitError, NotACacheError
+from cache.foreign import foreign_beside_shard, foreign_files
+from cache.plans import image_layouts, read_checked, read_plan
+from cache.published import TeacherFiles, output_layout, read_teacher, teacher_folders
+from cache.records import (
+    load_images_record,
+    load_record,
+    mask_digest,
+    nonfinite_rows,
+    open_committed,
+    record_problems,
+)
+from cache.samples import Samples, row_digest
+from cache.shards import ArrayLayout, ShardReader
+from cache.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
+from cache.storage import Storage, open_storage
+
+_THREADS: Final = 4
+_NOT_COMMITTED: Final = "is missing: the unit is not committed"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file; `unit` and `teacher` are None where it belongs to none."""
+
+    file: str
+    unit: int | None
+    teacher: str | None
+    reason: str
+
+
+@dataclass
+class VerifyReport:
+    """Every problem that was found, by file, and how many files and bytes were read."""
+
+    problems: list[Problem] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def with_problems(self, problems: Iterable[Problem]) -> "VerifyReport":
+        """The same report with other problems."""
+        return VerifyReport(list(problems), self.files, self.bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        problems = [vars(problem) for problem in self.problems]
+        return {"ok": self.ok, "problems": problems, "files": self.files, "bytes": self.bytes}
+
+
+def verify(
+    cache: str | os.PathLike[str] | Storage,
+    *,
+    threads: int = _THREADS,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Read a whole cache and report all that is not as it was committed, is not committed, or does not belong.
+
+    `progress(done, units)` is called from time to time. Damage never ends the check early; damage to the plan alone
+    hides the rest, because the plan says what should stand.
+
+    Raises:
+        NotACacheError: there is no cache, or one of another format version.
+    """
+    storage = open_storage(cache) if isinstance(cache, str | os.PathLike) else cache
+    report = _Report(storage)
+    try:
+        plan = read_plan(storage)
+    except CorruptError as error:
+        report.add(error.file, error.reason)
+        return report.finish()
+    if plan is None:
+        if storage.size(layout.ROOT) is None:
+            raise NotACacheError(f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path")
+        report.add(layout.PLAN, "is missing: without it nothing says what should stand")
+        return report.finish()
+    report.count(storage.size(layout.PLAN) or 0)
+    for file, expected in plan.metadata.items():
+        report.check_file(file, expected)
+    teachers = _check_teachers(report)
+    units = _Units(report, plan, {name: teacher for name, teacher in teachers.items() if teacher})
+    with ThreadPoolExecutor(threads, thread_name_prefix="kpu-verify") as pool:
+        for first, digests in _row_digests(report, plan):
+            numbers = range(first, first + len(digests))
+            list(pool.map(units.check, numbers, digests))
+            if progress:
+                progress(numbers.stop, plan.units)
+    for file in foreign_files(storage, plan, teachers):
+        report.add_foreign(file)
+    return report.finish()
+
+
+class _Report:
+    """Collects problems from several threads."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._report = VerifyReport()
+        self._lock = Lock()
+
+    def add(self, file: str, reason: str, *, unit: int | None = None, teacher: str | None = None) -> None:
+        with self._lock:
+            self._report.problems.append(Problem(file, unit, teacher, reason))
+
+    def add_foreign(self, file: str, *, unit: int | None = None, teacher: str | None = None) -> None:
+        self.add(file, "does not belong to the cache", unit=unit, teacher=teacher)
+
+    def count(self, size: int) -> None:
+        with self._lock:
+            self._report.files += 1
+            self._report.bytes += size
+
+    def attempt(
+        self, file: str, check: Callable[[], _T], *, unit: int | None = None, teacher: str | None = None
+    ) -> _T | None:
+        """What `check` returns; None after noting what it complains of."""
+        try:
+            return check()
+        except CorruptError as error:
+            self.add(error.file, error.reason, unit=unit, teacher=teacher)
+        except MissingUnitError:
+            self.add(file, _NOT_COMMITTED, unit=unit, teacher=teacher)
+        except KpuError as error:
+            self.add(file, str(error), unit=unit, teacher=teacher)
+        return None
+
+    def check_file(self, file: str, expected: str, *, teacher: str | None = None) -> None:
+        raw = self.attempt(file, lambda: read_checked(self.storage, file, expected), teacher=teacher)
+        if raw is not None:
+            self.count(len(raw))
+
+    def finish(self) -> VerifyReport:
+        self._report.problems.sort(key=lambda problem: (problem.file, problem.reason))
+        return self._report
+
+
+def _check_teachers(report: _Report) -> dict[str, TeacherFiles | None]:
+    """Every teacher that a run began, its files checked; None where nothing says what they should be."""
+    teachers: dict[str, TeacherFiles | None] = {}
+    for name in teacher_folders(report.storage):
+        folder = layout.teacher(name)
+        teacher = report.attempt(layout.group(folder), partial(read_teacher, report.storage, name), teacher=name)
+        teachers[name] = teacher
+        for file, expected in teacher.files.items() if teacher else ():
+            report.check_file(f"{folder}/{file}", expected, teacher=name)
+    if not teachers:
+        report.add(layout.TEACHERS, "there is no teacher: nothing has been extracted")
+    return teachers
+
+
+def _row_digests(report: _Report, plan: Plan) -> Iterator[tuple[int, list[str | None]]]:
+    """For each part of the sample table its first unit and the row digest of each of its units, None if damaged."""
+    samples = Samples(report.storage, plan, cached_parts=1)
+    for part in range(samples.parts):
+        first = part * layout.UNITS_PER_PART
+        units = range(first, min(first + layout.UNITS_PER_PART, plan.units))
+        file = layout.samples_part(part)
+        table = report.attempt(file, partial(samples.part, part))
+        if table is None:
+            yield first, [None] * len(units)
+        else:
+            report.count(report.storage.size(file) or 0)
+            yield first, [row_digest(samples.unit(unit)) for unit in units]
+
+
+class _Units:
+    """Checks one unit of the images and of every teacher, from several threads."""
+
+    def __init__(self, report: _Report, plan: Plan, teachers: dict[str, TeacherFiles]) -> None:
+        self._report, self._storage, self._plan, self._teachers = report, report.storage, plan, teachers
+        self._images = image_layouts(plan.rows, plan.unit_rows)
+        none = np.empty(0, np.float32)
+        self._outputs = {
+            name: {
+                output.name: output_layout(plan, output, Grid(teacher.spec.codec, none, none))
+                for output in teacher.spec.outputs
+            }
+            for name, teacher in teachers.items()
+        }
+
+    def check(self, unit: int, rows: str | None) -> None:
+        """`rows` is the row digest by the sample table, None if that is damaged."""
+        images = self._check_images(unit, rows)
+        for name in self._teachers:
+            self._check_teacher(unit, name, rows or (images.row_digest if images else None), images)
+
+    def _check_images(self, unit: int, rows: str | None) -> ImagesRecord | None:
+        file = layout.commit(layout.IMAGES, unit)
+        record = self._report.attempt(file, lambda: self._images_record(unit, file), unit=unit)
+        if record is None:
+            return None
+        self._report.count(self._storage.size(file) or 0)
+        if rows not in (None, record.row_digest):
+            self._report.add(file, f"is of other rows: expected digest {rows}, found {record.row_digest}", unit=unit)
+        for name, array in self._images.items():
+            if name not in record.arrays:
+                self._report.add(file, f"has no array {name!r}", unit=unit)
+                continue
+            reader = self._check_shard(f"{layout.IMAGES}/{name}", array, record.arrays[name], unit, None)
+            if reader is not None and name == "status":
+                status = np.empty(reader.rows, np.uint8)
+                reader.read(np.arange(reader.rows), status)
+                if mask_digest(status != ImageStatus.OK) != record.masked_digest:
+                    self._report.add(file, "masks other rows than images/status", unit=unit)
+        return record
+
+    def _images_record(self, unit: int, file: str) -> ImagesRecord:
+        record = load_images_record(self._storage, self._plan, unit)
+        if record is None:
+            raise CorruptError(file, _NOT_COMMITTED, unit=unit)
+        return record
+
+    def _check_teacher(self, unit: int, name: str, rows: str | None, images: ImagesRecord | None) -> None:
+        file = layout.commit(layout.teacher(name), unit)
+
+        def note(reason: str) -> None:
+            self._report.add(file, reason, unit=unit, teacher=name)
+
+        record = self._report.attempt(
+            file, lambda: load_record(self._storage, self._plan, name, unit), unit=unit, teacher=name
+        )
+        if record is None:
+            return
+        self._report.count(self._storage.size(file) or 0)
+        for problem in record_problems(record, self._teachers[name]):
+            note(problem)
+        if rows not in (None, record.row_digest):
+            note(f"is of other rows: expected digest {rows}, found {record.row_digest}")
+        if images and (record.masked, record.masked_digest) != (images.masked, images.masked_digest):
+            note(f"masks other rows than {layout.commit(layout.IMAGES, unit)}: {record.masked}, not {images.masked}")
+        count = len(self._plan.unit_range(unit))
+        self._report.attempt(file, lambda: nonfinite_rows(record, file, count), unit=unit, teacher=name)
+        for output, array in self._outputs[name].items():
+            if output in record.outputs:
+                self._check_shard(f"{layout.teacher(name)}/{output}", array, record.outputs[output], unit, name)
+
+    def _check_shard(
+        self, folder: str, array: ArrayLayout, record: ShardRecord, unit: int, teacher: str | None
+    ) -> ShardReader | None:
+        dims = len(array.item_shape)
+        for foreign in foreign_beside_shard(self._storage, folder, unit, dims):
+            self._report.add_foreign(foreign, unit=unit, teacher=teacher)
+        key = layout.shard(folder, unit, dims)
+
+        def check() -> ShardReader:
+            reader = open_committed(self._storage, key, array, record, unit=unit, teacher=teacher)
+            reader.verify()
+            return reader
+
+        reader = self._report.attempt(key, check, unit=unit, teacher=teacher)
+        if reader is not None:
+            self._report.count(record.bytes)
+        return reader

@@ -1,0 +1,114 @@
+"""`verify --deep`: run the teachers again on a sample of rows and hold the result against what is stored."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cache.reader import Cache, open_cache
+from cache.spec import DEFAULT_STEP, TeacherSpec
+from cache.teachers import check_same
+from cache.verify import Problem, VerifyReport
+from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
+from pipeline.teachers import ship
+from pipeline.worker import Worker, WorkerSetup
+
+BATCH = 64
+
+
+def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> VerifyReport:
+    """Add to `report` every sampled row whose features, computed again, differ by more than one grid step.
+
+    Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
+    standard deviations: another CPU or thread count may round differently.
+
+    Raises:
+        KpuError: the source or a teacher cannot be loaded again.
+    """
+    cache = open_cache(path)
+    problems = list(report.problems)
+    config = _config(cache, path)
+    shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
+    worker = Worker(WorkerSetup(config, shipped, cache.plan.source, cache.plan.threads, "verify"))
+    try:
+        for description in worker.describe():
+            check_same(cache.teachers[description.spec.name].spec, description.spec)
+        picked = _sample(cache, rows, seed)
+        for start in range(0, len(picked), BATCH):
+            problems += _compare(cache, worker, picked[start : start + BATCH])
+    finally:
+        worker.close()
+    return report.with_problems(problems)
+
+
+def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:
+    valid = cache.valid()
+    candidates = np.flatnonzero(valid)
+    chosen = np.random.default_rng(seed).choice(candidates, min(rows, len(candidates)), replace=False)
+    return np.sort(chosen)
+
+
+def _compare(cache: Cache, worker: Worker, rows: np.ndarray) -> list[Problem]:
+    names = list(cache.teachers)
+    digests, features = worker.features(names, rows)
+    problems = []
+    units = rows // cache.plan.unit_rows
+    keys = cache.samples.take(rows)["key"].to_pylist()
+    for index in np.flatnonzero((digests != cache.image_digests(rows)).any(1)):
+        reason = f"the image of {keys[index]!r} is not the one that was extracted"
+        problems.append(Problem(f"images/digest/c/{units[index]}/0", int(units[index]), None, reason))
+    for name in names:
+        teacher = cache.teachers[name]
+        usable = np.flatnonzero(cache.valid(rows, teacher=name))
+        for output in teacher.outputs:
+            steps = _steps_apart(cache, name, output, rows[usable], features[name][output][usable])
+            for index in usable[np.flatnonzero(steps > 1)]:
+                reason = f"{keys[index]!r}: stored {output} is more than one grid step from the teacher's"
+                problems.append(Problem(f"teachers/{name}/{output}", int(units[index]), name, reason))
+    return problems
+
+
+def _steps_apart(cache: Cache, name: str, output: str, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Per row, the largest distance of stored from computed features in grid steps."""
+    encoded = cache.read_encoded(name, output, rows)
+    teacher = cache.teachers[name]
+    grid = teacher.grid(output)
+    if encoded.codec == "uniform":
+        apart = np.abs(encoded.values.astype(np.int32) - grid.encode(features))
+    else:
+        apart = np.abs(grid.decode(encoded.values) - features) / (DEFAULT_STEP * teacher.statistics[output].std)
+    return apart.reshape(len(rows), -1).max(1) if len(rows) else np.zeros(0)
+
+
+def _config(cache: Cache, path: str) -> ExtractConfig:
+    plan = cache.plan
+    return ExtractConfig(
+        data=DataConfig(source=plan.source.root),
+        out=path,
+        views=plan.views,
+        seed=plan.seed,
+        allow_nonfinite=True,
+        teachers={name: teacher_config(teacher.spec) for name, teacher in cache.teachers.items()},
+    )
+
+
+def teacher_config(spec: TeacherSpec) -> TeacherConfig:
+    """The configuration that loads the teacher of `spec` again."""
+    names = [output.name for output in spec.outputs]
+    return TeacherConfig(
+        model=spec.model,
+        weights=spec.weights,
+        outputs=tuple(name for name in ("global", "patch") if name in names),
+        layers=tuple(_layers(spec)),
+        labels=spec.labels,
+        input=InputConfig.model_validate(spec.input.model_dump()),
+        precision=spec.precision,
+        codec=spec.codec,
+    )
+
+
+def _layers(spec: TeacherSpec) -> Iterator[int | str]:
+    """What `layers` said: a number for timm and Hugging Face models, the layer's name for one's own."""
+    for output in spec.outputs:
+        if output.name not in ("global", "patch"):
+            layer = output.name.removesuffix(".patch")
+            yield layer if spec.model.startswith("torch:") else int(layer.removeprefix("layer"))

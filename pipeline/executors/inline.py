@@ -1,0 +1,50 @@
+"""One worker in this process."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any
+
+from pipeline.device import choose_device
+from pipeline.reports import Task, UnitReport
+from pipeline.worker import Worker, WorkerSetup
+
+IN_FLIGHT = 2
+
+
+class InlineExecutor:
+    """Runs one worker here: a unit computes while the one before it is encoded and written."""
+
+    workers = 1
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.gpus_per_worker = 0.0 if choose_device() == "cpu" else 1.0
+        self._worker = Worker(setup)
+
+    def __enter__(self) -> "InlineExecutor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*arguments)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
+        waiting = iter(tasks)
+        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="unit") as threads:
+            flying: set[Future[UnitReport]] = set()
+            try:
+                while True:
+                    while len(flying) < IN_FLIGHT and (task := next(waiting, None)) is not None:
+                        flying.add(threads.submit(self._worker.extract, task))
+                    if not flying:
+                        return
+                    done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            except BaseException:
+                self._worker.stop()
+                raise

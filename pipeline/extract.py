@@ -1,0 +1,114 @@
+"""`kpu-cache extract`, from top to bottom: load, plan, calibrate, extract, report.
+
+Whatever was done before is found in the cache and not done again, so the same call resumes.
+"""
+
+from collections.abc import Iterator
+from time import perf_counter
+
+from cache.commits import committed_units
+from cache.errors import IncompleteError, NotACacheError
+from cache.failpoints import failpoint
+from cache.layout import teacher as teacher_folder
+from cache.leases import collect_garbage, lease
+from cache.plans import load_plan
+from cache.spec import Plan
+from cache.storage import Storage, open_storage
+from pipeline.calibration import calibrate_teachers
+from pipeline.config import ExtractConfig
+from pipeline.executors import Executor, open_executor
+from pipeline.observers import Observer, Silent
+from pipeline.paths import resolve_paths
+from pipeline.planning import choose_threads, plan_cache
+from pipeline.reports import Task
+from pipeline.runs import Run, RunSummary, new_run_id
+from pipeline.sources import open_source
+from pipeline.teachers import ship
+from pipeline.worker import WorkerSetup
+
+FAILURES_IN_A_ROW = 20
+
+
+def extract(config: ExtractConfig, observer: Observer | None = None, units: frozenset[int] | None = None) -> RunSummary:
+    """Bring the cache at `config.out` to completion for the configured teachers.
+
+    `units` restricts the work to some units. The summary says whether every unit is committed.
+
+    Raises:
+        KpuError: the configuration, the source, a teacher or the cache's location does not allow it; nothing that was
+            committed is touched.
+    """
+    observer = observer or Silent()
+    config = resolve_paths(config)
+    run_id, begun = new_run_id(), perf_counter()
+
+    source = open_source(config.data)
+    shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
+    threads = choose_threads(config.executor, _standing_plan(config.out), observer)
+
+    observer.phase("load", f"{len(shipped)} teachers")
+    with open_executor(config.executor, WorkerSetup(config, shipped, source.spec, threads, run_id)) as executor:
+        teachers = executor.call("describe")
+        loaded = perf_counter()
+
+        storage = open_storage(config.out, create=True)
+        with lease(storage, run_id), Run(storage, run_id, config) as run:
+            collect_garbage(storage, quarantine=False)
+
+            observer.phase("plan", f"listing {source.spec.root}")
+            plan = plan_cache(storage, source, config, [t.spec for t in teachers], threads, run_id)
+            planned = perf_counter()
+
+            observer.phase("calibrate", "")
+            calibrate_teachers(storage, plan, config, teachers, executor, run_id, observer)
+            startup = {"load": loaded - begun, "plan": planned - loaded, "calibrate": perf_counter() - planned}
+            run.started(plan, startup)
+
+            _work_off(storage, plan, config, executor, run, observer, units)
+            failpoint("run.finished")
+            summary = run.finish(_remaining(storage, plan, config, None))
+    collect_garbage(storage, quarantine=False)
+    observer.end(summary)
+    return summary
+
+
+def _standing_plan(out: str) -> Plan | None:
+    try:
+        storage = open_storage(out)
+    except NotACacheError:
+        return None
+    return load_plan(storage)
+
+
+def _work_off(
+    storage: Storage,
+    plan: Plan,
+    config: ExtractConfig,
+    executor: Executor,
+    run: Run,
+    observer: Observer,
+    units: frozenset[int] | None,
+) -> None:
+    """Run every pending unit; stop early where nothing succeeds any more."""
+    remaining = sum(len(plan.unit_range(task.unit)) for task in _remaining(storage, plan, config, units))
+    observer.begin(total=plan.rows, pending=remaining, workers=executor.workers)
+    in_a_row = 0
+    for report in executor.run(_remaining(storage, plan, config, units)):
+        run.record(report)
+        observer.report(report)
+        in_a_row = in_a_row + 1 if report.failures else 0
+        if in_a_row == FAILURES_IN_A_ROW:
+            raise IncompleteError(
+                f"stopped: {in_a_row} units in a row failed, the last one with: {report.failures[-1].reason}"
+            )
+
+
+def _remaining(storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None) -> Iterator[Task]:
+    """Tasks that are left, in order of units. Looked up again as they are drawn: another driver may have done some."""
+    done = {name: committed_units(storage, teacher_folder(name), plan.units) for name in config.teachers}
+    for unit in range(plan.units):
+        if units is not None and unit not in units:
+            continue
+        missing = tuple(name for name, units_done in done.items() if not units_done[unit])
+        if missing:
+            yield Task(unit, missing)

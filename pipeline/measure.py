@@ -1,0 +1,57 @@
+"""Timing one worker's stages on a few batches, with a grid made from those batches alone."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+from cache.codecs import Grid
+from cache.shards import ArrayLayout, encode_shard
+from cache.spec import OutputSpec
+from pipeline.collect import UnitFeatures
+from pipeline.reports import Stopwatch
+
+GLOBAL_CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Rows a second of each stage and of all together, bytes a row by teacher and output, resident memory in bytes."""
+
+    rows: int
+    rows_per_second: float
+    stage_rates: dict[str, float]
+    bytes_per_row: dict[str, dict[str, float]]
+    resident_bytes: int
+
+
+def measurement(rows: int, started: float, watch: Stopwatch, sizes: dict[str, dict[str, int]]) -> Measurement:
+    """Put together what was timed since `started` (perf_counter)."""
+    busy = {stage: seconds for stage, seconds in watch.seconds.items() if seconds > 0}
+    return Measurement(
+        rows=rows,
+        rows_per_second=rows / (perf_counter() - started),
+        stage_rates={stage: rows / seconds for stage, seconds in busy.items()},
+        bytes_per_row={name: {o: size / rows for o, size in outputs.items()} for name, outputs in sizes.items()},
+        resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def encoded_sizes(features: UnitFeatures, outputs: tuple[OutputSpec, ...], grids: Mapping[str, Grid]) -> dict[str, int]:
+    """Bytes of each output's shard, as `extract` would write it."""
+    sizes = {}
+    for output in outputs:
+        stored = features.outputs[output.name].stored
+        grid = grids[output.name]
+        layout = ArrayLayout(
+            rows=len(stored),
+            unit_rows=-(-len(stored) // GLOBAL_CHUNK_ROWS) * GLOBAL_CHUNK_ROWS,
+            chunk_rows=1 if output.grid is not None else GLOBAL_CHUNK_ROWS,
+            item_shape=output.shape,
+            dtype=grid.dtype,
+            fill=grid.fill,
+            compressed=grid.compressed,
+        )
+        sizes[output.name] = len(encode_shard(stored, layout).data)
+    return sizes

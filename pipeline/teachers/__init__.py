@@ -1,0 +1,59 @@
+"""Frozen teachers: from timm, from Hugging Face, or anyone's own code."""
+
+from dataclasses import dataclass
+
+from cache.errors import ConfigError
+from pipeline.config import TeacherConfig
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.custom import load_custom, read_source
+
+__all__ = ["ShippedTeacher", "Teacher", "build_teacher", "load_shipped", "ship"]
+
+
+@dataclass(frozen=True)
+class ShippedTeacher:
+    """A teacher's configuration with what a worker elsewhere needs to load it; small and picklable.
+
+    `source` is the content of the Python file that defines a `torch:` model: a worker that lacks the file, or has
+    another version of it, imports this.
+    """
+
+    config: TeacherConfig
+    source: bytes | None = None
+
+
+def ship(config: TeacherConfig) -> ShippedTeacher:
+    """Pack a teacher for a worker.
+
+    Raises:
+        TeacherError: the file that defines it is not there.
+    """
+    return ShippedTeacher(config, read_source(config.model) if config.model.startswith("torch:") else None)
+
+
+def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", seed: int = 0) -> Teacher:
+    """Load, freeze and probe a teacher. `seed` is for `weights: random`.
+
+    Raises:
+        TeacherError: it is unknown, does not load, or does not emit what was asked for.
+    """
+    config = shipped.config
+    kind = config.model.partition(":")[0]
+    if kind == "torch":
+        backbone = load_custom(name, config, shipped.source, seed)
+    elif kind == "timm":
+        from pipeline.teachers.timm_models import load_timm  # timm takes seconds to import
+
+        backbone = load_timm(name, config, seed)
+    elif kind == "hf":
+        from pipeline.teachers.hf_models import load_hf  # so does transformers, and it is optional
+
+        backbone = load_hf(name, config, seed)
+    else:
+        raise ConfigError(f"teacher {name!r}: model: expected timm:, hf: or torch:, found {config.model!r}")
+    return Teacher(name, config, backbone, device)
+
+
+def build_teacher(name: str, config: TeacherConfig, *, device: str = "cpu", seed: int = 0) -> Teacher:
+    """`load_shipped` of a teacher that stays here."""
+    return load_shipped(name, ship(config), device=device, seed=seed)

@@ -1,0 +1,208 @@
+"""Anyone's own teachers: `torch:<module or path/to/file.py>:<factory>`.
+
+The factory returns an `nn.Module` that maps normalised images [B, 3, H, W] to a dict of named tensors: `global` [B, D],
+`patch` [B, T, D] with square T or [B, D, H, W], and any further maps, which `layers` asks for by name. It takes no
+argument, or an optional `state_dict`: the tensors by name that will be loaded into what it returns, or None, so that
+it can build a head of their size. The module may have the attributes `head` (an `nn.Linear` on `global`) and
+`data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct).
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from cache.digests import digest
+from cache.errors import TeacherError
+from pipeline.config import TeacherConfig
+from pipeline.teachers.base import Backbone, describe, input_spec, reason
+from pipeline.teachers.weights import RANDOM, initialise, load_strictly, read_weights, seeded
+
+
+def split_model(model: str) -> tuple[str, str]:
+    """The module or file, and the factory, of `torch:<module or file>:<factory>`."""
+    place, _, factory = model.removeprefix("torch:").rpartition(":")
+    return place, factory
+
+
+def read_source(model: str) -> bytes | None:
+    """The bytes of the file that defines a `torch:` model; None where it is an importable module.
+
+    Raises:
+        TeacherError: there is no such file.
+    """
+    place, _ = split_model(model)
+    if not place.endswith(".py"):
+        return None
+    try:
+        return Path(place).read_bytes()
+    except OSError as error:
+        raise TeacherError(f"{model}: expected a Python file at {place}: {error.strerror}") from None
+
+
+def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: int) -> Backbone:
+    """Call the factory and load the weights into what it returns.
+
+    Raises:
+        TeacherError: the file or module does not import, has no such factory, the factory fails or returns something
+            else, or the weights do not fit.
+    """
+    who = describe(name, config)
+    place, factory_name = split_model(config.model)
+    path = config.weights if config.weights not in (None, RANDOM) else None
+    state = read_weights(path, who) if path is not None else None
+    with _imported(place, source, who) as python_module:
+        factory = _find_factory(python_module, factory_name, who)
+        build = partial(_build, factory, state, who)
+        if config.weights == RANDOM:
+            module = initialise(build, f"torch:{factory_name}", seed)
+        else:
+            with seeded(seed):
+                module = build()
+    if state is not None and path is not None:
+        load_strictly(module, state, who, path)
+    own = getattr(module, "data_config", {})
+    if not isinstance(own, Mapping):
+        raise TeacherError(f"{who}: data_config: expected a dict with timm's keys, found {type(own).__name__}")
+    return Backbone(
+        module=module,
+        features=module,
+        wanted={output: (output,) for output in config.outputs} | _layers(config, who),
+        input=input_spec(own, config.input, who),
+        head=_head(module, who),
+        source_digest=_source_digest(python_module, source),
+    )
+
+
+def _layers(config: TeacherConfig, who: str) -> dict[str, tuple[str, ...]]:
+    """Each layer's output `<layer>.patch`, which the model may emit under that name or under the layer's own."""
+    found = {}
+    for layer in config.layers:
+        key = f"layer{layer}" if isinstance(layer, int) else layer.removesuffix(".patch")
+        if f"{key}.patch" in found:
+            raise TeacherError(f"{who}: layers: expected each once, found {list(config.layers)}")
+        found[f"{key}.patch"] = (key, f"{key}.patch")
+    return found
+
+
+def _head(module: nn.Module, who: str) -> nn.Linear | None:
+    head = getattr(module, "head", None)
+    if head is not None and not isinstance(head, nn.Linear):
+        raise TeacherError(f"{who}: head: expected an nn.Linear on `global`, found {type(head).__name__}")
+    return head
+
+
+def _find_factory(python_module: ModuleType, factory_name: str, who: str) -> Callable[..., Any]:
+    factory = getattr(python_module, factory_name, None)
+    if not callable(factory):
+        names = [each for each, value in vars(python_module).items() if callable(value) and not each.startswith("_")]
+        near = difflib.get_close_matches(factory_name, names, n=3) or names[:5]
+        raise TeacherError(f"{who}: has no factory {factory_name!r}; it has {', '.join(near) or 'none'}")
+    return factory
+
+
+def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who: str) -> nn.Module:
+    parameters = inspect.signature(factory).parameters
+    arguments: dict[str, Any] = {"state_dict": state} if "state_dict" in parameters else {}
+    required = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if "weights" in required:
+        arguments["weights"] = None
+    if set(required) - arguments.keys():
+        raise TeacherError(
+            f"{who}: expected a factory that needs no argument, found {', '.join(required)}; give them defaults"
+        )
+    try:
+        module = factory(**arguments)
+    except Exception as error:
+        raise TeacherError(f"{who}: the factory raised {reason(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise TeacherError(f"{who}: expected the factory to return an nn.Module, found {type(module).__name__}")
+    return module
+
+
+@contextmanager
+def _imported(place: str, source: bytes | None, who: str) -> Iterator[ModuleType]:
+    """The module at `place`, or made from `source` where that file is absent here or another one."""
+    if source is None:
+        yield _import_module(place, who)
+        return
+    path = Path(place)
+    with _siblings(path.parent):
+        try:
+            yield _execute(path, source)
+        except TeacherError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise TeacherError(f"{who}: {place} does not import: {reason(error)}") from error
+
+
+def _import_module(place: str, who: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        file = place.replace(".", "/") + ".py"
+        advice = f"; to import the file, write torch:{file}:<factory>" if Path(file).is_file() else ""
+        raise TeacherError(f"{who}: module {place} does not import: {reason(error)}{advice}") from error
+
+
+def _execute(path: Path, source: bytes) -> ModuleType:
+    """Run a file as a module of a name of its own. It stays in sys.modules: dataclasses, for one, look there."""
+    if not path.is_file() or path.read_bytes() != source:
+        folder = tempfile.TemporaryDirectory(prefix="kpu-teacher-")
+        path = Path(folder.name) / path.name
+        path.write_bytes(source)
+    else:
+        folder = None
+    name = f"kpu_teacher_{digest(str(path).encode(), source)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__kpu_folder__"] = folder  # removed with the module
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _siblings(folder: Path) -> Iterator[None]:
+    """Let a file import its neighbours, without letting them shadow anything or stay in another teacher's way.
+
+    The folder stands last on the path, and only here; neighbours that were imported leave sys.modules again, so that
+    a teacher from another folder with a neighbour of the same name gets its own.
+    """
+    entry = str(folder.absolute())
+    before = set(sys.modules)
+    sys.path.append(entry)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and not name.startswith("kpu_teacher_") and Path(file).is_relative_to(entry):
+                del sys.modules[name]
+
+
+def _source_digest(python_module: ModuleType, source: bytes | None) -> str | None:
+    """Digest of the file that defines the model."""
+    if source is None:
+        file = getattr(python_module, "__file__", None)
+        if file is None or not file.endswith(".py"):
+            return None
+        source = Path(file).read_bytes()
+    return digest(source)

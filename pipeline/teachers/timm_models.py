@@ -1,0 +1,199 @@
+"""Teachers from timm: `timm:<model>`, also `timm:hf-hub:<id>` and `timm:local-dir:<folder>`.
+
+Letters: B images, N tokens with prefix, T tokens without, D channels, H and W the image, h and w the grid.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import huggingface_hub
+import timm
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from cache.errors import TeacherError
+from pipeline.config import TeacherConfig
+from pipeline.teachers.base import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.weights import RANDOM, can_reach, differences, initialise, load_strictly, read_weights
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_MOST_PREFIX_TOKENS = 16
+
+
+def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
+    """Build a timm model, load its weights, and say how its outputs are reached.
+
+    `patch` is the final feature map without prefix tokens (after the final norm, where the model has one before
+    pooling), `layer<i>.patch` the map after block or stage i as `forward_intermediates` counts them (negative ones
+    from the end, recorded under their true number), `global` what the classifier sees.
+
+    Raises:
+        TeacherError: the model is unknown, its weights cannot be had or do not fit, or it has no such layer.
+    """
+    who = describe(name, config)
+    model_name = config.model.removeprefix("timm:")
+    _require_known(model_name, who)
+    create = partial(_create, model_name, _image_size(config), who)
+    if config.weights is None:
+        _require_obtainable(model_name, who)
+        model = create(pretrained=True)
+    elif config.weights == RANDOM:
+        model = initialise(create, config.model, seed)
+    else:
+        model = _from_file(create, config.weights, who)
+    data_config = resolve_model_data_config(model)
+    spec = input_spec(data_config, config.input, who)
+    layers = _layer_indices(model, config, who)
+    features = TimmFeatures(model, config.outputs, layers, who)
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    return Backbone(
+        module=model,
+        features=features,
+        wanted={output: (output,) for output in (*config.outputs, *(f"layer{i}.patch" for i in layers))},
+        input=spec,
+        head=head if isinstance(head, nn.Linear) else None,
+        classify=model,
+    )
+
+
+class TimmFeatures(nn.Module):
+    """All wanted outputs of a timm model in one forward pass."""
+
+    def __init__(self, model: nn.Module, outputs: Collection[str], layers: tuple[int, ...], who: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self._with_global, self._with_patch = "global" in outputs, "patch" in outputs
+        self._layers, self._who = layers, who
+
+    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        if self._layers:
+            ordered = sorted(self._layers)  # timm returns them in this order, whatever is asked
+            final, maps = self.model.forward_intermediates(x_BCHW, indices=ordered)
+            result |= {f"layer{i}.patch": each for i, each in zip(ordered, maps, strict=True)}
+        else:
+            final = self.model.forward_features(x_BCHW)
+        if self._with_patch:
+            result["patch"] = self._as_map(final, (x_BCHW.shape[2], x_BCHW.shape[3]))
+        if self._with_global:
+            result["global"] = self.model.forward_head(final, pre_logits=True)
+        return result
+
+    def _as_map(self, final: Any, image: tuple[int, int]) -> Tensor:
+        """The final features as [B, D, h, w]."""
+        if isinstance(final, Tensor) and final.ndim == 4:
+            return final.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else final
+        if isinstance(final, Tensor) and final.ndim == 3:
+            stated = getattr(self.model, "num_prefix_tokens", None)
+            for prefix in range(_MOST_PREFIX_TOKENS) if stated is None else (stated,):
+                found = map_of_tokens(final, prefix, image)
+                if found is not None:
+                    return found
+        shape = list(final.shape) if isinstance(final, Tensor) else type(final).__name__
+        raise TeacherError(
+            f"{self._who}: patch: expected final features that map the image, found {shape}; leave patch out of outputs"
+        )
+
+
+def _require_known(model_name: str, who: str) -> None:
+    if ":" in model_name:  # hf-hub:, local-dir:
+        return
+    architecture, _, tag = model_name.partition(".")
+    if not timm.is_model(architecture):
+        names = [*timm.list_models(), *(timm.list_pretrained() if tag else ())]
+        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5)
+        advice = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise TeacherError(f"{who}: timm {timm.__version__} has no model {architecture!r}; {advice}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0) or ["none"]
+        raise TeacherError(
+            f"{who}: timm {timm.__version__} knows no pretrained tag {tag!r} of {architecture}; it has "
+            f"{', '.join(f'{architecture}.{each}' for each in near)}"
+        )
+
+
+def _image_size(config: TeacherConfig) -> int | tuple[int, int] | None:
+    """The overriding input size, as timm's `img_size` takes it."""
+    size = config.input.size if config.input is not None else None
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+def _create(model_name: str, size: int | tuple[int, int] | None, who: str, **options: Any) -> nn.Module:
+    """Build a model, at another image size if it must be told."""
+    try:
+        if size is not None:
+            try:
+                return timm.create_model(model_name, img_size=size, **options)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+        return timm.create_model(model_name, **options)
+    except Exception as error:
+        if options.get("pretrained"):
+            raise _unobtainable(model_name, reason(error), who) from error
+        raise TeacherError(f"{who}: timm cannot build it: {reason(error)}") from error
+
+
+def _unobtainable(model_name: str, why: str, who: str) -> TeacherError:
+    return TeacherError(
+        f"{who}: weights: could not get the pretrained weights of {model_name} ({why}); connect to the hub, give a "
+        "local .safetensors or .pth file, or `random`"
+    )
+
+
+def _require_obtainable(model_name: str, who: str) -> None:
+    """Refuse at once what a hub out of reach would refuse after a minute of retries."""
+    if ":" in model_name:
+        return
+    pretrained = timm.get_pretrained_cfg(model_name)
+    repository, url = pretrained.hf_hub_id, pretrained.url
+    if not repository and not url:
+        raise _unobtainable(model_name, "timm has none", who)
+    if repository:
+        url = huggingface_hub.constants.ENDPOINT
+        files = [pretrained.hf_hub_filename] if pretrained.hf_hub_filename else _WEIGHT_FILES
+        if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str) for file in files):
+            return
+    if not can_reach(url):
+        raise _unobtainable(model_name, f"{url} cannot be reached", who)
+
+
+def _from_file(create: Callable[..., nn.Module], path: str, who: str) -> nn.Module:
+    """Build a model whose classifier has as many classes as the file, and load it strictly.
+
+    A file in the original publisher's naming, or for another image size, goes through timm's own conversion.
+    """
+    state: Mapping[str, Tensor] = read_weights(path, who)
+    model = create()
+    if differences(model, state):
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            with suppress(Exception):  # it knows other files than this one; what does not fit is reported below
+                state = convert(dict(state), model)
+        classes = _classes(model, state)
+        if classes != getattr(model, "num_classes", classes):
+            model = create(num_classes=classes)
+    load_strictly(model, state, who, path)
+    return model
+
+
+def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Classes of the classifier in `state`; 0 where it has none."""
+    classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), 0)
+
+
+def _layer_indices(model: Any, config: TeacherConfig, who: str) -> tuple[int, ...]:
+    """`layers` as numbers from 0."""
+    if not config.layers:
+        return ()
+    count = len(getattr(model, "feature_info", ()))
+    if not hasattr(model, "forward_intermediates") or not count:
+        raise TeacherError(f"{who}: layers: timm gives no intermediate features of this model; leave layers out")
+    return resolve_layers(config, count, who)

@@ -1,0 +1,261 @@
+"""One worker: loads the frozen teachers once, then calibrates and extracts units. The same class serves every executor.
+
+Computing happens on the worker's device thread, one unit after the other; encoding and writing on the calling thread,
+beside the next unit's computing.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from cache.codecs import Grid, make_grid
+from cache.commits import load_images, publish_images, publish_unit
+from cache.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
+from cache.failpoints import failpoint
+from cache.fidelity import RowFidelity, measure
+from cache.plans import load_plan
+from cache.samples import Samples, row_digest
+from cache.spec import ImageStatus, Plan, SourceSpec, TeacherSpec
+from cache.statistics import Accumulator, Statistics
+from cache.storage import open_storage
+from cache.teachers import PublishedTeacher, load_teacher
+from pipeline.collect import Computed
+from pipeline.config import ExtractConfig
+from pipeline.device import choose_device
+from pipeline.engine import Engine, nonfinite_error
+from pipeline.measure import Measurement, encoded_sizes, measurement
+from pipeline.quantise import DeviceGrid
+from pipeline.reports import Failure, Stopwatch, Task, UnitReport
+from pipeline.sources import source_reader
+from pipeline.teachers import ShippedTeacher
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker needs to begin; small and picklable. `source` may lie elsewhere than when it was planned."""
+
+    config: ExtractConfig
+    teachers: dict[str, ShippedTeacher]
+    source: SourceSpec
+    threads: int
+    run: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A loaded teacher, as the driver needs to know it: `head` is (weight [C, D], bias [C]) in float32."""
+
+    spec: TeacherSpec
+    head: tuple[np.ndarray, np.ndarray] | None
+
+
+class Worker:
+    """Frozen teachers on one device, and the cache that they fill."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._config = setup.config
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="worker")
+        self._engine = self._on_device(
+            lambda: Engine(
+                setup.config,
+                setup.teachers,
+                source_reader(setup.source),
+                device=choose_device(),
+                threads=setup.threads,
+                pool=self._pool,
+            )
+        )
+        self._published: dict[str, PublishedTeacher] = {}
+        self._grids: dict[str, dict[str, DeviceGrid]] = {}
+        self._plan: Plan | None = None
+
+    def _on_device(self, work: Callable[[], T]) -> T:
+        return self._device_thread.submit(work).result()
+
+    def stop(self) -> None:
+        """Give up computing after the batch in hand; what is computed is still committed."""
+        self._engine.stopping.set()
+
+    def close(self) -> None:
+        """Stop, and end the threads."""
+        self.stop()
+        self._device_thread.shutdown()
+        self._pool.shutdown()
+
+    def describe(self) -> list[Description]:
+        """Say what was loaded, in the order of the configuration."""
+        return [
+            Description(teacher.spec(self._config.codec_of(name)), teacher.head)
+            for name, teacher in self._engine.teachers.items()
+        ]
+
+    def calibrate(self, names: Sequence[str], rows: np.ndarray) -> dict[str, dict[str, Statistics]]:
+        """Statistics of every output of the named teachers over `rows` (int64), masked rows left out."""
+        self._open()
+        table = self._samples.take(rows)
+        totals = self._on_device(partial(self._engine.accumulate, table, names))
+        return {name: self._finish(name, outputs) for name, outputs in totals.items()}
+
+    def extract(self, task: Task) -> UnitReport:
+        """Compute and commit one unit for the task's teachers.
+
+        A failure of one teacher, or of the source, is part of the report. Raises only what concerns the whole run:
+        StorageError (a full disk, a lost mount), or an unexpected error.
+        """
+        rows = self._open().unit_range(task.unit)
+        watch = Stopwatch()
+        try:
+            for name in task.teachers:
+                self._prepare(name)
+            table = self._samples.unit(task.unit)
+            computed = self._on_device(partial(self._engine.compute, table, task.teachers, self._grids, watch))
+            failpoint("unit.computed")
+            return self._commit(task, table, computed, watch)
+        except StorageError:
+            raise
+        except KpuError as error:
+            failure = Failure(task.unit, None, str(error))
+            return UnitReport(task, len(rows), 0, 0, watch.seconds, (failure,))
+
+    def features(self, names: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+        """Image digests (uint8 [n, 16]) and float32 features of `rows` (int64 [n]) by teacher and output."""
+        self._open()
+        return self._on_device(partial(self._features, names, rows))
+
+    def measure(self, table: pa.Table, warm_rows: int) -> Measurement:
+        """Time the stages on the rows of `table` after its first `warm_rows`; needs no plan and writes nothing."""
+        return self._on_device(partial(self._measure, table, warm_rows))
+
+    def _open(self) -> Plan:
+        """The plan, once the driver has published it; opens the sample table with it."""
+        if self._plan is None:
+            self._storage = open_storage(self._config.out)
+            plan = load_plan(self._storage)
+            if plan is None:
+                raise CacheError(
+                    f"{self._config.out}: expected plan.json, found none; was the cache removed meanwhile?"
+                )
+            self._samples = Samples(self._storage, plan)
+            self._plan = plan
+        return self._plan
+
+    def _finish(self, name: str, totals: dict[str, Accumulator]) -> dict[str, Statistics]:
+        for output, total in totals.items():
+            if total.count < 2:
+                raise SourceError(
+                    f"calibration of teacher {name!r}, output {output!r}: expected at least 2 usable rows, found "
+                    f"{total.count}; the images of the calibration sample cannot be decoded"
+                )
+        step = self._config.codec_of(name).step
+        return {output: total.finish(step) for output, total in totals.items()}
+
+    def _prepare(self, name: str) -> None:
+        """Read back how the teacher was calibrated, and hold the weights loaded here against it."""
+        if name in self._published:
+            return
+        published = load_teacher(self._storage, self._open(), name)
+        here = self._engine.teachers[name].weights_digest
+        if here != published.spec.weights_digest:
+            raise TeacherError(
+                f"teacher {name!r}: the weights loaded here have digest {here}, the cache was made with "
+                f"{published.spec.weights_digest}; give every worker the same weights"
+            )
+        self._grids[name] = self._on_device(partial(self._engine.device_grids, published.grids, published.statistics))
+        self._published[name] = published
+
+    def _commit(self, task: Task, table: pa.Table, computed: Computed, watch: Stopwatch) -> UnitReport:
+        plan, digest = self._open(), row_digest(table)
+        with watch("publish"):
+            publish_images(self._storage, plan, task.unit, computed.images, digest, self._setup.run)
+            standing = load_images(self._storage, plan, task.unit)
+        assert standing is not None
+        valid = standing[1].status == ImageStatus.OK
+        written, failures = 0, []
+        for name in task.teachers:
+            nonfinite = valid & ~computed.teachers[name].finite
+            if nonfinite.any() and not self._config.allow_nonfinite:
+                key = table["key"][int(np.flatnonzero(nonfinite)[0])].as_py()
+                failures.append(Failure(task.unit, name, str(nonfinite_error(name, key))))
+                continue
+            written += self._commit_teacher(task.unit, name, computed, valid, nonfinite, digest, watch)
+        masked = int((~valid).sum())
+        return UnitReport(task, table.num_rows, masked, written, watch.seconds, tuple(failures))
+
+    def _commit_teacher(
+        self,
+        unit: int,
+        name: str,
+        computed: Computed,
+        valid: np.ndarray,
+        nonfinite: np.ndarray,
+        digest: str,
+        watch: Stopwatch,
+    ) -> int:
+        """Publish one teacher's shards and record; bytes written."""
+        published, features = self._published[name], computed.teachers[name]
+        features.fill(~valid | nonfinite, {output: grid.fill for output, grid in published.grids.items()})
+        with watch("publish"):
+            record = publish_unit(
+                self._storage,
+                self._open(),
+                published,
+                unit,
+                features.outputs,
+                valid,
+                nonfinite,
+                digest,
+                self._setup.run,
+                pool=self._pool,
+                remeasure=partial(self._remeasure, unit, name),
+            )
+        return sum(output.bytes for output in record.outputs.values())
+
+    def _remeasure(self, unit: int, name: str, output: str, stored: np.ndarray) -> RowFidelity:
+        """How well `stored`, which somebody else published, stands for the features of this unit."""
+        _, features = self.features([name], np.asarray(self._open().unit_range(unit)))
+        grid, statistics = self._published[name].grids[output], self._published[name].statistics[output]
+        mine = features[name][output]
+        return measure(mine, grid.decode(stored), grid.saturated(mine), statistics)
+
+    def _features(self, names: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
+        digests: list[np.ndarray] = []
+        parts: dict[str, dict[str, list[np.ndarray]]] = {
+            name: {output.name: [] for output in self._engine.teachers[name].outputs} for name in names
+        }
+        for batch in self._engine.batches(self._samples.take(rows), names, Stopwatch()):
+            digests.append(batch.digest)
+            for name in names:
+                for output, features in self._engine.forward(name, batch).items():
+                    parts[name][output].append(features.cpu().numpy())
+        joined = {name: {o: np.concatenate(p) for o, p in outputs.items()} for name, outputs in parts.items()}
+        return np.concatenate(digests), joined
+
+    def _measure(self, table: pa.Table, warm_rows: int) -> Measurement:
+        names = list(self._engine.teachers)
+        warm = table.slice(0, warm_rows)
+        timed = table.slice(warm_rows) if table.num_rows > warm_rows else warm
+        grids: dict[str, dict[str, Grid]] = {}
+        device_grids = {}
+        for name, totals in self._engine.accumulate(warm, names).items():
+            statistics = self._finish(name, totals)
+            codec = self._config.codec_of(name)
+            grids[name] = {output: make_grid(codec, value) for output, value in statistics.items()}
+            device_grids[name] = self._engine.device_grids(grids[name], statistics)
+        watch, started = Stopwatch(), perf_counter()
+        computed = self._engine.compute(timed, names, device_grids, watch)
+        with watch("encode"):
+            sizes = {
+                name: encoded_sizes(features, self._engine.teachers[name].outputs, grids[name])
+                for name, features in computed.teachers.items()
+            }
+        return measurement(timed.num_rows, started, watch, sizes)
