@@ -83,10 +83,9 @@ class Grid:
         if name == "uniform":
             values *= self.scale
             values += self.centre
-            # A masked row is masked in every channel.
-            masked = stored[..., 0] == MASKED
+            masked = stored == MASKED
             if masked.any():
-                values[stored == MASKED] = np.nan
+                values[masked] = np.nan
         return values
 
     def attributes(self, grid: tuple[int, int] | None) -> dict[str, Any]:
@@ -114,7 +113,8 @@ class Grid:
             grid = None if tokens is None else (int(tokens[0]), int(tokens[1]))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CorruptError(file, f"attribute kpu is not that of a teacher's output ({error})") from None
-        if centre.ndim != 1 or centre.shape != scale.shape or not (scale > 0).all() or not np.isfinite(centre).all():
+        finite = np.isfinite(centre).all() and np.isfinite(scale).all()
+        if centre.ndim != 1 or centre.shape != scale.shape or not finite or not (scale > 0).all():
             raise CorruptError(file, "attribute kpu: expected finite centres and as many positive scales")
         return Grid(codec, centre, scale), grid
 

@@ -4,7 +4,6 @@ Also the one place to import everything about commits from.
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from cache.records import (
     sealed_files,
 )
 from cache.settle import UnitShards
-from cache.shards import Shard, encode_shard
+from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.spec import OutputRecord, OutputSpec, Plan, UnitRecord
 from cache.storage import Storage
 from cache.teachers import PublishedTeacher
@@ -46,8 +45,11 @@ __all__ = [
     "publish_unit",
 ]
 
-LOSSLESS_TOLERANCE: Final = 1e-2  # channel standard deviations within which two lossless encodings agree
+# Two lossless encodings agree within this many channel standard deviations, or within one step of the number format.
+LOSSLESS_TOLERANCE: Final = 1e-2
+FORMAT_STEP: Final = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 Remeasure = Callable[[str, npt.NDArray[Any]], RowFidelity]
+Encode = Callable[[npt.NDArray[Any], ArrayLayout], Shard]
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def publish_unit(
     nonfinite: Mask,
     row_digest: str,
     run: str,
-    pool: Executor | None = None,
     *,
     remeasure: Remeasure,
+    encode: Encode = encode_shard,
 ) -> UnitRecord:
     """Publish a unit's shards and then its commit record; or return the record that stands already.
 
@@ -84,9 +86,9 @@ def publish_unit(
         nonfinite: bool [n], True where this teacher alone masks the row.
         row_digest: of the unit's keys and views.
         run: whose temporary folder is used.
-        pool: compresses in its threads.
         remeasure: `remeasure(output, stored)` gives the fidelity of stored values other than ours, which another
             worker published before us and which agree with ours.
+        encode: makes the bytes of a shard; to be timed, or given threads.
 
     Raises:
         MismatchError: the images record of the unit is missing, or is of other rows or masks.
@@ -101,9 +103,9 @@ def publish_unit(
     records: dict[str, OutputRecord] = {}
     for output in teacher.spec.outputs:
         ours = outputs[output.name]
-        record = _publish_output(shards, plan, teacher, output, unit, ours, valid & ~nonfinite, pool, remeasure)
+        record = _publish_output(shards, plan, teacher, output, unit, ours, valid & ~nonfinite, remeasure, encode)
         if record is None:
-            return load_unit(storage, plan, teacher, unit)
+            return _restored(shards, teacher, load_unit(storage, plan, teacher, unit))
         records[output.name] = record
     failpoint("unit.shards")
     unit_record = UnitRecord(
@@ -120,11 +122,15 @@ def publish_unit(
     )
     if not storage.publish(marker, seal_document(unit_record.model_dump(mode="json")), run=run):
         unit_record = load_unit(storage, plan, teacher, unit)
-    shards.restore(
-        {output_shard(teacher, output, unit): unit_record.outputs[output.name] for output in teacher.spec.outputs}
-    )
+    _restored(shards, teacher, unit_record)
     failpoint("unit.committed")
     return unit_record
+
+
+def _restored(shards: UnitShards, teacher: PublishedTeacher, record: UnitRecord) -> UnitRecord:
+    outputs = {output.name: output for output in teacher.spec.outputs}
+    shards.restore({output_shard(teacher, outputs[name], record.unit): out for name, out in record.outputs.items()})
+    return record
 
 
 def output_shard(teacher: PublishedTeacher, output: OutputSpec, unit: int) -> str:
@@ -140,8 +146,8 @@ def _publish_output(
     unit: int,
     ours: EncodedOutput,
     valid: Mask,
-    pool: Executor | None,
     remeasure: Remeasure,
+    encode: Encode,
 ) -> OutputRecord | None:
     """Publish one shard and say what stands; None where the unit turns out to be committed with another one."""
     array = teacher.layouts[output.name]
@@ -150,13 +156,10 @@ def _publish_output(
         stored = stored.copy()
         stored[~valid] = array.fill
 
-    def encode() -> Shard:
-        return encode_shard(stored, array, pool=pool)
-
     def agree(standing: npt.NDArray[Any]) -> bool:
         return _agree(teacher, output.name, standing, stored, valid)
 
-    settled = shards.publish(output_shard(teacher, output, unit), array, encode, agree)
+    settled = shards.publish(output_shard(teacher, output, unit), array, lambda: encode(stored, array), agree)
     if settled is None:
         return None
     rows = ours.rows if settled.values is None else remeasure(output.name, settled.values)
@@ -178,9 +181,8 @@ def _check_images(storage: Storage, plan: Plan, unit: int, masked: Mask, row_dig
 def _agree(
     teacher: PublishedTeacher, name: str, standing: npt.NDArray[Any], ours: npt.NDArray[Any], valid: Mask
 ) -> bool:
-    """Same masked rows, and within one grid step (lossless codecs: 0.01 channel standard deviations) in the others."""
-    grid, fill = teacher.grids[name], teacher.layouts[name].fill
-    tolerance = LOSSLESS_TOLERANCE * teacher.statistics[name].std
+    """Same masked rows, and within one grid step (lossless codecs: LOSSLESS_TOLERANCE) in the others."""
+    grid, fill, std = teacher.grids[name], teacher.layouts[name].fill, teacher.statistics[name].std
     for row in range(len(ours)):  # one at a time: the differences of a whole shard would fill the memory
         if not valid[row]:
             if not np.array_equal(standing[row], ours[row], equal_nan=ours.dtype.kind == "f"):
@@ -188,6 +190,9 @@ def _agree(
         elif grid.codec.name == "uniform":
             if (standing[row] == fill).any() or np.abs(standing[row].astype(np.int32) - ours[row]).max() > 1:
                 return False
-        elif not (np.abs(grid.decode(standing[row]) - grid.decode(ours[row])) <= tolerance).all():
-            return False
+        else:
+            there, here = grid.decode(standing[row]), grid.decode(ours[row])
+            tolerance = np.maximum(LOSSLESS_TOLERANCE * std, FORMAT_STEP[grid.codec.name] * np.abs(here))
+            if not (np.abs(there - here) <= tolerance).all():
+                return False
     return True

@@ -1,11 +1,13 @@
 """Named points at which a test can kill or hold the process.
 
-`KPU_FAILPOINT=<name>` arms one point. `KPU_FAILPOINT_ACTION` is `kill` (SIGKILL this process; the default) or `hold`
-(wait, so that somebody outside kills whichever process they like). `KPU_FAILPOINT_MARK` names a file that is created
-when the point fires; with it the point fires once in all processes together. Unset, a point costs one dictionary
-lookup.
+`KPU_FAILPOINT=<name>` arms one point; `KPU_FAILPOINT_SKIP=<n>` lets each process pass it n times first.
+`KPU_FAILPOINT_ACTION` is `kill` (SIGKILL this process; the default) or `hold` (wait, so that somebody outside kills
+whichever process they like). `KPU_FAILPOINT_MARK` names a file that is created, with the number of the process in it,
+when the point fires; with it the point fires once in all processes together, and a hold ends when that file is emptied.
+Unset, a point costs one dictionary lookup.
 """
 
+import itertools
 import os
 import signal
 import time
@@ -29,17 +31,33 @@ NAMES: Final = (
 )
 
 
+_HITS = itertools.count()  # of the armed point, in this process
+
+
 def failpoint(name: str) -> None:
     """Die or wait here if this point is armed."""
     if os.environ.get("KPU_FAILPOINT") != name:
         return
+    if next(_HITS) < int(os.environ.get("KPU_FAILPOINT_SKIP", "0")):
+        return
     mark = os.environ.get("KPU_FAILPOINT_MARK")
-    if mark:
-        try:
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
+    if mark and not _make(mark):
+        return
     if os.environ.get("KPU_FAILPOINT_ACTION", "kill") == "hold":
-        while True:
-            time.sleep(3600)
+        while not mark or os.path.getsize(mark):  # noqa: PTH202
+            time.sleep(0.01)
+        return
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _make(mark: str) -> bool:
+    """Create the file with this process's number; False where it stands already."""
+    try:
+        descriptor = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, str(os.getpid()).encode())
+    finally:
+        os.close(descriptor)
+    return True

@@ -57,6 +57,7 @@ def publish_images(
 
         settled = shards.publish(_shard(name, unit, array), array, encode, agree)
         if settled is None:
+            _restore(storage, plan, unit, shards)
             return _compare(storage, plan, unit, images, row_digest)
         records[name] = settled.record
     record = ImagesRecord(
@@ -67,12 +68,18 @@ def publish_images(
         masked_digest=mask_digest(images.masked),
         arrays=records,
     )
-    if not storage.publish(marker, seal_document(record.model_dump(mode="json")), run=run):
-        record = _compare(storage, plan, unit, images, row_digest)
+    won = storage.publish(marker, seal_document(record.model_dump(mode="json")), run=run)
+    _restore(storage, plan, unit, shards)
+    failpoint("unit.images")
+    return record if won else _compare(storage, plan, unit, images, row_digest)
+
+
+def _restore(storage: Storage, plan: Plan, unit: int, shards: UnitShards) -> None:
+    record = load_images_record(storage, plan, unit)
+    if record is None:
+        raise CorruptError(layout.commit(layout.IMAGES, unit), "vanished while it was read", unit=unit)
     layouts = image_layouts(plan.rows, plan.unit_rows)
     shards.restore({_shard(name, unit, layouts[name]): shard for name, shard in record.arrays.items()})
-    failpoint("unit.images")
-    return record
 
 
 def _shard(name: str, unit: int, array: ArrayLayout) -> str:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from cache import layout
 from cache.errors import CorruptError, StorageError
@@ -146,9 +146,11 @@ class ObjectStorage:
         """Run `function` on the full path of `key`; whatever a store's client raises becomes a StorageError."""
         try:
             return function(f"{self._root}/{check_key(key)}")
-        except (FileNotFoundError, StorageError):
+        except StorageError:
             raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and action != "write":
+                raise
             raise StorageError(f"{self.url}: cannot {action} {key}: {error or type(error).__name__}") from error
 
 

@@ -25,7 +25,7 @@ from cache.storage import Storage
 STATISTICS: Final = "stats.safetensors"
 HEAD: Final = "head.safetensors"
 GROUP: Final = "zarr.json"
-_NO_DIGEST: Final = "0" * (2 * DIGEST_BYTES)
+_NO_DIGEST: Final = "." * (2 * DIGEST_BYTES)
 
 Head = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
@@ -92,7 +92,7 @@ def load_head(raw: bytes, file: str) -> Head:
 
 
 def dump_group(spec: TeacherSpec, encoding: str, files: dict[str, str]) -> bytes:
-    """`zarr.json` with a digest of its own bytes in which the digest's place is taken by zeros."""
+    """`zarr.json` with a digest of its own bytes in which the digest's place is taken by dots."""
     attributes = {
         "spec": spec.model_dump(mode="json"),
         "model_fingerprint": spec.model_fingerprint,

@@ -102,7 +102,7 @@ class UnitShards:
         raise _contested(key)
 
     def restore(self, records: Mapping[str, ShardRecord]) -> None:
-        """See to it that what stands is what the commit record describes, now that it stands; `records` by key.
+        """See to it that of what was published here, that stands which the commit record describes; `records` by key.
 
         Two workers whose values disagree may each find the other's shard without a commit record, and move it aside
         in the same moment in which the other creates that record. Each then holds the other's bytes.
@@ -110,8 +110,8 @@ class UnitShards:
         Raises:
             CorruptError: another shard stands, and nobody here ever saw the committed one.
         """
-        for key, record in records.items():
-            array = self._published[key].array
+        for key, published in self._published.items():
+            array, record = published.array, records[key]
             for _ in range(_ATTEMPTS):
                 if shard_stands(self._storage, key, array, self._unit, record):
                     break

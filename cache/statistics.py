@@ -57,7 +57,7 @@ def snap(mean: F64, std: F64, step: float) -> tuple[F32, F32]:
     In float32, `centre = k * scale` for an integer k near `mean / scale`; then a raw 0 is stored as -k, and
     `centre + scale * -k` is exactly 0.
     """
-    scale = (step * std).astype(np.float32)
+    scale = np.maximum(step * std, np.finfo(np.float32).tiny).astype(np.float32)
     steps = np.rint(mean / scale.astype(np.float64)).astype(np.float32)
     return steps * scale, scale
 

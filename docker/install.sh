@@ -30,8 +30,8 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 base=${PYTHON:-python3}
 if [[ ! -x $venv/bin/python ]]; then
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "install.sh: expected Python 3.11 or newer, found $("$base" --version 2>&1);" \
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+        echo "install.sh: expected Python 3.11 or newer as $base, found $("$base" --version 2>/dev/null || echo none);" \
             "name another interpreter with PYTHON=..." >&2
         exit 2
     }

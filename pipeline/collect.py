@@ -24,12 +24,6 @@ class UnitFeatures:
     outputs: dict[str, EncodedOutput]
     finite: np.ndarray
 
-    def fill(self, masked: np.ndarray, fills: Mapping[str, float]) -> None:
-        """Overwrite masked rows (bool [n]) with each output's fill value."""
-        if masked.any():
-            for name, output in self.outputs.items():
-                output.stored[masked] = fills[name]
-
 
 @dataclass
 class Computed:

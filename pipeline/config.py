@@ -1,10 +1,9 @@
 """The configuration of `kpu-cache extract`: one schema for the file, the flags and the record kept with the cache."""
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,8 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cache import layout
 from cache.errors import ConfigError
 from cache.spec import CodecSpec
+from pipeline.config_errors import explain
 
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
+Auto = Literal["auto"]
+
+# A field's description is what a message says was expected.
+_COUNT = "a whole number above 0"
+_COUNT_OR_NULL = f"{_COUNT}, or null"
+_COUNT_OR_AUTO = f"{_COUNT}, or auto"
+_THREE = "three numbers, of red, green and blue, or null"
+_MODEL = "timm:<model>, hf:<id or folder> or torch:<module or path/to/file.py>:<factory>"
 
 
 class Section(BaseModel):
@@ -25,34 +34,46 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images are. `image`, `label` and `key` name columns or members where the default is not right."""
 
-    source: str | tuple[str, ...]
-    image: str | None = None
-    label: str | None = None
-    key: str | None = None
-    limit: Positive | None = None
+    source: Text | tuple[Text, ...] = Field(description="a path, URL or pattern, or a list of them")
+    image: Text | None = Field(default=None, description="a name, or null")
+    label: Text | None = Field(default=None, description="a name, or null")
+    key: Text | None = Field(default=None, description="a name, or null")
+    limit: Positive | None = Field(default=None, description=_COUNT_OR_NULL)
 
 
 class InputConfig(Section):
     """What to change of a teacher's own preprocessing; `crop` is timm's crop_pct."""
 
-    size: Positive | tuple[Positive, Positive] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    size: Positive | tuple[Positive, Positive] | None = Field(
+        default=None, description="a whole number of pixels above 0, [height, width], or null"
+    )
+    mean: tuple[float, float, float] | None = Field(default=None, description=_THREE)
+    std: tuple[float, float, float] | None = Field(default=None, description=_THREE)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        default=None, description="nearest, bilinear, bicubic, lanczos or null"
+    )
+    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="a number above 0, at most 1, or null"
+    )
 
 
 class TeacherConfig(Section):
     """One frozen teacher. `model` is `timm:<model>`, `hf:<id or folder>` or `torch:<module or file.py>:<factory>`."""
 
-    model: str
-    weights: str | None = None
-    outputs: tuple[Literal["global", "patch"], ...] = ("global", "patch")
-    layers: tuple[int | str, ...] = ()
-    labels: tuple[int | None, ...] | None = None
+    model: str = Field(description=_MODEL)
+    weights: Text | None = Field(
+        default=None, description="the path of a weights file, random, or null for the model's own"
+    )
+    outputs: tuple[Literal["global", "patch"], ...] = Field(
+        default=("global", "patch"), description="a list of global and patch, or of one of them"
+    )
+    layers: tuple[int | str, ...] = Field(default=(), description="a list of numbers or names of layers")
+    labels: tuple[int | None, ...] | None = Field(
+        default=None, description="a list of whole numbers and nulls, or null"
+    )
     input: InputConfig | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(default="auto", description="auto, fp32, bf16 or fp16")
+    compile: bool = Field(default=False, description="true or false")
     codec: CodecSpec | None = None
 
     @field_validator("model")
@@ -60,10 +81,7 @@ class TeacherConfig(Section):
     def _known_kind(cls, value: str) -> str:
         kind, separator, rest = value.partition(":")
         if not separator or not rest or kind not in ("timm", "hf", "torch"):
-            raise ValueError(
-                "expected timm:<model>, hf:<id or folder> or torch:<module or path/to/file.py>:<factory>, "
-                f"found {value!r}"
-            )
+            raise ValueError(f"expected {_MODEL}, found {value!r}")
         if kind == "torch" and ":" not in rest:
             raise ValueError(f"expected torch:<module or path/to/file.py>:<factory>, found {value!r}")
         return value
@@ -85,27 +103,33 @@ class TeacherConfig(Section):
 class ExecutorConfig(Section):
     """Who computes. `threads` is CPU threads of one worker; `batch_size` is in images."""
 
-    kind: Literal["inline", "ray"] = "inline"
-    address: str | None = None
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    workers: Positive | Literal["auto"] = "auto"
-    threads: Positive | Literal["auto"] = "auto"
-    batch_size: Positive = 64
+    kind: Literal["inline", "ray"] = Field(default="inline", description="inline or ray")
+    address: Text | None = Field(default=None, description="the address of a Ray cluster, or null")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
+        default="auto", description="a number from 0, or auto"
+    )
+    workers: Positive | Auto = Field(default="auto", description=_COUNT_OR_AUTO)
+    threads: Positive | Auto = Field(default="auto", description=_COUNT_OR_AUTO)
+    batch_size: Positive = Field(default=64, description=_COUNT)
 
 
 class ExtractConfig(Section):
     """Everything `kpu-cache extract` needs to know."""
 
     data: DataConfig
-    views: Positive = 1
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    out: str
-    unit_rows: Literal["auto"] | Annotated[int, Field(ge=64, le=4096)] = "auto"
+    views: Positive = Field(default=1, description=_COUNT)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="a whole number from 0 to 2**63 - 1")
+    out: Text = Field(description="the path or URL of the cache to make, continue or add to")
+    unit_rows: Auto | Annotated[int, Field(ge=64, le=4096)] = Field(
+        default="auto", description="a power of two from 64 to 4096, or auto"
+    )
     codec: CodecSpec = CodecSpec()
-    calibration_rows: Positive | Literal["auto"] = "auto"
-    calibration_from: str | None = None
-    allow_nonfinite: bool = False
-    teachers: Annotated[dict[str, TeacherConfig], Field(min_length=1)]
+    calibration_rows: Positive | Auto = Field(default="auto", description=_COUNT_OR_AUTO)
+    calibration_from: Text | None = Field(default=None, description="the path or URL of another cache, or null")
+    allow_nonfinite: bool = Field(default=False, description="true or false")
+    teachers: Annotated[dict[str, TeacherConfig], Field(min_length=1)] = Field(
+        description="a mapping of at least one name to a teacher"
+    )
     executor: ExecutorConfig = ExecutorConfig()
 
     @field_validator("unit_rows")
@@ -148,8 +172,10 @@ def load_config(
         ConfigError: naming the key, what was expected and what was found.
     """
     values: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
-    for assignment in teachers:
-        name, model = _split(assignment, "--teacher", "NAME=MODEL")
+    named = [_split(assignment, "--teacher", "NAME=MODEL") for assignment in teachers]
+    for name, model in named:
+        if [other for other, _ in named].count(name) > 1:
+            raise ConfigError(f"--teacher {name}={model}: expected each name once, found {name!r} again; rename one")
         _section(values, ["teachers", name])["model"] = model
     flags = {"data.source": data, "out": out, "executor.kind": executor, "executor.address": ray_address}
     for key, value in flags.items():
@@ -158,7 +184,13 @@ def load_config(
             _section(values, parents)[leaf] = value
     for assignment in overrides:
         _assign(values, *_split(assignment, "--set", "KEY=VALUE"))
-    return validate_config(values, str(path) if path is not None else "command line")
+    config = validate_config(values, str(path) if path is not None else "command line")
+    if ray_address is not None and config.executor.kind != "ray":
+        raise ConfigError(
+            f"--ray-address {ray_address}: expected with executor.kind ray, found {config.executor.kind}; add "
+            "--executor ray"
+        )
+    return config
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:
@@ -166,20 +198,44 @@ def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:
     try:
         return ExtractConfig.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+        raise ConfigError(f"{where}: {explain(error, ExtractConfig, values)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if values is None:  # an empty file
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     return values
+
+
+def _check_keys(root: Any) -> None:
+    """Raise where a key stands twice in one mapping: YAML would silently take the last one."""
+    waiting, visited = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+            continue
+        visited.add(id(node))  # anchors may make loops
+        keys = set()
+        for child in node.value:
+            key, value = child if isinstance(child, tuple) else (None, child)
+            waiting.append(value)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"line {line}: expected each key once, found {key.value!r} again; remove one")
+                keys.add(key.value)
 
 
 def _split(assignment: str, flag: str, form: str) -> tuple[str, str]:
@@ -206,32 +262,3 @@ def _section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{'.'.join(path[: depth + 1])}: expected a mapping of keys, found {child!r}")
         values = child
     return values
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        known = sorted(_known_keys(location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        return f"unknown key {key!r}; {advice}"
-    if item["type"] == "missing":
-        return f"{key}: is required and was not given"
-    message = item["msg"].removeprefix("Value error, ")
-    found = "" if "found" in message else f", found {item['input']!r}"
-    return f"{key}: {message}{found}"
-
-
-def _known_keys(location: Sequence[str]) -> set[str]:
-    model: Any = ExtractConfig
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = _section_type(model.model_fields[part].annotation)
-    return set(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else set()
-
-
-def _section_type(annotation: Any) -> Any:
-    """The Section inside `Section | None` or `dict[str, Section]`."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), annotation)

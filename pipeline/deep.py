@@ -41,9 +41,8 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> Ver
 
 
 def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:
-    valid = cache.valid()
-    candidates = np.flatnonzero(valid)
-    chosen = np.random.default_rng(seed).choice(candidates, min(rows, len(candidates)), replace=False)
+    """Sorted, distinct row numbers; masked rows are among them, for their images are compared too."""
+    chosen = np.random.default_rng(seed).choice(cache.rows, min(rows, cache.rows), replace=False)
     return np.sort(chosen)
 
 

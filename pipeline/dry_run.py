@@ -1,17 +1,27 @@
 """`--dry-run`: what an extraction would take, measured on a few batches of the real source with the real teachers."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
-from cache.spec import Frozen
+from cache import layout
+from cache.commits import committed_units
+from cache.spec import Frozen, Plan, TeacherSpec
+from cache.storage import open_storage
+from cache.teachers import teacher_names
+from pipeline.calibrate import LEAST_ROWS, ROWS_PER_CHANNEL
+from pipeline.checks import check_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import open_executor
+from pipeline.measure import Measurement
 from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
-from pipeline.planning import choose_threads, choose_unit_rows, listed_rows
+from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, listed_rows
 from pipeline.runs import new_run_id
-from pipeline.sources import open_source
+from pipeline.sources import Source, open_source
+from pipeline.target import standing_plan
 from pipeline.teachers import ship
 from pipeline.worker import WorkerSetup
 
@@ -19,9 +29,15 @@ WARM_BATCHES, TIMED_BATCHES = 1, 3
 
 
 class Estimate(Frozen):
-    """What a run would cost. Rates are of one worker; sizes are of the codec's real output on the measured rows."""
+    """What a run would cost; what a cache that stands has already is left out.
+
+    `rows_left` of `rows` lack a teacher. `bytes_per_row` is by teacher and output, of the codec's real output on the
+    measured rows; `total_bytes` of all that is left. `stage_rates` are rows a second of one worker, `rows_per_second`
+    of all; `bottleneck` is the slowest stage. `seconds` includes the calibration, on one worker, but not the loading.
+    """
 
     rows: int
+    rows_left: int
     units: int
     unit_rows: int
     workers: int
@@ -32,6 +48,7 @@ class Estimate(Frozen):
     stage_rates: dict[str, float]
     bottleneck: str
     rows_per_second: float
+    calibration_rows: int
     seconds: float
     gpu_hours: float
 
@@ -40,50 +57,96 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     """List the source, load the teachers, time a few batches; nothing is written.
 
     Raises:
-        KpuError: whatever `extract` would refuse at its start.
+        KpuError: whatever `extract` would refuse at its start; teachers that are complete are not loaded to be checked.
     """
     config = resolve_paths(config)
+    standing = standing_plan(config.out)
     source = open_source(config.data)
-    shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    threads = choose_threads(config.executor, None, observer)
+    if standing is not None:
+        check_settings(standing, source, config)
+    left = _rows_left(config, standing)
+    missing = [name for name, rows in left.items() if rows] or list(left)
+    loaded = config.model_copy(update={"teachers": {name: config.teachers[name] for name in missing}})
+    shipped = {name: ship(teacher) for name, teacher in loaded.teachers.items()}
+    threads = choose_threads(config.executor, standing, observer)
     observer.phase("load", f"{len(shipped)} teachers")
-    setup = WorkerSetup(config, shipped, source.spec, threads, new_run_id())
-    with open_executor(config.executor, setup) as executor:
+    with open_executor(config.executor, WorkerSetup(loaded, shipped, source.spec, threads, new_run_id())) as executor:
         specs = [description.spec for description in executor.call("describe")]
+        check_teachers(config, specs)
         observer.phase("plan", f"listing {source.spec.root}")
-        wanted = (WARM_BATCHES + TIMED_BATCHES) * config.executor.batch_size
-        sample, rows = _list(listed_rows(source, config), wanted)
+        sample, rows = _list(source, config, standing)
         observer.phase("measure", f"{sample.num_rows} rows")
         measured = executor.call("measure", sample, WARM_BATCHES * config.executor.batch_size)
         workers, gpus = executor.workers, executor.gpus_per_worker
 
-    unit_rows = config.unit_rows if config.unit_rows != "auto" else choose_unit_rows(rows, specs)
-    sizes = [size for outputs in measured.bytes_per_row.values() for size in outputs.values()]
-    rate = measured.rows_per_second * workers
-    held = sum(spec.held_bytes_per_row for spec in specs)
+    unit_rows = standing.unit_rows if standing is not None else config.unit_rows
+    if unit_rows == "auto":
+        unit_rows = choose_unit_rows(rows, specs)
+    unit = min(unit_rows, rows)
+    left = {name: min(left[name], rows) for name in missing}
+    sizes = measured.bytes_per_row
+    seconds_per_row = _seconds_per_row(measured, overlapped=gpus > 0)
+    calibrated = _calibration_rows(config, standing, specs, rows) if any(left.values()) else 0
+    seconds = (max(left.values()) / workers + calibrated) * seconds_per_row
     return Estimate(
         rows=rows,
+        rows_left=max(left.values()),
         units=-(-rows // unit_rows),
         unit_rows=unit_rows,
         workers=workers,
-        bytes_per_row=measured.bytes_per_row,
-        total_bytes=sum(sizes) * rows,
-        largest_shard_bytes=max(sizes) * min(unit_rows, rows),
-        peak_memory_bytes=measured.resident_bytes + 2 * held * min(unit_rows, rows),
+        bytes_per_row=sizes,
+        total_bytes=sum(sum(sizes[name].values()) * left[name] for name in missing),
+        largest_shard_bytes=unit * max(size for outputs in sizes.values() for size in outputs.values()),
+        peak_memory_bytes=measured.resident_bytes + 2 * unit * sum(spec.held_bytes_per_row for spec in specs),
         stage_rates=measured.stage_rates,
         bottleneck=min(measured.stage_rates, key=lambda stage: measured.stage_rates[stage]),
-        rows_per_second=rate,
-        seconds=rows / rate,
-        gpu_hours=rows / rate * workers * gpus / 3600,
+        rows_per_second=workers / seconds_per_row,
+        calibration_rows=calibrated,
+        seconds=seconds,
+        gpu_hours=seconds * workers * gpus / 3600,
     )
 
 
-def _list(tables: Iterator[pa.Table], wanted: int) -> tuple[pa.Table, int]:
-    """The first `wanted` rows, and how many there are."""
+def _rows_left(config: ExtractConfig, standing: Plan | None) -> dict[str, int]:
+    """By teacher, rows in units that it has not committed; of a cache that does not stand, more than it can have."""
+    if standing is None:
+        return dict.fromkeys(config.teachers, sys.maxsize)
+    storage = open_storage(config.out)
+    lengths = np.array([len(standing.unit_range(unit)) for unit in range(standing.units)])
+    done = {name: committed_units(storage, layout.teacher(name), standing.units) for name in config.teachers}
+    return {name: int(lengths[~committed].sum()) for name, committed in done.items()}
+
+
+def _list(source: Source, config: ExtractConfig, standing: Plan | None) -> tuple[pa.Table, int]:
+    """The rows to measure, from the head of the listing, and how many rows there are."""
+    if standing is not None:
+        check_listing(open_storage(config.out), standing, source, config)
+    wanted = (WARM_BATCHES + TIMED_BATCHES) * config.executor.batch_size
     head: list[pa.Table] = []
     rows = 0
-    for table in tables:
+    for table in listed_rows(source, config):
         if rows < wanted:
             head.append(table.slice(0, wanted - rows))
         rows += table.num_rows
-    return pa.concat_tables(head), rows
+        if standing is not None and rows >= wanted:
+            break
+    return pa.concat_tables(head), rows if standing is None else standing.rows
+
+
+def _calibration_rows(config: ExtractConfig, standing: Plan | None, specs: Sequence[TeacherSpec], rows: int) -> int:
+    """Rows that the teachers which are not calibrated yet have to see before their first unit."""
+    published = set(teacher_names(open_storage(config.out))) if standing is not None else set()
+    widths = [output.channels for spec in specs if spec.name not in published for output in spec.outputs]
+    if config.calibration_from is not None or not widths:
+        return 0
+    wanted = config.calibration_rows
+    return min(rows, max(LEAST_ROWS, ROWS_PER_CHANNEL * max(widths)) if wanted == "auto" else wanted)
+
+
+def _seconds_per_row(measured: Measurement, *, overlapped: bool) -> float:
+    """Of one worker. Encoding runs beside the next unit's computing; on a CPU both want the same cores."""
+    together = 1 / measured.rows_per_second
+    if not overlapped or "encode" not in measured.stage_rates:
+        return together
+    encode = 1 / measured.stage_rates["encode"]
+    return max(together - encode, encode)

@@ -6,10 +6,10 @@ Whatever was done before is found in the cache and not done again, so the same c
 from collections.abc import Iterator
 from time import perf_counter
 
+from cache import layout
 from cache.commits import committed_units
 from cache.errors import IncompleteError, NotACacheError
 from cache.failpoints import failpoint
-from cache.layout import teacher as teacher_folder
 from cache.leases import collect_garbage, lease
 from cache.plans import load_plan
 from cache.spec import Plan
@@ -66,7 +66,7 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
 
             _work_off(storage, plan, config, executor, run, observer, units)
             failpoint("run.finished")
-            summary = run.finish(_remaining(storage, plan, config, None))
+            summary = run.finish(remaining_tasks(storage, plan, config, None))
     collect_garbage(storage, quarantine=False)
     observer.end(summary)
     return summary
@@ -90,10 +90,10 @@ def _work_off(
     units: frozenset[int] | None,
 ) -> None:
     """Run every pending unit; stop early where nothing succeeds any more."""
-    remaining = sum(len(plan.unit_range(task.unit)) for task in _remaining(storage, plan, config, units))
+    remaining = sum(len(plan.unit_range(task.unit)) for task in remaining_tasks(storage, plan, config, units))
     observer.begin(total=plan.rows, pending=remaining, workers=executor.workers)
     in_a_row = 0
-    for report in executor.run(_remaining(storage, plan, config, units)):
+    for report in executor.run(remaining_tasks(storage, plan, config, units)):
         run.record(report)
         observer.report(report)
         in_a_row = in_a_row + 1 if report.failures else 0
@@ -103,12 +103,15 @@ def _work_off(
             )
 
 
-def _remaining(storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None) -> Iterator[Task]:
-    """Tasks that are left, in order of units. Looked up again as they are drawn: another driver may have done some."""
-    done = {name: committed_units(storage, teacher_folder(name), plan.units) for name in config.teachers}
-    for unit in range(plan.units):
-        if units is not None and unit not in units:
-            continue
-        missing = tuple(name for name, units_done in done.items() if not units_done[unit])
+def remaining_tasks(storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None) -> Iterator[Task]:
+    """Tasks that are left, in order of units; each is looked up again when drawn, for another driver may have done it."""
+    folders = {name: layout.teacher(name) for name in config.teachers}
+    done = {name: committed_units(storage, folder, plan.units) for name, folder in folders.items()}
+    for unit in range(plan.units) if units is None else sorted(units):
+        missing = tuple(
+            name
+            for name, folder in folders.items()
+            if not done[name][unit] and storage.size(layout.commit(folder, unit)) is None
+        )
         if missing:
             yield Task(unit, missing)

@@ -11,6 +11,7 @@
 
 import ctypes
 import io
+import logging
 import re
 import struct
 import warnings
@@ -95,6 +96,7 @@ def _settle() -> None:
 def _formats() -> tuple[str, ...]:
     Image.init()
     _quiet_libtiff()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints its errors where nobody asked
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

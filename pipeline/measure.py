@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -38,8 +39,10 @@ def measurement(rows: int, started: float, watch: Stopwatch, sizes: dict[str, di
     )
 
 
-def encoded_sizes(features: UnitFeatures, outputs: tuple[OutputSpec, ...], grids: Mapping[str, Grid]) -> dict[str, int]:
-    """Bytes of each output's shard, as `extract` would write it."""
+def encoded_sizes(
+    features: UnitFeatures, outputs: tuple[OutputSpec, ...], grids: Mapping[str, Grid], pool: Executor | None = None
+) -> dict[str, int]:
+    """Bytes of each output's shard, as `extract` would write it; compressed in the threads of `pool`."""
     sizes = {}
     for output in outputs:
         stored = features.outputs[output.name].stored
@@ -53,5 +56,5 @@ def encoded_sizes(features: UnitFeatures, outputs: tuple[OutputSpec, ...], grids
             fill=grid.fill,
             compressed=grid.compressed,
         )
-        sizes[output.name] = len(encode_shard(stored, layout).data)
+        sizes[output.name] = len(encode_shard(stored, layout, pool=pool).data)
     return sizes

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from cache.errors import MismatchError
-from cache.plans import check_same_plan, load_plan, publish_plan
-from cache.samples import Fingerprint, sample_schema, split_parts
+from cache.plans import load_plan, publish_plan
+from cache.samples import Fingerprint, Samples, sample_schema, split_parts
 from cache.spec import CodecSpec, OutputSpec, Plan, TeacherSpec
 from cache.storage import Storage
 from pipeline.config import ExecutorConfig, ExtractConfig
@@ -71,9 +71,11 @@ def plan_cache(
     """
     standing = load_plan(storage)
     if standing is not None:
-        _check_settings(standing, source, config)
+        check_settings(standing, source, config)
+        check_listing(storage, standing, source, config)
+        return standing
     tables = listed_rows(source, config)
-    unit_rows = standing.unit_rows if standing is not None else config.unit_rows
+    unit_rows = config.unit_rows
     if unit_rows == "auto":
         head, tables = _peek(tables, UNITS_WANTED * LARGEST_UNIT)
         unit_rows = choose_unit_rows(sum(table.num_rows for table in head), teachers)
@@ -93,21 +95,69 @@ def plan_cache(
             metadata=metadata,
         )
 
-    parts = split_parts(tables, unit_rows)
-    if standing is None:
-        return publish_plan(storage, parts, build, run, unit_rows=unit_rows)
-    fingerprint = Fingerprint()
-    rows = 0
-    for part in parts:
-        fingerprint.update(part)
-        rows += part.num_rows
-    if rows != standing.rows:
+    return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
+
+
+def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
+    """Compare what the configuration says of rows with the plan that stands, before anything is listed.
+
+    Raises:
+        MismatchError: naming the first setting that differs.
+    """
+    pairs: list[tuple[str, object, object]] = [("views", plan.views, config.views), ("seed", plan.seed, config.seed)]
+    if config.unit_rows != "auto":
+        pairs.append(("unit_rows", plan.unit_rows, config.unit_rows))
+    pairs.append(("data.source", f"a {plan.source.kind} source", f"a {source.spec.kind} source"))
+    columns = ((name, plan.source.options.get(name), source.spec.options.get(name)) for name in plan.source.options)
+    pairs += [(f"data.{name}", there, here) for name, there, here in columns]
+    for name, there, here in pairs:
+        if there != here:
+            raise MismatchError(
+                f"{name}: the cache at {config.out} was made with {there}, found {here}; use the same, or another `out`"
+            )
+
+
+def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractConfig) -> None:
+    """List the source again and compare it with the plan that stands.
+
+    Raises:
+        MismatchError: naming the first row that differs.
+        SourceError: the source cannot be listed.
+    """
+    fingerprint, rows = Fingerprint(), 0
+    for table in listed_rows(source, config):
+        fingerprint.update(table)
+        rows += table.num_rows
+    if (fingerprint.hexdigest(), rows, source.classes) != (plan.fingerprint, plan.rows, plan.classes):
         raise MismatchError(
-            f"data.source: the cache was planned for {standing.rows} rows, the source now lists {rows}; restore the "
-            "images that were there, or extract to another `out`"
+            f"data.source: the cache at {config.out} was made from other data: "
+            f"{_difference(Samples(storage, plan), plan, source, config, rows)}; restore the images that were there, "
+            "or extract to another `out`"
         )
-    check_same_plan(standing, build(fingerprint.hexdigest(), (), standing.samples, {}))
-    return standing
+
+
+def _difference(samples: Samples, plan: Plan, source: Source, config: ExtractConfig, rows: int) -> str:
+    """The first row in which a listing of `rows` rows differs from the sample table, as expected and found."""
+    counts = f"expected {plan.rows:,} rows, found {rows:,}; " if rows != plan.rows else ""
+    start = 0
+    for part, here in enumerate(split_parts(listed_rows(source, config), plan.unit_rows)):
+        there = samples.part(part) if part < samples.parts else samples.schema.empty_table()
+        if not there.equals(here):
+            pairs = itertools.zip_longest(there.to_pylist(), here.to_pylist())
+            row, expected, found = next((row, a, b) for row, (a, b) in enumerate(pairs) if a != b)
+            return f"{counts}row {start + row}: {_contrast(expected, found)}"
+        start += here.num_rows
+    if rows < plan.rows:
+        return f"{counts}row {rows}: {_contrast(samples.take([rows]).to_pylist()[0], None)}"
+    return f"expected the classes {plan.classes}, found {source.classes}"
+
+
+def _contrast(expected: dict[str, object] | None, found: dict[str, object] | None) -> str:
+    if expected is None or found is None or expected["key"] != found["key"]:
+        there, here = (repr(record["key"]) if record else "no image" for record in (expected, found))
+        return f"expected {there}, found {here}"
+    name = next(name for name in expected if expected[name] != found[name])
+    return f"expected {name} {expected[name]!r} for {expected['key']!r}, found {found[name]!r}"
 
 
 def listed_rows(source: Source, config: ExtractConfig) -> Iterator[pa.Table]:
@@ -123,7 +173,7 @@ def listed_rows(source: Source, config: ExtractConfig) -> Iterator[pa.Table]:
 
 
 def _draws(samples: pa.Table, config: ExtractConfig) -> pa.FixedSizeListArray:
-    keys = samples["key"].to_pylist() if config.views > 1 else range(samples.num_rows)
+    keys = samples["key"].to_pylist() if config.views > 1 else [""] * samples.num_rows  # one view needs no draws
     return draw_views(keys, config.views, config.seed)
 
 
@@ -137,15 +187,3 @@ def _peek(batches: Iterator[pa.Table], rows: int) -> tuple[list[pa.Table], Itera
         if seen >= rows:
             break
     return head, batches
-
-
-def _check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
-    pairs = [("views", plan.views, config.views), ("seed", plan.seed, config.seed)]
-    if config.unit_rows != "auto":
-        pairs.append(("unit_rows", plan.unit_rows, config.unit_rows))
-    pairs.append(("data.source (kind)", plan.source.kind, source.spec.kind))
-    for name, there, here in pairs:
-        if there != here:
-            raise MismatchError(
-                f"{name}: {config.out} was made with {there}, this run asks for {here}; use the same, or another `out`"
-            )

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
+from threading import Lock, local
 from time import perf_counter
 
 STAGES = ("read", "decode", "forward", "quantise", "encode", "publish")
@@ -38,19 +38,23 @@ class UnitReport:
     failures: tuple[Failure, ...] = ()
 
 
-@dataclass
 class Stopwatch:
-    """Adds up busy seconds by stage, from several threads."""
+    """Adds up busy seconds by stage, from several threads. A stage inside another counts for itself alone."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    _lock: Lock = field(default_factory=Lock, repr=False)
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._lock = Lock()
+        self._inner = local()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        outer = getattr(self._inner, "seconds", 0.0)
+        self._inner.seconds = 0.0
         start = perf_counter()
         try:
             yield
         finally:
             elapsed = perf_counter() - start
             with self._lock:
-                self.seconds[stage] += elapsed
+                self.seconds[stage] += elapsed - self._inner.seconds
+            self._inner.seconds = outer + elapsed

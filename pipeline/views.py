@@ -7,8 +7,9 @@ workers changes them.
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +18,6 @@ DRAWS: Final = 5
 SCALE: Final = (0.08, 1.0)
 RATIO: Final = (3 / 4, 4 / 3)
 TRIES: Final = 10
-
-# Steps of the R2 low-discrepancy sequence: powers of the inverse plastic number (M. Roberts, 2018).
-_STEP_AREA, _STEP_RATIO = 0.7548776662466927, 0.5698402909980532
 
 Box = tuple[int, int, int, int]
 """Left, upper, right, lower in pixels; right and lower are just outside."""
@@ -54,8 +52,19 @@ def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.FixedSizeListAr
             state = base.copy()
             state.update(number + name)
             digests += state.digest()
-    bits = np.frombuffer(bytes(digests), "<u8") >> np.uint64(11)
-    return pa.FixedSizeListArray.from_arrays(pa.array(bits * 2.0**-53), DRAWS)
+    return pa.FixedSizeListArray.from_arrays(pa.array(_uniform(bytes(digests))), DRAWS)
+
+
+def _uniform(digests: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Random bytes as float64 in [0, 1), eight bytes each."""
+    return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+
+
+def _further(area: float, shape: float, attempt: int) -> tuple[float, float]:
+    """Two numbers for one more try, a pure function of the two that did not fit."""
+    state = hashlib.blake2b(struct.pack("<ddI", area, shape, attempt), digest_size=16, person=b"kpu-views")
+    first, second = _uniform(state.digest()).tolist()
+    return first, second
 
 
 def resolve_view(
@@ -70,7 +79,7 @@ def resolve_view(
     The box is that of torchvision's RandomResizedCrop: area uniform in `scale` times the image's, the logarithm of its
     width / height uniform in that of `ratio`, place uniform. Where the box does not fit, area and ratio are tried
     again, ten times in all, then the largest central box within `ratio` is taken. torchvision draws new numbers for
-    each try; here the two numbers are shifted along a low-discrepancy sequence, so that five are always enough.
+    each try; here they are hashed from the first two, so that five are always enough.
     """
     if draws is None:
         return FULL
@@ -78,8 +87,9 @@ def resolve_view(
     flip = mirror < 0.5
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(TRIES):
-        target = width * height * (scale[0] + (scale[1] - scale[0]) * ((area + attempt * _STEP_AREA) % 1.0))
-        aspect = math.exp(low + (high - low) * ((shape + attempt * _STEP_RATIO) % 1.0))
+        first, second = (area, shape) if attempt == 0 else _further(area, shape, attempt)
+        target = width * height * (scale[0] + (scale[1] - scale[0]) * first)
+        aspect = math.exp(low + (high - low) * second)
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(across * (width - w + 1)), int(down * (height - h + 1))

@@ -21,7 +21,8 @@ from cache.failpoints import failpoint
 from cache.fidelity import RowFidelity, measure
 from cache.plans import load_plan
 from cache.samples import Samples, row_digest
-from cache.spec import ImageStatus, Plan, SourceSpec, TeacherSpec
+from cache.shardwriter import ArrayLayout, Shard, encode_shard
+from cache.spec import DEFAULT_STEP, ImageStatus, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
 from cache.storage import open_storage
 from cache.teachers import PublishedTeacher, load_teacher
@@ -156,7 +157,7 @@ class Worker:
                     f"calibration of teacher {name!r}, output {output!r}: expected at least 2 usable rows, found "
                     f"{total.count}; the images of the calibration sample cannot be decoded"
                 )
-        step = self._config.codec_of(name).step
+        step = self._config.codec_of(name).step or DEFAULT_STEP
         return {output: total.finish(step) for output, total in totals.items()}
 
     def _prepare(self, name: str) -> None:
@@ -203,7 +204,6 @@ class Worker:
     ) -> int:
         """Publish one teacher's shards and record; bytes written."""
         published, features = self._published[name], computed.teachers[name]
-        features.fill(~valid | nonfinite, {output: grid.fill for output, grid in published.grids.items()})
         with watch("publish"):
             record = publish_unit(
                 self._storage,
@@ -215,10 +215,14 @@ class Worker:
                 nonfinite,
                 digest,
                 self._setup.run,
-                pool=self._pool,
                 remeasure=partial(self._remeasure, unit, name),
+                encode=partial(self._encode, watch),
             )
         return sum(output.bytes for output in record.outputs.values())
+
+    def _encode(self, watch: Stopwatch, values: np.ndarray, layout: ArrayLayout) -> Shard:
+        with watch("encode"):
+            return encode_shard(values, layout, pool=self._pool)
 
     def _remeasure(self, unit: int, name: str, output: str, stored: np.ndarray) -> RowFidelity:
         """How well `stored`, which somebody else published, stands for the features of this unit."""

@@ -4,6 +4,7 @@ Usage: python examples/demo/look.py [CACHE]
 """
 
 import argparse
+import warnings
 
 import numpy as np
 import zarr
@@ -16,6 +17,7 @@ ROWS_SHOWN = 64
 
 def look_with_zarr(path: str) -> None:
     """List every teacher's arrays as any Zarr reader sees them, and turn some integers back into features."""
+    warnings.filterwarnings("ignore", "Object at", zarr.errors.ZarrUserWarning)  # commits and statistics lie beside
     teachers = zarr.open_group(path, mode="r")["teachers"]
     reader = open_cache(path)
     for teacher, group in sorted(teachers.groups()):

@@ -21,7 +21,8 @@ class Executor(Protocol):
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         """Run `Worker.extract` over `tasks`, at most two units in flight per worker; yield reports as they come.
 
-        `tasks` is drawn lazily, when a worker has room. Closing the iterator waits for what is in flight.
+        `tasks` is drawn lazily, when a worker has room. Closing the iterator gives up what is in flight; a unit whose
+        features are computed may still be committed.
         """
 
 

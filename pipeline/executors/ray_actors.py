@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, chdir
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -13,14 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cache.errors import ConfigError, KpuError, TeacherError
+from cache.errors import ConfigError, IncompleteError, KpuError
 from pipeline.config import ExecutorConfig
+from pipeline.executors.room import count_workers, gpus_per_worker
 from pipeline.reports import Failure, Task, UnitReport
 from pipeline.worker import Worker, WorkerSetup
 
 IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
 OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
+ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
 
 
 class ActorWorker(Worker):
@@ -32,10 +36,14 @@ class ActorWorker(Worker):
 
 @dataclass
 class _Seat:
-    """One place for an actor and the units it holds; `ready` is pending until the actor runs."""
+    """One place for an actor and the units it holds; `ready` is pending until `run` knows that the actor runs.
+
+    `attempt` counts actors in this place, this one included, since the last that was known to run.
+    """
 
     actor: Any
     ready: Any
+    attempt: int
     flying: dict[Any, Task] = field(default_factory=dict)
 
 
@@ -75,11 +83,13 @@ class RayExecutor:
     def __enter__(self) -> "RayExecutor":
         try:
             self._connect()
-            self.gpus_per_worker = _gpus_per_worker(self._config)
-            self._actor_class = ray.remote(ActorWorker).options(  # type: ignore[attr-defined]
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self.gpus_per_worker = gpus_per_worker(nodes, self._config)
+            actor_class: Any = ray.remote(ActorWorker)
+            self._actor_class = actor_class.options(
                 num_cpus=self._setup.threads, num_gpus=self.gpus_per_worker, max_concurrency=IN_FLIGHT, max_restarts=0
             )
-            self.workers = _count_workers(self._config, self._setup.threads, self.gpus_per_worker)
+            self.workers = count_workers(nodes, self._config, self._setup.threads, self.gpus_per_worker)
             self._seats = [self._seat() for _ in range(self.workers)]
         except BaseException:
             self._cleanup.close()
@@ -101,13 +111,14 @@ class RayExecutor:
         local = address is None and "RAY_ADDRESS" not in os.environ
         extra: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if local else {}
         try:
-            ray.init(
-                address="local" if local else address,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **extra,
-            )
+            with _sigterm_kept():
+                ray.init(
+                    address="local" if local else address,
+                    include_dashboard=False if local else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **extra,
+                )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"executor.address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start "
@@ -115,17 +126,19 @@ class RayExecutor:
             ) from None
         self._cleanup.callback(ray.shutdown)
 
-    def _seat(self) -> _Seat:
+    def _seat(self, attempt: int = 1) -> _Seat:
         actor = self._actor_class.remote(self._setup)
-        return _Seat(actor, actor.ping.remote())
+        return _Seat(actor, actor.ping.remote(), attempt)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        try:
-            return ray.get(getattr(self._seats[0].actor, method).remote(*arguments))
-        except RayTaskError as error:
-            raise _unwrap(error) from None
-        except RayActorError as error:
-            raise _death(error) from None
+        while True:
+            seat = self._seats[0]
+            try:
+                return ray.get(getattr(seat.actor, method).remote(*arguments))
+            except RayActorError as error:
+                self._replace(seat, error)
+            except RayError as error:
+                raise _unwrap(error) from None
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         queue, deaths = _Queue(tasks), Counter[int]()
@@ -136,22 +149,21 @@ class RayExecutor:
             if not flying and not queue:
                 return
             arriving = {seat.ready: seat for seat in self._seats if seat.ready is not None}
-            done, _ = ray.wait([*flying, *arriving], num_returns=1)
-            seat = flying.get(done[0]) or arriving[done[0]]
+            (done, *_), _ = ray.wait([*flying, *arriving], num_returns=1)
+            seat = flying.get(done) or arriving[done]
             try:
-                report = ray.get(done[0])
-            except RayTaskError as error:
-                raise _unwrap(error) from None
+                report = ray.get(done)
             except RayActorError as error:
-                if done[0] is seat.ready:  # it never ran: the next one would not either
-                    raise _death(error) from None
-                yield from self._bury(seat, error, queue, deaths)
-                continue
-            if done[0] is seat.ready:
-                seat.ready = None
+                self._replace(seat, error)
+                yield from _last_reports(seat, queue, deaths)
+            except RayError as error:
+                raise _unwrap(error) from None
             else:
-                del seat.flying[done[0]]
-                yield report
+                if done == seat.ready:
+                    seat.ready = None
+                else:
+                    del seat.flying[done]
+                    yield report
 
     def _fill(self, seat: _Seat, queue: _Queue, deaths: Counter[int]) -> None:
         """Give a worker that runs its next units: two at most, a suspect only alone."""
@@ -167,59 +179,71 @@ class RayExecutor:
     def _submit(self, seat: _Seat, task: Task) -> None:
         seat.flying[seat.actor.extract.remote(task)] = task
 
-    def _bury(self, seat: _Seat, error: RayActorError, queue: _Queue, deaths: Counter[int]) -> Iterator[UnitReport]:
-        """Replace a dead actor; its units are tried again or reported."""
-        lost = list(seat.flying.values())
-        self._seats[self._seats.index(seat)] = self._seat()
-        for task in lost:
+    def _replace(self, seat: _Seat, error: RayActorError) -> None:
+        """Put a new actor in the place of a dead one.
+
+        Raises:
+            KpuError: the constructor raised it, so the next actor's would too.
+            IncompleteError: actors in this place keep dying before they run.
+        """
+        if error.actor_init_failed:
+            raise _constructor_error(error) from None
+        attempt = 1 if seat.ready is None else seat.attempt + 1
+        if attempt > DEATHS_ALLOWED:
+            raise IncompleteError(
+                f"a Ray worker died {DEATHS_ALLOWED} times while it loaded or calibrated the teachers "
+                f"({_detail(error)}); {ADVICE}"
+            ) from None
+        ray.kill(seat.actor)  # where it is only out of reach, it must not go on beside the new one
+        self._seats[self._seats.index(seat)] = self._seat(attempt)
+
+
+def _last_reports(seat: _Seat, queue: _Queue, deaths: Counter[int]) -> Iterator[UnitReport]:
+    """What becomes of the units of a dead worker: done before it died, tried again, or failed."""
+    for reference, task in seat.flying.items():
+        try:
+            yield ray.get(reference)
+        except RayActorError as error:
             deaths[task.unit] += 1
             if deaths[task.unit] < DEATHS_ALLOWED:
                 queue.suspects.append(task)
                 continue
-            reason = f"its worker died {DEATHS_ALLOWED} times while holding this unit ({_first_line(error)})"
+            reason = f"its worker died {DEATHS_ALLOWED} times while it held this unit ({_detail(error)}); {ADVICE}"
             yield UnitReport(task, 0, 0, 0, {}, (Failure(task.unit, None, reason),))
+        except RayError as error:
+            raise _unwrap(error) from None
 
 
-def _gpus_per_worker(config: ExecutorConfig) -> float:
-    if config.gpus_per_worker != "auto":
-        return config.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM: Ray replaces it by one that exits without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's handler was at work already
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
-def _count_workers(config: ExecutorConfig, threads: int, gpus: float) -> int:
-    """As many workers as the cluster can hold, or the number asked for if it fits.
-
-    Raises:
-        ConfigError: the cluster has no room for one worker, or for as many as asked for.
-    """
-    resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 0) // threads)
-    if gpus:
-        room = min(room, int(resources.get("GPU", 0) / gpus + 1e-9))
-    wanted = room if config.workers == "auto" else config.workers
-    if room < max(wanted, 1):
-        raise ConfigError(
-            f"executor.workers: {max(wanted, 1)} workers of {threads} CPU threads and {gpus:g} GPUs do not fit the "
-            f"cluster, which has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; ask for fewer "
-            "workers, threads or gpus_per_worker"
-        )
-    return wanted
+def _unwrap(error: RayError) -> BaseException:
+    """What an actor raised, or what went wrong with Ray itself."""
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, KpuError) else error
+    return IncompleteError(f"Ray failed: {_detail(error)}; committed units are safe, the same command resumes")
 
 
-def _unwrap(error: RayTaskError) -> BaseException:
-    cause = error.cause
-    return cause if isinstance(cause, KpuError) else error
+def _constructor_error(error: RayActorError) -> BaseException:
+    """Ray keeps what a constructor raised only as an argument of its own error."""
+    wrapped = next((value for value in error.args if isinstance(value, RayTaskError)), None)
+    return error if wrapped is None else _unwrap(wrapped)
 
 
-def _death(error: RayActorError) -> KpuError:
-    """Why a worker died before it answered: most often its constructor raised."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KpuError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return TeacherError(f"a Ray worker died while it loaded or calibrated the teachers: {error}")
-
-
-def _first_line(error: RayError) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _detail(error: RayError) -> str:
+    """The telling sentence of Ray's message."""
+    text = str(error)
+    _, mark, detail = text.partition("Worker exit detail: ")
+    return (detail if mark else text.strip().partition("\n")[0]).partition(" Some common causes")[0].strip()

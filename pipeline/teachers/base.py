@@ -1,115 +1,27 @@
 """A frozen teacher: uint8 images in, named float32 features out.
 
-Letters: B images, H and W pixels, C RGB, T tokens, D channels.
+Letters: B images, H and W pixels, C RGB, T tokens, D channels, h and w the grid.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cache.errors import ConfigError, TeacherError
 from cache.layout import check_name
-from cache.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
-from pipeline.config import InputConfig, TeacherConfig
+from cache.spec import CodecSpec, OutputSpec, TeacherSpec
+from pipeline.config import TeacherConfig
+from pipeline.teachers.backbone import Backbone, describe, reason
 from pipeline.teachers.weights import weights_digest
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_IMAGES = 2
 _LABEL_OF_NOTHING = -1
-
-
-@dataclass
-class Backbone:
-    """A loaded model, before it is frozen and moved to a device.
-
-    `features` maps normalised float32 [B, 3, H, W] to named tensors: [B, D] for `global`, [B, D, h, w] or, where the
-    grid is square, [B, T, D] for maps. `wanted` gives, for each output in stored order, the names that `features` may
-    use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
-    logits, it is kept only if the two agree.
-    """
-
-    module: nn.Module
-    features: Callable[[Tensor], Any]
-    wanted: dict[str, tuple[str, ...]]
-    input: InputSpec
-    head: nn.Linear | None = None
-    classify: Callable[[Tensor], Any] | None = None
-    source_digest: str | None = None
-    hints: dict[str, str] = field(default_factory=dict)
-
-
-def describe(name: str, config: TeacherConfig) -> str:
-    """How messages call a teacher."""
-    return f"teacher {name!r} ({config.model})"
-
-
-def reason(error: BaseException) -> str:
-    """An unforeseen error of somebody else's code, as a clause of a message."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
-
-
-def input_spec(own: Mapping[str, Any], override: InputConfig | None, who: str) -> InputSpec:
-    """The model's own preprocessing, in timm's keys {input_size, mean, std, interpolation, crop_pct}, overridden.
-
-    Raises:
-        TeacherError: a value is missing or malformed.
-    """
-    values = {theirs: own[ours] for ours, theirs in _TIMM_KEYS.items() if ours in own}
-    if "size" in values:
-        values["size"] = tuple(values["size"])[-2:]
-    if override is not None:
-        values |= override.model_dump(exclude_none=True)
-    if isinstance(values.get("size"), int):
-        values["size"] = (values["size"], values["size"])
-    try:
-        return InputSpec(**{key: tuple(v) if isinstance(v, list | tuple) else v for key, v in values.items()})
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
-        raise TeacherError(f"{who}: preprocessing: {wrong}; give it under the teacher's `input`") from None
-
-
-_TIMM_KEYS = {
-    "input_size": "size",
-    "mean": "mean",
-    "std": "std",
-    "interpolation": "interpolation",
-    "crop_pct": "crop",
-}
-
-
-def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ...]:
-    """`config.layers` of a model with `count` blocks or stages, counted from 0; negative ones from the end.
-
-    Raises:
-        TeacherError: one is no number, is out of range, or stands twice.
-    """
-    found = []
-    for layer in config.layers:
-        if not isinstance(layer, int) or not -count <= layer < count:
-            raise TeacherError(f"{who}: layers: expected numbers from 0 to {count - 1}, found {layer!r}")
-        found.append(layer % count)
-    if len(set(found)) != len(found):
-        raise TeacherError(f"{who}: layers: expected each once, found {list(config.layers)}")
-    return tuple(found)
-
-
-def map_of_tokens(tokens_BND: Tensor, prefix: int, image: tuple[int, int]) -> Tensor | None:
-    """Tokens after `prefix` as a map [B, D, h, w] with the proportions of `image` (H, W); None if they form none."""
-    count = tokens_BND.shape[1] - prefix
-    if count < 1:
-        return None
-    height = max(1, round((count * image[0] / image[1]) ** 0.5))
-    if count % height:
-        return None
-    return tokens_BND[:, prefix:].transpose(1, 2).unflatten(2, (height, count // height))
 
 
 class Teacher:
@@ -134,13 +46,13 @@ class Teacher:
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(self.input.mean, dtype=torch.float32, device=self.device).view(shape)
         self._std = torch.tensor(self.input.std, dtype=torch.float32, device=self.device).view(shape)
-        self._features = backbone.features
+        self._features, self._compiled = backbone.features, False
         probed, head = self._probe()
         self.outputs = tuple(self._describe_output(output, tensor) for output, tensor in probed.items())
         self.head = self._check_head(head, probed)
         self.labels = self._check_labels(config)
         if config.compile:
-            self._features = torch.compile(backbone.features)
+            self._features, self._compiled = torch.compile(backbone.features), True
 
     def __call__(self, images_BHWC: Tensor) -> dict[str, Tensor]:
         """Features of uint8 [B, H, W, 3] on any device: float32 [B, D] and [B, T, D], contiguous, on the teacher's.
@@ -157,7 +69,7 @@ class Teacher:
             raw = self._forward(self._normalise(images_BHWC))
             result = {}
             for output in self.outputs:
-                tensor = self._as_tokens(output.name, self._pick(output.name, raw))
+                tensor = _as_tokens(self._pick(output.name, raw))
                 if tensor.shape != (len(images_BHWC), *output.shape):
                     raise TeacherError(
                         f"{self._who}: output {output.name!r}: expected {[len(images_BHWC), *output.shape]} as for the "
@@ -199,9 +111,16 @@ class Teacher:
                 return self._features(x_BCHW)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
-                f"{self._who}: {len(x_BCHW)} images do not fit into the device's memory ({reason(error)}); "
-                "use a smaller executor.batch_size"
-            ) from None
+                f"{self._who}: {len(x_BCHW)} images do not fit into the device's memory; use a smaller "
+                f"executor.batch_size ({reason(error)})"
+            ) from error
+        except TeacherError:
+            raise
+        except Exception as error:
+            compiled = "; try compile: false" if self._compiled else ""
+            raise TeacherError(
+                f"{self._who}: the forward pass of images {list(x_BCHW.shape)} failed{compiled}: {reason(error)}"
+            ) from error
 
     def _probe(self) -> tuple[dict[str, Tensor], nn.Linear | None]:
         """Run a batch of noise through the model: the wanted outputs as they come, and the head if it holds."""
@@ -209,14 +128,7 @@ class Teacher:
         noise = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
         with torch.inference_mode():
             x_BCHW = self._normalise(torch.from_numpy(noise))
-            try:
-                raw = self._forward(x_BCHW)
-            except TeacherError:
-                raise
-            except Exception as error:
-                raise TeacherError(
-                    f"{self._who}: the forward pass of images {list(x_BCHW.shape)} failed: {reason(error)}"
-                ) from error
+            raw = self._forward(x_BCHW)
             if not isinstance(raw, Mapping):
                 raise TeacherError(f"{self._who}: expected a dict of named tensors, found {type(raw).__name__}")
             picked = {name: self._pick(name, raw) for name in self._backbone.wanted}
@@ -231,17 +143,11 @@ class Teacher:
         names = self._backbone.wanted[name]
         found = next((raw[key] for key in names if key in raw), None)
         if found is None:
-            hint = self._backbone.hints.get(name, f"it emits {', '.join(sorted(raw)) or 'nothing'}")
-            raise TeacherError(f"{self._who}: has no output {names[0]!r}; {hint}")
+            emitted = ", ".join(map(str, raw)) or "nothing"
+            raise TeacherError(f"{self._who}: expected an output {names[0]!r}, found {emitted}; ask for one of these")
         if not isinstance(found, Tensor):
             raise TeacherError(f"{self._who}: output {name!r}: expected a tensor, found {type(found).__name__}")
         return found
-
-    def _as_tokens(self, name: str, tensor: Tensor) -> Tensor:
-        """[B, D] as it is, maps as [B, T, D]."""
-        if name != "global" and tensor.ndim == 4:
-            return tensor.flatten(2).transpose(1, 2)
-        return tensor
 
     def _describe_output(self, name: str, tensor: Tensor) -> OutputSpec:
         try:
@@ -262,7 +168,7 @@ class Teacher:
                 f"{self._who}: output {name!r}: expected floating point {expected} for B = {_PROBE_IMAGES}, "
                 f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             )
-        return OutputSpec(name=name, shape=tuple(self._as_tokens(name, tensor).shape[1:]), grid=grid)
+        return OutputSpec(name=name, shape=tuple(_as_tokens(tensor).shape[1:]), grid=grid)
 
     def _check_head(self, head: nn.Linear | None, probed: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
         if head is None:
@@ -306,8 +212,13 @@ def _agrees(head: nn.Linear, features: Tensor, logits: Any) -> bool:
     """Whether `head` on `features` gives `logits`, within what the precision of `features` allows."""
     if not isinstance(logits, Tensor) or features.ndim != 2 or features.shape[1] != head.in_features:
         return False
-    ours = torch.nn.functional.linear(features.float(), head.weight.float(), head.bias)
+    ours = features.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
     if ours.shape != logits.shape:
         return False
     tolerance = 1e-3 if features.dtype == torch.float32 else 5e-2
     return bool((ours - logits).abs().max() <= tolerance * logits.abs().max().clamp_min(1e-6))
+
+
+def _as_tokens(tensor: Tensor) -> Tensor:
+    """[B, D] and [B, T, D] as they are, [B, D, h, w] as [B, T, D]."""
+    return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor

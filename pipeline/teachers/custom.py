@@ -5,19 +5,21 @@ The factory returns an `nn.Module` that maps normalised images [B, 3, H, W] to a
 argument, or an optional `state_dict`: the tensors by name that will be loaded into what it returns, or None, so that
 it can build a head of their size. The module may have the attributes `head` (an `nn.Linear` on `global`) and
 `data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct).
+
+A file may import its neighbours, at its top or while the factory runs. It is sent to workers; its neighbours are not.
 """
 
 import difflib
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +27,10 @@ from torch import Tensor, nn
 from cache.digests import digest
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.base import Backbone, describe, input_spec, reason
+from pipeline.teachers.backbone import Backbone, describe, input_spec, reason
 from pipeline.teachers.weights import RANDOM, initialise, load_strictly, read_weights, seeded
+
+_OWN_NAME = "kpu_teacher_"
 
 
 def split_model(model: str) -> tuple[str, str]:
@@ -86,7 +90,7 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
 
 def _layers(config: TeacherConfig, who: str) -> dict[str, tuple[str, ...]]:
     """Each layer's output `<layer>.patch`, which the model may emit under that name or under the layer's own."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for layer in config.layers:
         key = f"layer{layer}" if isinstance(layer, int) else layer.removesuffix(".patch")
         if f"{key}.patch" in found:
@@ -97,22 +101,28 @@ def _layers(config: TeacherConfig, who: str) -> dict[str, tuple[str, ...]]:
 
 def _head(module: nn.Module, who: str) -> nn.Linear | None:
     head = getattr(module, "head", None)
+    if isinstance(head, nn.Identity):
+        return None
     if head is not None and not isinstance(head, nn.Linear):
         raise TeacherError(f"{who}: head: expected an nn.Linear on `global`, found {type(head).__name__}")
     return head
 
 
 def _find_factory(python_module: ModuleType, factory_name: str, who: str) -> Callable[..., Any]:
-    factory = getattr(python_module, factory_name, None)
-    if not callable(factory):
+    factory: Callable[..., Any] | None = getattr(python_module, factory_name, None)
+    if factory is None or not callable(factory):
         names = [each for each, value in vars(python_module).items() if callable(value) and not each.startswith("_")]
-        near = difflib.get_close_matches(factory_name, names, n=3) or names[:5]
-        raise TeacherError(f"{who}: has no factory {factory_name!r}; it has {', '.join(near) or 'none'}")
+        near = difflib.get_close_matches(factory_name, names, n=3)
+        advice = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(names[-5:]) or 'none'}"
+        raise TeacherError(f"{who}: has no factory {factory_name!r}; {advice}")
     return factory
 
 
 def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who: str) -> nn.Module:
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"{who}: expected a factory, found {factory!r} ({error})") from None
     arguments: dict[str, Any] = {"state_dict": state} if "state_dict" in parameters else {}
     required = [
         each.name
@@ -127,7 +137,7 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
         )
     try:
         module = factory(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TeacherError(f"{who}: the factory raised {reason(error)}") from error
     if not isinstance(module, nn.Module):
         raise TeacherError(f"{who}: expected the factory to return an nn.Module, found {type(module).__name__}")
@@ -136,18 +146,18 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
 
 @contextmanager
 def _imported(place: str, source: bytes | None, who: str) -> Iterator[ModuleType]:
-    """The module at `place`, or made from `source` where that file is absent here or another one."""
+    """The module named `place`, or the one that `source`, the content of the file `place`, makes."""
     if source is None:
         yield _import_module(place, who)
         return
     path = Path(place)
     with _siblings(path.parent):
         try:
-            yield _execute(path, source)
-        except TeacherError:
-            raise
+            module = _execute(path, source)
         except (Exception, SystemExit) as error:
-            raise TeacherError(f"{who}: {place} does not import: {reason(error)}") from error
+            hint = "" if path.is_file() else "; the file alone was sent here: install here what it imports"
+            raise TeacherError(f"{who}: {place} does not import: {reason(error)}{hint}") from error
+        yield module
 
 
 def _import_module(place: str, who: str) -> ModuleType:
@@ -159,21 +169,31 @@ def _import_module(place: str, who: str) -> ModuleType:
         raise TeacherError(f"{who}: module {place} does not import: {reason(error)}{advice}") from error
 
 
+class _BytesLoader(importlib.abc.InspectLoader):
+    """Runs exactly these bytes, never a stale compiled file, whether or not the file is on this machine."""
+
+    def __init__(self, path: str, source: bytes) -> None:
+        self._path, self._source = path, source
+
+    def get_source(self, fullname: str) -> str:  # noqa: ARG002
+        """The text, for tracebacks and tools."""
+        return importlib.util.decode_source(self._source)
+
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
+        """The compiled bytes."""
+        return self.source_to_code(self._source, self._path)
+
+
 def _execute(path: Path, source: bytes) -> ModuleType:
     """Run a file as a module of a name of its own. It stays in sys.modules: dataclasses, for one, look there."""
-    if not path.is_file() or path.read_bytes() != source:
-        folder = tempfile.TemporaryDirectory(prefix="kpu-teacher-")
-        path = Path(folder.name) / path.name
-        path.write_bytes(source)
-    else:
-        folder = None
-    name = f"kpu_teacher_{digest(str(path).encode(), source)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    name = f"{_OWN_NAME}{digest(str(path).encode(), source)}"
+    loader = _BytesLoader(str(path), source)
+    spec = importlib.util.spec_from_loader(name, loader, origin=str(path))
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    module.__dict__["__kpu_folder__"] = folder  # removed with the module
+    module.__file__ = str(path)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 
@@ -184,18 +204,29 @@ def _siblings(folder: Path) -> Iterator[None]:
     The folder stands last on the path, and only here; neighbours that were imported leave sys.modules again, so that
     a teacher from another folder with a neighbour of the same name gets its own.
     """
-    entry = str(folder.absolute())
-    before = set(sys.modules)
-    sys.path.append(entry)
+    folder = folder.absolute()
+    if str(folder) in sys.path:
+        yield
+        return
+    before = {name.partition(".")[0] for name in sys.modules}
+    sys.path.append(str(folder))
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(entry)
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file is not None and not name.startswith("kpu_teacher_") and Path(file).is_relative_to(entry):
+        sys.path.remove(str(folder))
+        new = {name for name in sys.modules if name.partition(".")[0] not in before}
+        neighbours = {name for name in new if "." not in name and _stands_in(sys.modules[name], folder)}
+        for name in new:
+            if name.partition(".")[0] in neighbours:
                 del sys.modules[name]
+
+
+def _stands_in(module: ModuleType, folder: Path) -> bool:
+    """Whether a module, or package, is a file, or folder, of `folder`."""
+    file = getattr(module, "__file__", None)
+    places = [*getattr(module, "__path__", ())] or ([file] if file is not None else [])
+    return not module.__name__.startswith(_OWN_NAME) and any(Path(place).parent == folder for place in places)
 
 
 def _source_digest(python_module: ModuleType, source: bytes | None) -> str | None:

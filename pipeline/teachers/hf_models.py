@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.base import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.backbone import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
 from pipeline.teachers.weights import RANDOM, can_reach, initialise, load_strictly, read_weights, seeded
 
 _MOST_PREFIX_TOKENS = 16
@@ -43,7 +43,7 @@ def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
     with _quiet(transformers):
         architecture = _architecture(transformers, place, options, who)
         model = _model(transformers, architecture, place, options, config, seed, who)
-        processor = _processor(transformers, place, options)
+        processor = _processor(place, options)
     spec = input_spec(_own_input(processor), config.input, who)
     count = len(getattr(architecture, "depths", ())) or getattr(architecture, "num_hidden_layers", 0)
     layers = resolve_layers(config, count, who)
@@ -184,7 +184,7 @@ def _model(
     return model.float()  # type: ignore[no-any-return]
 
 
-def _processor(transformers: Any, place: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _processor(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The model's image processor as plain values; empty where it has none."""
     from transformers.image_processing_base import ImageProcessingMixin
 

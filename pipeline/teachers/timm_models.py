@@ -12,12 +12,12 @@ from typing import Any
 
 import huggingface_hub
 import timm
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.base import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.backbone import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
 from pipeline.teachers.weights import RANDOM, can_reach, differences, initialise, load_strictly, read_weights
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -36,6 +36,7 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
     """
     who = describe(name, config)
     model_name = config.model.removeprefix("timm:")
+    model: Any
     _require_known(model_name, who)
     create = partial(_create, model_name, _image_size(config), who)
     if config.weights is None:
@@ -45,11 +46,10 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
         model = initialise(create, config.model, seed)
     else:
         model = _from_file(create, config.weights, who)
-    data_config = resolve_model_data_config(model)
-    spec = input_spec(data_config, config.input, who)
+    spec = input_spec(resolve_model_data_config(model), config.input, who)
     layers = _layer_indices(model, config, who)
     features = TimmFeatures(model, config.outputs, layers, who)
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    head = model.get_classifier()
     return Backbone(
         module=model,
         features=features,
@@ -108,13 +108,12 @@ def _require_known(model_name: str, who: str) -> None:
         near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.5)
         advice = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise TeacherError(f"{who}: timm {timm.__version__} has no model {architecture!r}; {advice}")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0) or ["none"]
-        raise TeacherError(
-            f"{who}: timm {timm.__version__} knows no pretrained tag {tag!r} of {architecture}; it has "
-            f"{', '.join(f'{architecture}.{each}' for each in near)}"
-        )
+    try:
+        timm.get_pretrained_cfg(model_name)
+    except RuntimeError:
+        near = difflib.get_close_matches(model_name, timm.list_pretrained(f"{architecture}.*"), n=3, cutoff=0)
+        advice = f"did you mean {', '.join(near)}?" if near else f"write {architecture}"
+        raise TeacherError(f"{who}: timm {timm.__version__} has no weights tagged {tag!r}; {advice}") from None
 
 
 def _image_size(config: TeacherConfig) -> int | tuple[int, int] | None:
@@ -151,12 +150,13 @@ def _require_obtainable(model_name: str, who: str) -> None:
     if ":" in model_name:
         return
     pretrained = timm.get_pretrained_cfg(model_name)
-    repository, url = pretrained.hf_hub_id, pretrained.url
+    repository, url = (pretrained.hf_hub_id, str(pretrained.url or "")) if pretrained is not None else ("", "")
     if not repository and not url:
         raise _unobtainable(model_name, "timm has none", who)
     if repository:
         url = huggingface_hub.constants.ENDPOINT
-        files = [pretrained.hf_hub_filename] if pretrained.hf_hub_filename else _WEIGHT_FILES
+        own_file = pretrained.hf_hub_filename if pretrained is not None else None
+        files = (own_file,) if own_file else _WEIGHT_FILES
         if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str) for file in files):
             return
     if not can_reach(url):

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -39,6 +40,7 @@ def read_weights(path: str, who: str) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         raise TeacherError(f"{who}: weights: expected a .safetensors or .pth file, found none at {path}")
+    loaded: Any
     try:
         if file.suffix == ".safetensors":
             loaded = load_file(file)

@@ -150,9 +150,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_read_only_folder_is_readable_and_says_why_it_is_not_writable(read_only: Path) -> None:
     assert open_storage(read_only).read("object") == DATA
-    with pytest.raises(StorageError, match=f"{read_only}: cannot write .*(Permission denied|Read-only file system)"):
+    with pytest.raises(StorageError, match=rf"{read_only}: cannot write .*(Permission denied|Read-only file system)"):
         open_storage(read_only, create=True)
-    with pytest.raises(StorageError, match="cannot create .*(Permission denied|Read-only file system)"):
+    with pytest.raises(StorageError, match=r"cannot create .*(Permission denied|Read-only file system)"):
         open_storage(read_only / "below", create=True)
 
 

@@ -1,0 +1,124 @@
+"""The place that `out` names: what stands there before a run writes, and how to leave it as it was."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from cache import layout
+from cache.errors import ConfigError, KpuError, StorageError
+from cache.leases import collect_garbage
+from cache.plans import load_plan
+from cache.spec import FORMAT, Plan
+from cache.storage import open_storage
+from pipeline.paths import is_url
+
+_BEFORE_PLAN: Final = frozenset({layout.ROOT, layout.TEMPORARY, layout.RUNS, layout.IMAGES, "teachers", "samples"})
+
+
+def standing_plan(out: str) -> Plan | None:
+    """The plan of the cache at `out` (an absolute path or a URL); None where one can be made.
+
+    Nothing is written: a file system that is writable but has no hard links shows only when a cache is begun.
+
+    Raises:
+        ConfigError: a file stands there, or a folder that holds something else than a cache.
+        StorageError: the place cannot be written to.
+        CacheError: a cache stands there that is damaged, or of a format version that this release cannot read.
+    """
+    if is_url(out):
+        return load_plan(open_storage(out))
+    path = Path(out)
+    if not os.path.lexists(path):
+        _check_writable(_nearest(path), path)
+        return None
+    if not path.is_dir():
+        found = f"a link to {path.readlink()}, which leads nowhere" if path.is_symlink() else "a file"
+        raise ConfigError(
+            f"out: {path}: expected a new path, an empty folder or a cache, found {found}; choose another `out`"
+        )
+    _refuse_foreign(path)
+    _check_writable(path, path)
+    return load_plan(open_storage(out))
+
+
+@contextmanager
+def left_as_it_was(out: str) -> Iterator[None]:
+    """Take away what a run made at `out`, a local path, if it fails before its plan stands and nothing stood before.
+
+    An interruption leaves what was made: the same command goes on from there. So does another run that is at work
+    there. In an object store what was begun stays, without harm.
+    """
+    path = Path(out)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    fresh = not is_url(out) and (bool(missing) or not any(path.iterdir()))
+    try:
+        yield
+    except KpuError:
+        if fresh and path.is_dir():
+            with suppress(KpuError, OSError):
+                _take_away(path, missing)
+        raise
+
+
+def _take_away(path: Path, missing: list[Path]) -> None:
+    if (path / layout.PLAN).exists():
+        return
+    collect_garbage(open_storage(path), quarantine=True)
+    temporary = path / layout.TEMPORARY
+    if temporary.is_dir() and any(entry.is_dir() for entry in temporary.iterdir()):
+        return  # another run lives
+    for name in _BEFORE_PLAN:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+    for folder in missing:
+        folder.rmdir()
+
+
+def _refuse_foreign(path: Path) -> None:
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise StorageError(f"out: {path}: cannot list it: {error.strerror}") from None
+    for marker in (layout.PLAN, layout.ROOT):
+        if marker in names and FORMAT in _text(path / marker):
+            return
+    begun = layout.TEMPORARY in names  # a run was interrupted before anything else stood
+    others = sorted(names - {layout.TEMPORARY, layout.RUNS} if begun else names)
+    if others:
+        listed = ", ".join(map(repr, others[:3])) + (", ..." if len(others) > 3 else "")
+        raise ConfigError(
+            f"out: {path}: expected a new path, an empty folder or a cache, found a folder with {listed}; "
+            "choose another `out`"
+        )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _nearest(path: Path) -> Path:
+    """The closest folder above a path that exists.
+
+    Raises:
+        StorageError: something above it is no folder.
+    """
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise StorageError(f"out: {path}: {folder} is not a folder; choose another `out`")
+    return folder
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"out: {path}: expected a place that can be written to, found no permission to write in {folder}; give it, "
+            "or choose another `out`"
+        )

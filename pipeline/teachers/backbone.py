@@ -1,0 +1,110 @@
+"""What the three kinds of teachers have in common before they are frozen.
+
+Letters: B images, N tokens with prefix, T tokens, D channels, H and W the image, h and w the grid.
+"""
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from cache.errors import TeacherError
+from cache.spec import InputSpec
+from pipeline.config import InputConfig, TeacherConfig
+
+_TIMM_KEYS = {
+    "input_size": "size",
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "interpolation",
+    "crop_pct": "crop",
+}
+
+
+@dataclass
+class Backbone:
+    """A loaded model, before it is frozen and moved to a device.
+
+    `features` maps normalised float32 [B, 3, H, W] to named tensors: [B, D] for `global`, [B, D, h, w] or, where the
+    grid is square, [B, T, D] for maps. `wanted` gives, for each output in stored order, the names that `features` may
+    use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
+    logits, it is kept only if the two agree.
+    """
+
+    module: nn.Module
+    features: Callable[[Tensor], Any]
+    wanted: dict[str, tuple[str, ...]]
+    input: InputSpec
+    head: nn.Linear | None = None
+    classify: Callable[[Tensor], Any] | None = None
+    source_digest: str | None = None
+
+
+def describe(name: str, config: TeacherConfig) -> str:
+    """How messages call a teacher."""
+    return f"teacher {name!r} ({config.model})"
+
+
+def reason(error: BaseException) -> str:
+    """An unforeseen error of somebody else's code, as a clause of a message that says where it came from."""
+    text = " ".join(str(error).split())[:400]
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
+    known = bool(frames) and not isinstance(error, SyntaxError)  # which names its own place
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if known else ""
+    return f"{type(error).__name__}{place}: {text}" if text else f"{type(error).__name__}{place}"
+
+
+def input_spec(own: Mapping[str, Any], override: InputConfig | None, who: str) -> InputSpec:
+    """The model's own preprocessing, in timm's keys {input_size, mean, std, interpolation, crop_pct}, overridden.
+
+    Raises:
+        TeacherError: a value is missing or malformed.
+    """
+    values: dict[str, Any] = {ours: own[theirs] for theirs, ours in _TIMM_KEYS.items() if theirs in own}
+    if isinstance(values.get("size"), list | tuple):
+        values["size"] = values["size"][-2:]  # timm puts the channels first
+    if override is not None:
+        values |= override.model_dump(exclude_none=True)
+    if isinstance(values.get("size"), int):
+        values["size"] = (values["size"], values["size"])
+    try:
+        spec = InputSpec.model_validate(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+        raise TeacherError(f"{who}: preprocessing: {wrong}; give it under the teacher's `input`") from None
+    if min(spec.std) <= 0:
+        raise TeacherError(f"{who}: preprocessing: std: expected positive numbers, found {spec.std}")
+    return spec
+
+
+def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ...]:
+    """`config.layers` of a model with `count` blocks or stages, counted from 0; negative ones from the end.
+
+    Raises:
+        TeacherError: one is no number, is out of range, or stands twice.
+    """
+    found = []
+    for layer in config.layers:
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise TeacherError(f"{who}: layers: expected numbers from 0 to {count - 1}, found {layer!r}")
+        found.append(layer % count)
+    if len(set(found)) != len(found):
+        raise TeacherError(f"{who}: layers: expected each once, found {list(config.layers)}")
+    return tuple(found)
+
+
+def map_of_tokens(tokens_BND: Tensor, prefix: int, image: tuple[int, int]) -> Tensor | None:
+    """Tokens after `prefix` as a map [B, D, h, w] with the proportions of `image` (H, W); None if they form none."""
+    count = tokens_BND.shape[1] - prefix
+    if count < 2:  # one token is a summary
+        return None
+    height = max(1, round((count * image[0] / image[1]) ** 0.5))
+    width = count // height
+    if height * width != count or abs(height * image[1] / image[0] - width) >= 1:
+        return None
+    map_BDhw: Tensor = tokens_BND[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+    return map_BDhw

@@ -1,0 +1,216 @@
+"""A small cache, made through the same calls as an extraction makes it, with features that are known.
+
+20 rows in 3 units, the last one of 4 rows. Row 5 is masked for everybody (its image is truncated), row 13 for teacher
+`alpha` alone (it gave NaN). `alpha` has a head, a vector and a map; `beta` a vector and the map of a layer.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
+from cache.fidelity import RowFidelity, measure
+from cache.leases import lease
+from cache.plans import publish_plan
+from cache.samples import Samples, row_digest, sample_schema, split_parts
+from cache.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
+from cache.statistics import Accumulator, Statistics
+from cache.storage import Storage, open_storage
+from cache.teachers import PublishedTeacher, publish_teacher
+
+UNIT_ROWS, ROWS, UNITS = 8, 20, 3
+MASKED_ROW, NONFINITE_ROW = 5, 13
+OUTPUTS = {
+    "alpha": (OutputSpec(name="global", shape=(8,)), OutputSpec(name="patch", shape=(4, 6), grid=(2, 2))),
+    "beta": (OutputSpec(name="global", shape=(16,)), OutputSpec(name="layer6.patch", shape=(9, 3), grid=(3, 3))),
+}
+
+
+@dataclass(frozen=True)
+class SmallCache:
+    """Where the cache lies, and what must come out of it."""
+
+    path: Path
+    plan: Plan
+    teachers: dict[str, PublishedTeacher]
+
+    @property
+    def storage(self) -> Storage:
+        return open_storage(self.path)
+
+
+def key_of(row: int) -> str:
+    return f"class {row % 3}/\N{LATIN SMALL LETTER E WITH ACUTE}-{row:04d}.png"
+
+
+def sample_table(rows: int = ROWS, first: int = 0) -> pa.Table:
+    numbers = np.arange(first, first + rows)
+    keys = [key_of(row) for row in numbers]
+    columns = {
+        "key": pa.array(keys),
+        "view": pa.array(np.zeros(rows, np.int32)),
+        "file": pa.array(keys),
+        "label": pa.array(numbers % 3, mask=numbers % 7 == 6),
+        "draws": pa.nulls(rows, pa.list_(pa.float64(), 5)),
+    }
+    return pa.table(columns, schema=sample_schema("folder"))
+
+
+def make_plan(storage: Storage, run: str, table: pa.Table | None = None, unit_rows: int = UNIT_ROWS) -> Plan:
+    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
+        return Plan(
+            source=SourceSpec(kind="folder", root="/images"),
+            fingerprint=fingerprint,
+            classes=("a", "b", "c"),
+            samples=samples,
+            views=1,
+            seed=0,
+            unit_rows=unit_rows,
+            threads=1,
+            samples_digests=digests,
+            metadata=metadata,
+        )
+
+    tables = iter([sample_table() if table is None else table])
+    return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
+
+
+def teacher_spec(name: str, /, codec: str | CodecSpec = "uniform", **changes: object) -> TeacherSpec:
+    values = {
+        "name": name,
+        "model": f"torch:examples/{name}.py:make",
+        "weights": None,
+        "weights_digest": "1d" * 16,
+        "input": InputSpec(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
+        "precision": "fp32",
+        "outputs": OUTPUTS.get(name, OUTPUTS["beta"]),
+        "has_head": name == "alpha",
+        "codec": CodecSpec(name=codec) if isinstance(codec, str) else codec,
+    }
+    return TeacherSpec.model_validate(values | changes)
+
+
+def features_of(teacher: str, output: OutputSpec, rows: int = ROWS) -> np.ndarray:
+    """What the teacher emits, float32 [rows, ...]: channels of very different scale, half of the values zero."""
+    rng = np.random.default_rng([ord(letter) for letter in f"{teacher}/{output.name}"])
+    values = rng.standard_normal((rows, *output.shape)) * np.geomspace(0.01, 100, output.channels)
+    features = np.maximum(values, 0).astype(np.float32)
+    if teacher == "alpha":
+        features[NONFINITE_ROW, ..., 0] = np.nan
+    return features
+
+
+def image_status(rows: int = ROWS) -> np.ndarray:
+    status = np.zeros(rows, np.uint8)
+    status[MASKED_ROW] = ImageStatus.TRUNCATED
+    return status
+
+
+def unit_images(unit: int) -> UnitImages:
+    rows = np.arange(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, ROWS))
+    digest = np.random.default_rng(7).integers(0, 256, (ROWS, 16), np.uint8)[rows]
+    return UnitImages(digest, image_status()[rows], np.stack([rows + 10, rows + 20], 1).astype(np.int32))
+
+
+def statistics_of(spec: TeacherSpec) -> dict[str, Statistics]:
+    found = {}
+    for output in spec.outputs:
+        features = features_of(spec.name, output)
+        usable = np.isfinite(features).all(axis=tuple(range(1, features.ndim))) & (image_status() == 0)
+        accumulator = Accumulator(output.channels)
+        accumulator.update(features[usable].reshape(-1, output.channels))
+        found[output.name] = accumulator.finish(spec.codec.step or 0.05)
+    return found
+
+
+def head_of(spec: TeacherSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    if not spec.has_head:
+        return None
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((5, 8)).astype(np.float32), np.zeros(5, np.float32)
+
+
+def make_teacher(storage: Storage, plan: Plan, spec: TeacherSpec, run: str) -> PublishedTeacher:
+    return publish_teacher(storage, plan, spec, statistics_of(spec), head_of(spec), run)
+
+
+def encode_unit(
+    teacher: PublishedTeacher, unit: int, shift: float = 0.0
+) -> tuple[dict[str, EncodedOutput], np.ndarray, np.ndarray]:
+    """Encoded outputs, valid and nonfinite of one unit; `shift` in channel standard deviations is added to them."""
+    rows = slice(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, ROWS))
+    encoded, finite = {}, None
+    for output in teacher.spec.outputs:
+        statistics, grid = teacher.statistics[output.name], teacher.grids[output.name]
+        features = features_of(teacher.spec.name, output)[rows]
+        features = (features + shift * statistics.std).astype(np.float32)
+        fine = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
+        finite = fine if finite is None else finite & fine
+        stored = grid.encode(features)
+        fidelity = measure(features, grid.decode(stored), grid.saturated(features), statistics)
+        encoded[output.name] = EncodedOutput(stored, fidelity)
+    valid = image_status()[rows] == 0
+    return encoded, valid, valid & ~finite
+
+
+def remeasured(teacher: PublishedTeacher, unit: int, output: str, stored: np.ndarray) -> RowFidelity:
+    (spec,) = (spec for spec in teacher.spec.outputs if spec.name == output)
+    features = features_of(teacher.spec.name, spec)[unit * UNIT_ROWS :][: len(stored)]
+    grid = teacher.grids[output]
+    return measure(features, grid.decode(stored), grid.saturated(features), teacher.statistics[output])
+
+
+def commit_unit(
+    storage: Storage, plan: Plan, teacher: PublishedTeacher, unit: int, run: str, shift: float = 0.0
+) -> object:
+    encoded, valid, nonfinite = encode_unit(teacher, unit, shift)
+    digest = row_digest(Samples(storage, plan).unit(unit))
+    publish_images(storage, plan, unit, unit_images(unit), digest, run)
+    return publish_unit(
+        storage,
+        plan,
+        teacher,
+        unit,
+        encoded,
+        valid,
+        nonfinite,
+        digest,
+        run,
+        remeasure=lambda output, stored: remeasured(teacher, unit, output, stored),
+    )
+
+
+def build(path: Path, *, codec: str = "uniform", run: str = "run", arm: tuple[str, str] | None = None) -> SmallCache:
+    """Make the cache, or complete what stands; `arm` is a stage (plan, teacher or unit) and a failpoint armed in it."""
+    storage = open_storage(path, create=True)
+
+    def stage(name: str) -> None:
+        if arm and arm[0] == name:
+            os.environ["KPU_FAILPOINT"] = arm[1]
+
+    with lease(storage, run):
+        stage("plan")
+        plan = make_plan(storage, run)
+        stage("teacher")
+        teachers = {name: make_teacher(storage, plan, teacher_spec(name, codec), run) for name in OUTPUTS}
+        stage("unit")
+        for unit in range(plan.units):
+            for teacher in teachers.values():
+                commit_unit(storage, plan, teacher, unit, run)
+    return SmallCache(Path(path), plan, teachers)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file of a cache but temporaries, by its path inside."""
+    return {file: (path / file).read_bytes() for file in sorted(_files(path))}
+
+
+def _files(path: Path) -> Iterator[str]:
+    for file in path.rglob("*"):
+        inside = file.relative_to(path)
+        if file.is_file() and inside.parts[0] != ".tmp":
+            yield inside.as_posix()

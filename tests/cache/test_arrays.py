@@ -1,0 +1,108 @@
+"""`zarr.json` documents survive the way through zarr-python and back, and nothing else is taken for one."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache.arrays import array_layout, array_metadata, group_attributes, group_metadata
+from cache.errors import CorruptError
+from cache.shards import ArrayLayout
+
+LAYOUTS = [
+    ArrayLayout(100, 64, 1, (197, 384), np.dtype("int16"), -32768, True),
+    ArrayLayout(10, 64, 64, (64,), np.dtype("float16"), float("nan"), False),
+    ArrayLayout(1_000_000_000, 4096, 64, (64,), np.dtype("float32"), float("nan"), False),
+    ArrayLayout(100, 64, 1, (4, 4), np.dtype("uint16"), 0x7FC0, False),
+    ArrayLayout(100, 64, 64, (), np.dtype("uint8"), 255, True),
+    ArrayLayout(100, 128, 64, (2,), np.dtype("int32"), 0, True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout.dtype))
+def test_layouts_and_attributes_come_back(layout: ArrayLayout) -> None:
+    attributes = {"kpu": {"centre": [0.1, -2.5e-30], "grid": None, "name": "Σ"}}
+    raw = array_metadata(layout, attributes)
+    assert raw == array_metadata(layout, attributes)
+    found, found_attributes = array_layout(raw, "t/patch/zarr.json")
+    assert repr(found) == repr(layout)  # NaN differs from itself
+    assert found_attributes == attributes
+
+
+def test_float32_numbers_survive_exactly() -> None:
+    numbers = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    raw = array_metadata(LAYOUTS[0], {"kpu": {"scale": numbers.tolist()}})
+    _, attributes = array_layout(raw, "f")
+    np.testing.assert_array_equal(np.array(attributes["kpu"]["scale"], np.float32), numbers)
+
+
+def test_group_attributes_come_back() -> None:
+    raw = group_metadata({"kpu": {"format": "kpu-cache", "version": 1}})
+    assert group_attributes(raw, "zarr.json") == {"kpu": {"format": "kpu-cache", "version": 1}}
+    assert group_attributes(group_metadata({}), "zarr.json") == {}
+
+
+def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(document: Any) -> None:
+        for step in path[:-1]:
+            document = document[step]
+        document[path[-1]] = to
+
+    return apply
+
+
+SHARDING = ("codecs", 0, "configuration")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change("zarr_format", to=2),
+        change("node_type", to="group"),
+        change("data_type", to="float64"),
+        change("shape", to=[100, 197]),
+        change("shape", to="100"),
+        change("chunk_grid", "configuration", "chunk_shape", to=[64, 197, 192]),
+        change("chunk_grid", "configuration", "chunk_shape", to=[0, 197, 384]),
+        change("chunk_grid", "name", to="rectilinear"),
+        change("chunk_key_encoding", "configuration", "separator", to="."),
+        change("codecs", to=[{"name": "bytes", "configuration": {"endian": "little"}}]),
+        change(*SHARDING, "chunk_shape", to=[0, 197, 384]),
+        change(*SHARDING, "codecs", 0, "configuration", "endian", to="big"),
+        change(*SHARDING, "codecs", 1, "name", to="gzip"),
+        change(*SHARDING, "codecs", 2, "name", to="zstd"),
+        change(*SHARDING, "index_location", to="start"),
+        change(*SHARDING, "index_codecs", to=[{"name": "bytes", "configuration": {"endian": "little"}}]),
+        change("fill_value", to=None),
+        change("storage_transformers", to=[{"name": "x"}]),
+        change("attributes", to=3),
+    ],
+)
+def test_other_arrays_are_refused(damage: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads(array_metadata(LAYOUTS[0], {}))
+    damage(document)
+    with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: ") as hit:
+        array_layout(json.dumps(document).encode(), "t/patch/zarr.json")
+    assert hit.value.file == "t/patch/zarr.json"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"{}", b"null", group_metadata({})])
+def test_what_is_no_array_is_refused(raw: bytes) -> None:
+    with pytest.raises(CorruptError):
+        array_layout(raw, "f")
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", array_metadata(LAYOUTS[0], {})])
+def test_what_is_no_group_is_refused(raw: bytes) -> None:
+    with pytest.raises(CorruptError):
+        group_attributes(raw, "f")
+
+
+def test_metadata_of_equal_meaning_is_accepted() -> None:
+    document = json.loads(array_metadata(LAYOUTS[0], {}))
+    document["codecs"][0]["configuration"]["codecs"][2] = "crc32c"
+    document["codecs"][0]["configuration"]["index_codecs"][1]["configuration"] = {}
+    del document["storage_transformers"]
+    assert repr(array_layout(json.dumps(document).encode(), "f")[0]) == repr(LAYOUTS[0])

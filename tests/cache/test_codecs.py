@@ -1,0 +1,203 @@
+"""The error bound of `uniform`, exact zeros, the float codecs, and what is too large for each."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cache.codecs import LIMIT, MASKED, Grid, make_grid
+from cache.errors import CorruptError, MismatchError
+from cache.fidelity import measure
+from cache.shards import ArrayLayout, encode_shard
+from cache.spec import CodecSpec
+from cache.statistics import Accumulator, Statistics
+
+UNIFORM = CodecSpec()
+CODECS = [UNIFORM, *(CodecSpec(name=name) for name in ("fp32", "fp16", "bf16"))]  # type: ignore[arg-type]
+
+
+def statistics_of(features: np.ndarray[Any, Any], step: float = 0.05) -> Statistics:
+    accumulator = Accumulator(features.shape[-1])
+    accumulator.update(features.reshape(-1, features.shape[-1]))
+    return accumulator.finish(step)
+
+
+def statistics(mean: list[float], std: list[float], step: float = 0.05) -> Statistics:
+    """Statistics with exactly these moments."""
+    accumulator = Accumulator(len(mean))
+    accumulator.add(2, np.array(mean), 2 * np.diag(np.square(std)))
+    return accumulator.finish(step)
+
+
+def synthetic_features(rows: int, seed: int = 0, tail: float | None = 4) -> np.ndarray[Any, Any]:
+    """[rows, 197, 384]: heavy-tailed (Student's t; Gaussian for None), 2% outlier tokens, unequal channels."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, 197, 384)
+    x = rng.standard_normal(shape) if tail is None else rng.standard_t(tail, shape)
+    x *= np.exp(rng.normal(0, 1, 384))
+    x += rng.normal(0, 1, 384)
+    x[rng.random(shape[:2]) < 0.02] *= 10
+    return x.astype(np.float32)
+
+
+moderate = st.floats(-1e4, 1e4, width=32)
+spreads = st.floats(2**-10, 2**10, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 8), st.just(3)), elements=moderate),
+    st.lists(moderate, min_size=3, max_size=3),
+    st.lists(spreads, min_size=3, max_size=3),
+    st.sampled_from([0.01, 0.05, 0.1, 0.2]),
+)
+def test_uniform_is_within_half_a_step_or_saturated(
+    features: np.ndarray[Any, Any], mean: list[float], std: list[float], step: float
+) -> None:
+    grid = make_grid(CodecSpec(step=step), statistics(mean, std, step))
+    stored = grid.encode(features)
+    decoded = grid.decode(stored).astype(np.float64)
+    exact, centre, scale = (array.astype(np.float64) for array in (features, grid.centre, grid.scale))
+
+    ulp = 2.0**-23 * np.maximum(np.abs(exact), np.maximum(np.abs(centre), np.abs(exact - centre)))
+    steps = (exact - centre) / scale
+    slack = 2 * ulp / scale
+    inside, outside = np.abs(steps) < LIMIT + 0.5 - slack, np.abs(steps) > LIMIT + 0.5 + slack
+    saturated = grid.saturated(features)
+    assert not saturated[inside].any()
+    assert saturated[outside].all()
+    assert (np.abs(decoded - exact) <= scale / 2 + 4 * ulp)[~saturated].all()
+    assert (np.abs(stored.astype(int)) <= LIMIT).all()
+    assert (stored[saturated] == np.where(steps > 0, LIMIT, -LIMIT)[saturated]).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(moderate, min_size=1, max_size=20), st.data(), st.sampled_from([0.01, 0.05, 0.1, 0.3]))
+def test_a_raw_zero_stays_exactly_zero(mean: list[float], data: st.DataObject, step: float) -> None:
+    std = data.draw(st.lists(spreads, min_size=len(mean), max_size=len(mean)))
+    grid = make_grid(CodecSpec(step=step), statistics(mean, std, step))
+    zeros = np.zeros((2, len(mean)), np.float32)
+    inside = ~grid.saturated(zeros)
+    assert (grid.decode(grid.encode(zeros))[inside] == 0.0).all()
+
+
+def test_rounding_is_half_to_even() -> None:
+    grid = Grid(UNIFORM, np.zeros(1, np.float32), np.ones(1, np.float32))
+    halves = np.array([[-2.5], [-1.5], [-0.5], [0.5], [1.5], [2.5], [32767.4], [32767.6], [-40000]], np.float32)
+    assert grid.encode(halves).ravel().tolist() == [-2, -2, 0, 0, 2, 2, 32767, 32767, -32767]
+    assert grid.saturated(halves).ravel().tolist() == [False] * 7 + [True] * 2
+
+
+def test_zero_based_features_keep_their_zeros() -> None:
+    features = np.maximum(np.random.default_rng(0).normal(size=(64, 64, 16)), 0).astype(np.float32)
+    grid = make_grid(UNIFORM, statistics_of(features))
+    assert (grid.decode(grid.encode(features))[features == 0] == 0).all()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_the_fill_decodes_to_nan_and_nan_encodes_to_a_fill(codec: CodecSpec) -> None:
+    grid = make_grid(codec, statistics([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]))
+    filled = np.full((2, 3), grid.fill, grid.dtype)
+    assert np.isnan(grid.decode(filled)).all()
+    for features in np.array([[[1.0, np.nan, 2.0]], [[np.nan, 1.0, 2.0]]], np.float32):
+        np.testing.assert_array_equal(np.isnan(grid.decode(grid.encode(features))), np.isnan(features))
+        assert not grid.saturated(features).any()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_shapes_dtypes_and_input_are_kept(codec: CodecSpec) -> None:
+    features = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    before = features.copy()
+    grid = make_grid(codec, statistics_of(features))
+    stored = grid.encode(features)
+    assert (stored.shape, stored.dtype) == (features.shape, grid.dtype)
+    decoded = grid.decode(stored)
+    assert (decoded.shape, decoded.dtype) == (features.shape, np.float32)
+    assert grid.saturated(features).shape == features.shape
+    np.testing.assert_array_equal(features, before)
+    np.testing.assert_array_equal(grid.encode(features[:, ::2]), stored[:, ::2])
+    assert grid.compressed == (codec.name == "uniform")
+
+
+def test_fp32_is_exact() -> None:
+    features = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    grid = make_grid(CodecSpec(name="fp32"), statistics_of(features))
+    np.testing.assert_array_equal(grid.decode(grid.encode(features)), features)
+
+
+@settings(max_examples=150, deadline=None)
+@given(hnp.arrays(np.float32, 8, elements=st.floats(width=32, allow_nan=False)))
+def test_bf16_rounds_as_others_do(values: np.ndarray[Any, Any]) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    grid = make_grid(CodecSpec(name="bf16"), statistics([0.0] * 8, [1.0] * 8))
+    largest = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    expected = np.clip(values, -largest, largest).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(grid.encode(values), expected.view(np.uint16))
+    np.testing.assert_array_equal(grid.decode(grid.encode(values)), expected.astype(np.float32))
+    np.testing.assert_array_equal(grid.saturated(values), np.abs(values) > largest)
+
+
+def test_fp16_clips_to_its_finite_range() -> None:
+    grid = make_grid(CodecSpec(name="fp16"), statistics([0.0], [1.0]))
+    values = np.array([[1e5], [-7e4], [65504.0], [1e-8], [3.14159]], np.float32)
+    assert grid.decode(grid.encode(values)).ravel().tolist() == [65504.0, -65504.0, 65504.0, 0.0, 3.140625]
+    assert grid.saturated(values).ravel().tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("tokens", [None, (14, 14)])
+def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, tokens: tuple[int, int] | None) -> None:
+    grid = make_grid(codec, statistics([0.1, -3.7, 1e-3], [0.3, 2.2, 1e-5]))
+    attributes = grid.attributes(tokens)
+    assert list(attributes) == ["codec", "step", "centre", "scale", "grid"]
+    again, found_tokens = Grid.from_attributes(attributes, "f")
+    assert found_tokens == tokens
+    assert again.codec == codec
+    np.testing.assert_array_equal(again.centre, grid.centre)
+    np.testing.assert_array_equal(again.scale, grid.scale)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "zip"},
+        {"step": None, "codec": "fp16", "scale": [1.0, 1.0]},
+        {"centre": [[0.0]]},
+        {"centre": [float("nan")]},
+        {"scale": [0.0]},
+        {"scale": [float("inf")]},
+        {"scale": ["x"]},
+        {"grid": 3},
+    ],
+)
+def test_broken_attributes_are_refused(change: dict[str, Any]) -> None:
+    attributes = make_grid(UNIFORM, statistics([0.5], [1.0])).attributes((1, 1))
+    with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: attribute kpu"):
+        Grid.from_attributes({**attributes, **change}, "t/patch/zarr.json")
+
+
+def test_statistics_snapped_to_another_step_are_refused() -> None:
+    with pytest.raises(MismatchError, match=r"step 0\.1"):
+        make_grid(CodecSpec(step=0.1), statistics([0.73], [1.0], step=0.05))
+
+
+@pytest.mark.parametrize("tail", [3, 4, 6], ids=lambda tail: f"t{tail}")
+@pytest.mark.parametrize("kind", ["patch", "global"])
+def test_heavy_tailed_features_are_small_and_close(kind: str, tail: float) -> None:
+    if kind == "patch":
+        features, chunk_rows = synthetic_features(48, tail=tail), 1
+    else:
+        features, chunk_rows = synthetic_features(16, tail=tail).reshape(-1, 384)[: 64 * 32], 64
+    stats = statistics_of(features)
+    grid = make_grid(UNIFORM, stats)
+    stored = grid.encode(features)
+    rows = len(features)
+    layout = ArrayLayout(rows, rows, chunk_rows, features.shape[1:], grid.dtype, MASKED, grid.compressed)
+    size = len(encode_shard(stored, layout).data) / (2 * features.size)
+    fidelity = measure(features, grid.decode(stored), grid.saturated(features), stats)
+    assert size <= 0.45
+    assert np.sqrt(fidelity.squared_error.mean()) <= 0.0145
+    assert fidelity.saturated.sum() == 0

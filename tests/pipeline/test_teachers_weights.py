@@ -1,0 +1,141 @@
+"""Reading weights, loading them strictly, and initialising from a seed."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cache.errors import TeacherError
+from pipeline.teachers.weights import initialise, load_strictly, read_weights, seeded, weights_digest
+
+PINNED = [
+    "-0x1.c4b3000000000p-1",
+    "-0x1.a93d580000000p-1",
+    "-0x1.1c26100000000p-3",
+    "-0x1.0bfa200000000p-1",
+    "0x1.a1ebbc0000000p-1",
+    "0x1.73bfa00000000p-4",
+]
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def test_reads_safetensors(tmp_path: Path) -> None:
+    save_file(tiny().state_dict(), tmp_path / "w.safetensors")
+    assert read_weights(str(tmp_path / "w.safetensors"), "t").keys() == tiny().state_dict().keys()
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_unwraps_checkpoints(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    state = tiny().state_dict()
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save(named if wrapper is None else {wrapper: named, "epoch": 3}, tmp_path / "w.pth")
+    read = read_weights(str(tmp_path / "w.pth"), "t")
+    assert read.keys() == state.keys()
+    assert torch.equal(read["0.weight"], state["0.weight"])
+
+
+class Evil:
+    """Something that only code can unpickle."""
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x04garbage"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_refuses_what_is_no_weights_file(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(TeacherError, match=rf"teacher 't': weights: .*w\{suffix}"):
+        read_weights(str(path), "teacher 't'")
+
+
+def test_refuses_pickled_code(tmp_path: Path) -> None:
+    torch.save({"a": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match=r"w\.pth"):
+        read_weights(str(tmp_path / "w.pth"), "t")
+
+
+def test_refuses_a_file_without_tensors(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match="expected tensors by name"):
+        read_weights(str(tmp_path / "w.pth"), "t")
+
+
+def test_names_an_absent_file() -> None:
+    with pytest.raises(TeacherError, match=r"found none at nowhere\.pth"):
+        read_weights("nowhere.pth", "t")
+
+
+def test_names_every_tensor_that_does_not_fit() -> None:
+    state = tiny().state_dict()
+    state["0.weight"] = torch.zeros(5, 3)
+    state["extra"] = torch.zeros(2)
+    del state["1.bias"]
+    with pytest.raises(TeacherError) as caught:
+        load_strictly(tiny(), state, "teacher 't'", "w.pth")
+    message = str(caught.value)
+    assert "0.weight: expected shape [4, 3], found [5, 3]" in message
+    assert "1.bias: expected shape [4], found no such tensor" in message
+    assert "extra: expected no such tensor, found [2]" in message
+
+
+def test_batch_counters_may_be_absent() -> None:
+    state = tiny().state_dict()
+    del state["1.num_batches_tracked"]
+    load_strictly(tiny(), state, "t", "w.pth")
+
+
+def test_digest_is_of_names_dtypes_shapes_and_values() -> None:
+    with seeded(0):
+        module = nn.Linear(4, 4)
+    digest = weights_digest(module)
+    other = nn.Linear(4, 4)
+    other.load_state_dict(module.state_dict())
+    assert weights_digest(other) == digest
+    assert weights_digest(nn.Sequential(other)) != digest
+    assert weights_digest(other.double()) != digest
+    with torch.no_grad():
+        module.bias[0] += 1
+    assert weights_digest(module) != digest
+
+
+def test_initialisation_depends_on_identity_and_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = weights_digest(initialise(tiny, "model", 0))
+    torch.manual_seed(2)
+    initialise(tiny, "another", 0)
+    assert weights_digest(initialise(tiny, "model", 0)) == first
+    assert weights_digest(initialise(tiny, "model", 1)) != first
+    assert weights_digest(initialise(tiny, "another", 0)) != first
+
+
+def test_initialisation_has_the_same_bits_everywhere() -> None:
+    """Pinned: these are float32 values, exact on every machine."""
+    weight = initialise(lambda: nn.Linear(3, 2), "model", 0).state_dict()["weight"]
+    assert [value.hex() for value in weight.flatten().tolist()] == PINNED
+
+
+def test_initialisation_keeps_what_the_model_fixes() -> None:
+    module = initialise(tiny, "model", 0)
+    assert torch.equal(module.state_dict()["1.weight"], torch.ones(4))
+    big = initialise(lambda: nn.Linear(400, 400), "model", 0).state_dict()["weight"]
+    assert big.std().item() == pytest.approx(400**-0.5, rel=0.02)
+    assert abs(big.mean().item()) < 1e-3
+
+
+def test_seeding_leaves_global_generators_as_they_were() -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    expected = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    initialise(tiny, "model", 0)
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected  # noqa: NPY002
