@@ -5,6 +5,7 @@ from cache import open_cache
 features = open_cache("my.kpu").read("dino", "global", [0, 1, 2])
 """
 
-from cache.reader import Cache, Encoded, Teacher, open_cache
+from cache.opened import Teacher
+from cache.reader import Cache, Encoded, open_cache
 
 __all__ = ["Cache", "Encoded", "Teacher", "open_cache"]

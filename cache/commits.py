@@ -24,6 +24,7 @@ from cache.records import (
     load_unit,
     mask_digest,
     pack_mask,
+    plan_digest,
     sealed_files,
 )
 from cache.settle import UnitShards
@@ -110,7 +111,7 @@ def publish_unit(
     failpoint("unit.shards")
     unit_record = UnitRecord(
         unit=unit,
-        plan=plan.digest,
+        plan=plan_digest(plan),
         row_digest=row_digest,
         teacher=teacher.spec.name,
         fingerprint=teacher.fingerprint,

@@ -11,7 +11,7 @@ from cache.digests import seal_document
 from cache.errors import CorruptError, MismatchError
 from cache.failpoints import failpoint
 from cache.plans import image_layouts
-from cache.records import Mask, load_images_record, mask_digest, open_committed
+from cache.records import Mask, load_images_record, mask_digest, open_committed, plan_digest
 from cache.samples import Samples
 from cache.settle import UnitShards
 from cache.shards import ArrayLayout, Shard, encode_shard
@@ -62,7 +62,7 @@ def publish_images(
         records[name] = settled.record
     record = ImagesRecord(
         unit=unit,
-        plan=plan.digest,
+        plan=plan_digest(plan),
         row_digest=row_digest,
         masked=int(np.count_nonzero(images.masked)),
         masked_digest=mask_digest(images.masked),

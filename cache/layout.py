@@ -24,7 +24,12 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         ConfigError: the name has other characters than a-z 0-9 _ . -, starts with a dot, or is reserved.
     """
-    if not _NAME.fullmatch(name) or name.startswith(".") or name in RESERVED or name.endswith((".json", ".safetensors")):
+    if (
+        not _NAME.fullmatch(name)
+        or name.startswith(".")
+        or name in RESERVED
+        or name.endswith((".json", ".safetensors"))
+    ):
         raise ConfigError(
             f"{kind} name {name!r}: expected lower-case letters, digits, '_', '.' and '-', not starting with a dot, "
             f"not ending in .json or .safetensors and none of {sorted(RESERVED)}; choose another name"

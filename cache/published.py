@@ -184,5 +184,5 @@ def teacher_names(storage: Storage) -> list[str]:
 
 def teacher_folders(storage: Storage) -> list[str]:
     """Every teacher that a run has begun, published or not, sorted."""
-    found = [name for name in storage.names("teachers") if not name.startswith(".")]
+    found = [name for name in storage.names("teachers") if not name.startswith(".") and name != GROUP]
     return sorted(name for name in found if any(True for _ in storage.names(layout.teacher(name))))

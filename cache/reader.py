@@ -3,25 +3,23 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cache import layout
-from cache.codecs import Grid
 from cache.commits import output_shard
 from cache.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
 from cache.images import load_images, load_status
+from cache.opened import Teacher, Teachers
 from cache.plans import load_plan
-from cache.published import Head, PublishedTeacher, load_teacher, teacher_names
+from cache.published import PublishedTeacher
 from cache.recent import Recent
-from cache.records import Mask, committed_units, load_unit, nonfinite_rows, open_committed
+from cache.records import Mask, load_unit, nonfinite_rows, open_committed
 from cache.samples import Samples
 from cache.shards import ShardReader
-from cache.spec import ImageStatus, OutputSpec, Plan, ShardRecord, TeacherSpec
-from cache.statistics import Statistics
+from cache.spec import ImageStatus, Plan, ShardRecord
 from cache.storage import Storage, open_storage
 
 Rows = Sequence[int] | npt.NDArray[Any] | slice | int
@@ -53,59 +51,6 @@ class _Unit:
     status: npt.NDArray[np.uint8] | None
 
 
-class Teacher:
-    """One teacher of a cache."""
-
-    def __init__(self, storage: Storage, plan: Plan, name: str) -> None:
-        self._storage, self._plan, self.name = storage, plan, name
-
-    @cached_property
-    def published(self) -> PublishedTeacher:
-        """Everything that stands of the teacher but its units; loaded and checked at first use."""
-        return load_teacher(self._storage, self._plan, self.name)
-
-    @property
-    def spec(self) -> TeacherSpec:
-        return self.published.spec
-
-    @property
-    def outputs(self) -> dict[str, OutputSpec]:
-        """By name, in stored order."""
-        return {output.name: output for output in self.spec.outputs}
-
-    @property
-    def statistics(self) -> dict[str, Statistics]:
-        """By output: moments of the unquantised features over the calibration rows."""
-        return self.published.statistics
-
-    @property
-    def head(self) -> Head | None:
-        """The teacher's linear classifier on `global`: weight float32 [C, D], bias float32 [C]."""
-        return self.published.head
-
-    def grid(self, output: str) -> Grid:
-        """How the output is stored."""
-        return self.published.grids[output]
-
-    def committed(self) -> Mask:
-        """Which units can be read, as listed now, bool [units]."""
-        return committed_units(self._storage, layout.teacher(self.name), self._plan.units)
-
-
-class _Teachers(Mapping[str, Teacher]):
-    def __init__(self, storage: Storage, plan: Plan) -> None:
-        self._teachers = {name: Teacher(storage, plan, name) for name in teacher_names(storage)}
-
-    def __getitem__(self, name: str) -> Teacher:
-        return self._teachers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._teachers)
-
-    def __len__(self) -> int:
-        return len(self._teachers)
-
-
 class Cache:
     """An open cache. Safe to use from several threads, and to send to other processes.
 
@@ -117,7 +62,7 @@ class Cache:
         self.plan = plan
         self.rows = plan.rows
         self.path = storage.url
-        self.teachers: Mapping[str, Teacher] = _Teachers(storage, plan)
+        self.teachers: Mapping[str, Teacher] = Teachers(storage, plan)
         self.samples = Samples(storage, plan)
         self._storage = storage
         self._units: Recent[tuple[str, int], _Unit] = Recent(_KNOWN_UNITS)

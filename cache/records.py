@@ -12,6 +12,7 @@ from cache import layout
 from cache.digests import digest, open_document
 from cache.errors import CorruptError, MissingUnitError
 from cache.published import GROUP, TeacherFiles
+from cache.recent import Recent
 from cache.shards import ArrayLayout, ShardReader, open_shard
 from cache.spec import Frozen, ImagesRecord, Plan, ShardRecord, UnitRecord
 from cache.storage import Storage
@@ -19,6 +20,12 @@ from cache.storage import Storage
 Mask = npt.NDArray[np.bool_]
 _NAME = re.compile(r"(\d{6,})\.json")
 _Record = TypeVar("_Record", bound=Frozen)
+_digests: Recent[int, tuple[Plan, str]] = Recent(8)
+
+
+def plan_digest(plan: Plan) -> str:
+    """`plan.digest`, computed once: every record repeats it, and a plan of 1e8 rows takes milliseconds."""
+    return _digests.get(id(plan), lambda _: (plan, plan.digest))[1]  # holding the plan keeps its id from being reused
 
 
 def committed_units(storage: Storage, folder: str, units: int) -> Mask:
@@ -89,8 +96,10 @@ def _load(
         return None
     document = open_document(raw, file, unit=unit, teacher=teacher)
     del document["digest"]
-    if document.get("unit") != unit or document.get("plan") != plan.digest:
-        found = f"expected unit {unit} of plan {plan.digest}, found {document.get('unit')} of {document.get('plan')}"
+    if document.get("unit") != unit or document.get("plan") != plan_digest(plan):
+        found = (
+            f"expected unit {unit} of plan {plan_digest(plan)}, found {document.get('unit')} of {document.get('plan')}"
+        )
         raise CorruptError(file, found, unit=unit, teacher=teacher)
     try:
         return kind.model_validate(document)

@@ -1,20 +1,19 @@
 """Proving a cache: every file that should stand is read, and compared with what was committed."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import numpy as np
 
 from cache import layout
 from cache.codecs import Grid
-from cache.errors import CorruptError, KpuError, MissingUnitError, NotACacheError
+from cache.errors import CorruptError, NotACacheError
 from cache.foreign import foreign_beside_shard, foreign_files
-from cache.plans import image_layouts, read_checked, read_plan
+from cache.plans import image_layouts, read_plan
+from cache.problems import NOT_COMMITTED, Collector, Problem, VerifyReport
 from cache.published import TeacherFiles, output_layout, read_teacher, teacher_folders
 from cache.records import (
     load_images_record,
@@ -29,40 +28,9 @@ from cache.shards import ArrayLayout, ShardReader
 from cache.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
 from cache.storage import Storage, open_storage
 
+__all__ = ["Problem", "VerifyReport", "verify"]
+
 _THREADS: Final = 4
-_NOT_COMMITTED: Final = "is missing: the unit is not committed"
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a file; `unit` and `teacher` are None where it belongs to none."""
-
-    file: str
-    unit: int | None
-    teacher: str | None
-    reason: str
-
-
-@dataclass
-class VerifyReport:
-    """Every problem that was found, by file, and how many files and bytes were read."""
-
-    problems: list[Problem] = field(default_factory=list)
-    files: int = 0
-    bytes: int = 0
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def with_problems(self, problems: Iterable[Problem]) -> "VerifyReport":
-        """The same report with other problems."""
-        return VerifyReport(list(problems), self.files, self.bytes)
-
-    def as_json(self) -> dict[str, Any]:
-        problems = [vars(problem) for problem in self.problems]
-        return {"ok": self.ok, "problems": problems, "files": self.files, "bytes": self.bytes}
 
 
 def verify(
@@ -80,7 +48,7 @@ def verify(
         NotACacheError: there is no cache, or one of another format version.
     """
     storage = open_storage(cache) if isinstance(cache, str | os.PathLike) else cache
-    report = _Report(storage)
+    report = Collector(storage)
     try:
         plan = read_plan(storage)
     except CorruptError as error:
@@ -107,51 +75,7 @@ def verify(
     return report.finish()
 
 
-class _Report:
-    """Collects problems from several threads."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self._report = VerifyReport()
-        self._lock = Lock()
-
-    def add(self, file: str, reason: str, *, unit: int | None = None, teacher: str | None = None) -> None:
-        with self._lock:
-            self._report.problems.append(Problem(file, unit, teacher, reason))
-
-    def add_foreign(self, file: str, *, unit: int | None = None, teacher: str | None = None) -> None:
-        self.add(file, "does not belong to the cache", unit=unit, teacher=teacher)
-
-    def count(self, size: int) -> None:
-        with self._lock:
-            self._report.files += 1
-            self._report.bytes += size
-
-    def attempt(
-        self, file: str, check: Callable[[], _T], *, unit: int | None = None, teacher: str | None = None
-    ) -> _T | None:
-        """What `check` returns; None after noting what it complains of."""
-        try:
-            return check()
-        except CorruptError as error:
-            self.add(error.file, error.reason, unit=unit, teacher=teacher)
-        except MissingUnitError:
-            self.add(file, _NOT_COMMITTED, unit=unit, teacher=teacher)
-        except KpuError as error:
-            self.add(file, str(error), unit=unit, teacher=teacher)
-        return None
-
-    def check_file(self, file: str, expected: str, *, teacher: str | None = None) -> None:
-        raw = self.attempt(file, lambda: read_checked(self.storage, file, expected), teacher=teacher)
-        if raw is not None:
-            self.count(len(raw))
-
-    def finish(self) -> VerifyReport:
-        self._report.problems.sort(key=lambda problem: (problem.file, problem.reason))
-        return self._report
-
-
-def _check_teachers(report: _Report) -> dict[str, TeacherFiles | None]:
+def _check_teachers(report: Collector) -> dict[str, TeacherFiles | None]:
     """Every teacher that a run began, its files checked; None where nothing says what they should be."""
     teachers: dict[str, TeacherFiles | None] = {}
     for name in teacher_folders(report.storage):
@@ -165,7 +89,7 @@ def _check_teachers(report: _Report) -> dict[str, TeacherFiles | None]:
     return teachers
 
 
-def _row_digests(report: _Report, plan: Plan) -> Iterator[tuple[int, list[str | None]]]:
+def _row_digests(report: Collector, plan: Plan) -> Iterator[tuple[int, list[str | None]]]:
     """For each part of the sample table its first unit and the row digest of each of its units, None if damaged."""
     samples = Samples(report.storage, plan, cached_parts=1)
     for part in range(samples.parts):
@@ -183,7 +107,7 @@ def _row_digests(report: _Report, plan: Plan) -> Iterator[tuple[int, list[str | 
 class _Units:
     """Checks one unit of the images and of every teacher, from several threads."""
 
-    def __init__(self, report: _Report, plan: Plan, teachers: dict[str, TeacherFiles]) -> None:
+    def __init__(self, report: Collector, plan: Plan, teachers: dict[str, TeacherFiles]) -> None:
         self._report, self._storage, self._plan, self._teachers = report, report.storage, plan, teachers
         self._images = image_layouts(plan.rows, plan.unit_rows)
         none = np.empty(0, np.float32)
@@ -224,7 +148,7 @@ class _Units:
     def _images_record(self, unit: int, file: str) -> ImagesRecord:
         record = load_images_record(self._storage, self._plan, unit)
         if record is None:
-            raise CorruptError(file, _NOT_COMMITTED, unit=unit)
+            raise CorruptError(file, NOT_COMMITTED, unit=unit)
         return record
 
     def _check_teacher(self, unit: int, name: str, rows: str | None, images: ImagesRecord | None) -> None:

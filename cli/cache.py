@@ -1,16 +1,20 @@
 """`kpu-cache`: make, look at, prove and mend feature caches."""
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from cli.console import console, escape_unprintable, progress_bar
 from cli.failures import reported
+
+if TYPE_CHECKING:  # these load torch and pyarrow, which takes seconds: help and usage errors should not wait for them
+    from pipeline.config import ExtractConfig
+    from pipeline.runs import RunSummary
 
 app = typer.Typer(
     help="Extract frozen multi-teacher features into a crash-safe, compressed cache, once, and look after it.",
@@ -22,6 +26,11 @@ app = typer.Typer(
 CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Path or URL of a cache, such as my.kpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of text.")]
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file; flags are laid over it.")]
+
+
+@app.callback()
+def _start() -> None:
+    escape_unprintable()
 
 
 @app.command()
@@ -43,8 +52,12 @@ def extract(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and estimate; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run every teacher over every image once and keep the features. The same command again resumes."""
-    from cli.show import show_estimate
+    """Run every teacher over every image once and keep the features. The same command again resumes.
+
+    Exits with 0 where the cache is complete, with 1 where units are left, with 2 where it could not start.
+    """
+    from cli.progress import open_observer
+    from cli.show import show_estimate, show_summary, summary_json
     from pipeline.config import load_config
 
     loaded = load_config(
@@ -59,38 +72,51 @@ def extract(
     if dry_run:
         from pipeline.dry_run import estimate
 
-        with _observer(as_json) as observer:
+        with open_observer(console(stderr=as_json)) as observer:
             result = estimate(loaded, observer)
         _print(result.model_dump(mode="json"), as_json, lambda console: show_estimate(console, result))
         return
-    _extract(loaded, None, as_json)
+    summary = _extract(loaded, None, as_json)
+    _print(summary_json(summary), as_json, lambda console: show_summary(console, summary))
+    if not summary.complete:
+        raise typer.Exit(1)
 
 
 @app.command("retry-failed")
 @reported
 def retry_failed(cache: CachePath, as_json: Json = False) -> None:
-    """Try again the units that failed in earlier runs, with the configuration of the latest run."""
-    from cache.runs import latest_run
-    from cache.status import status as read_status
-
-    from cache.storage import open_storage
+    """Try again the units that failed, each with the configuration of the latest run in which it failed."""
+    from cli.show import show_summary, summary_json
     from pipeline.config import validate_config
+    from pipeline.retry import failed_runs
 
-    run = latest_run(open_storage(cache))
-    failed = frozenset(failure.unit for failure in read_status(cache).failed)
-    if run is None or not failed:
-        _print({"retried_units": 0}, as_json, lambda console: console.print("no unit has failed: nothing to retry"))
-        return
-    values = {**run.config, "out": os.path.abspath(cache) if "://" not in cache else cache}  # noqa: PTH100
-    _extract(validate_config(values, f"{cache}/runs/{run.id}.json"), failed, as_json)
+    out = cache if "://" in cache else str(Path(cache).absolute())
+    runs = failed_runs(cache)
+    summaries = []
+    for run, units in runs:
+        config = validate_config({**run.config, "out": out}, f"{cache}/runs/{run.id}.json")
+        summaries.append(_extract(config, units, as_json))
+    document = {"retried_units": sum(len(units) for _, units in runs), "runs": [summary_json(s) for s in summaries]}
+
+    def show(console: Console) -> None:
+        for summary in summaries:
+            show_summary(console, summary)
+        if not summaries:
+            console.print("no unit has failed: nothing to retry")
+
+    _print(document, as_json, show)
+    if not all(summary.complete for summary in summaries):
+        raise typer.Exit(1)
 
 
 @app.command()
 @reported
 def status(cache: CachePath, as_json: Json = False) -> None:
-    """Say how far the extraction is, what it cost in precision, which rows are masked and which units failed."""
-    from cache.status import status as read_status
+    """Say how far the extraction is, what it cost in precision, which rows are masked and which units failed.
 
+    Exits with 1 where units are left to do.
+    """
+    from cache.status import status as read_status
     from cli.show import show_status
 
     result = read_status(cache)
@@ -119,16 +145,22 @@ def verify(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which rows --deep picks.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Prove a cache: every unit committed, every checksum and digest right, rows equal across teachers."""
+    """Prove a cache: every unit committed, every checksum and digest right, rows equal across teachers.
+
+    Reads every byte. Lists all problems, and exits with 1 if there is one. The teachers are run again only where the
+    files are sound.
+    """
     from cache.verify import verify as prove
     from cli.show import show_verification
 
-    report = prove(cache)
+    with progress_bar("verify") as progress:
+        report = prove(cache, progress=progress)
+    again = 0
     if deep and report.ok:
         from pipeline.deep import verify_deep
 
-        report = verify_deep(cache, report, rows=rows, seed=seed)
-    _print(report.as_json(), as_json, lambda console: show_verification(console, report))
+        report, again = verify_deep(cache, report, rows=rows, seed=seed)
+    _print(report.as_json(), as_json, lambda console: show_verification(console, report, again))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -136,45 +168,39 @@ def verify(
 @app.command()
 @reported
 def gc(cache: CachePath, as_json: Json = False) -> None:
-    """Remove temporaries of dead runs and what was put into quarantine; never anything that was published."""
+    """Remove what dead runs left half written, and what was put into quarantine; never anything that was published."""
+    from cache import layout
+    from cache.errors import NotACacheError
     from cache.leases import collect_garbage
-    from cache.reader import open_cache
     from cache.storage import open_storage
     from cli.units import human_bytes
 
-    open_cache(cache)  # refuses what is no cache
-    freed = collect_garbage(open_storage(cache), quarantine=True)
+    storage = open_storage(cache)
+    if storage.size(layout.PLAN) is None and storage.size(layout.TEACHERS) is None:
+        raise NotACacheError(f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path")
+    freed = collect_garbage(storage, quarantine=True)
     _print({"freed_bytes": freed}, as_json, lambda console: console.print(f"freed {human_bytes(freed)}"))
 
 
-def _extract(config: Any, units: frozenset[int] | None, as_json: bool) -> None:
-    from cli.show import show_summary, summary_json
+def _extract(config: "ExtractConfig", units: frozenset[int] | None, as_json: bool) -> "RunSummary":
+    from cli.progress import open_observer
     from pipeline.extract import extract as run_extract
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _observer(as_json) as observer:
-            summary = run_extract(config, observer, units)
+        with open_observer(console(stderr=as_json)) as observer:
+            return run_extract(config, observer, units)
     except KeyboardInterrupt:
-        Console(stderr=True).print("\nstopped: committed units are safe; the same command resumes", markup=False)
+        console(stderr=True).print("stopped: what is committed is safe; the same command goes on from here")
         raise typer.Exit(1) from None
-    _print(summary_json(summary), as_json, lambda console: show_summary(console, summary))
-    if not summary.complete:
-        raise typer.Exit(1)
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _observer(as_json: bool) -> Any:
-    from cli.progress import open_observer
-
-    return open_observer(Console(stderr=as_json))
-
-
 def _print(document: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     if as_json:
         typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
-        show(Console(highlight=False))
+        show(console())

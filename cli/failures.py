@@ -3,12 +3,12 @@
 import errno
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
 
 from cache.errors import KpuError
+from cli.console import console
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +31,6 @@ def reported(command: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+def _fail(message: str, code: int) -> NoReturn:
+    console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(code) from None

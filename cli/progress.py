@@ -3,20 +3,27 @@
 import time
 from collections import deque
 from types import TracebackType
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
-from cli.units import human_bytes, human_seconds
+from cli.console import console as open_console
+from cli.units import human_bytes, human_seconds, plural
 from pipeline.reports import UnitReport
 from pipeline.runs import RunSummary
 
 PLAIN_EVERY_SECONDS = 10.0
 RATE_WINDOW = 32
+BAR_WIDTH = 30
 
 
 class Meter:
-    """Rows a second over the last units, the share of each stage, and the time left."""
+    """Rows a second over the last units, the share of each stage in the busy time, and the time left."""
 
     def __init__(self, pending: int) -> None:
         self.pending = pending
@@ -40,24 +47,26 @@ class Meter:
     @property
     def shares(self) -> str:
         total = sum(self._stages.values()) or 1.0
-        return " ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in self._stages.items())
+        return ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in self._stages.items() if seconds)
 
-    def line(self) -> str:
-        left = (self.pending - self.rows) / self.rate if self.rate else 0.0
-        trouble = f" | {self.failed} units failed" if self.failed else ""
-        masked = f" | {self.masked} masked" if self.masked else ""
-        return f"{self.rate:,.0f} rows/s | {self.shares} | left {human_seconds(left)}{masked}{trouble}"
+    @property
+    def counts(self) -> str:
+        """Rows done and to do, rate and time left, and what went wrong so far."""
+        left = f"{human_seconds((self.pending - self.rows) / self.rate)} left" if self.rate else "starting"
+        trouble = [f"{self.masked:,} masked"] * bool(self.masked)
+        trouble += [f"{plural(self.failed, 'unit')} failed"] * bool(self.failed)
+        return ", ".join([f"{self.rows:,}/{self.pending:,} rows", f"{self.rate:,.0f} rows/s", left, *trouble])
 
 
 class PlainObserver:
-    """One line a phase, and one every ten seconds of extraction."""
+    """One line a phase, and one every ten seconds of extraction. Warnings go to standard error."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._meter = Meter(0)
         self._last = time.monotonic()
 
-    def __enter__(self) -> "PlainObserver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -65,60 +74,79 @@ class PlainObserver:
     ) -> None: ...
 
     def phase(self, name: str, detail: str) -> None:
-        self._console.print(f"{name}: {detail}" if detail else name, markup=False, highlight=False, soft_wrap=True)
+        if detail:
+            self._say(f"{name}: {detail}")
 
     def warn(self, message: str) -> None:
-        self._console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+        errors = self._console if self._console.is_terminal else open_console(stderr=True)
+        errors.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, *, total: int, pending: int, workers: int) -> None:
         self._meter = Meter(pending)
         self._last = time.monotonic()
-        self.phase("extract", f"{pending:,} of {total:,} rows to do, {workers} worker{'s' if workers > 1 else ''}")
+        done = f", {total - pending:,} are there already" if 0 < pending < total else ""
+        work = f"{pending:,} of {total:,} rows on {plural(workers, 'worker')}{done}"
+        self._say(f"extract: {work if pending else 'nothing is left to do'}")
 
     def report(self, report: UnitReport) -> None:
         self._meter.add(report)
         for failure in report.failures:
-            teacher = f" of teacher {failure.teacher}" if failure.teacher else ""
+            teacher = f", teacher {failure.teacher}," if failure.teacher else ""
             self.warn(f"unit {failure.unit}{teacher} failed: {failure.reason}")
         if time.monotonic() - self._last >= PLAIN_EVERY_SECONDS:
             self._last = time.monotonic()
-            self.phase("extract", f"{self._meter.rows:,}/{self._meter.pending:,} rows | {self._meter.line()}")
+            self._say(f"extract: {self._meter.counts} | {self._meter.shares}")
 
     def end(self, summary: RunSummary) -> None:
-        startup = f"{summary.rows:,} rows in {human_seconds(summary.seconds)}, {summary.rows_per_second:,.0f} rows/s"
-        self.phase("done" if summary.complete else "stopped", f"{startup}, {human_bytes(summary.bytes)} written")
+        if self._meter.pending:
+            speed = f"{summary.rows:,} rows in {human_seconds(summary.seconds)}, {summary.rows_per_second:,.0f} rows/s"
+            self._say(f"extracted: {speed}, {human_bytes(summary.bytes)} written")
+            self._say(f"busy time: {self._meter.shares}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveObserver(PlainObserver):
-    """A progress bar with rate, share of the stages and time left."""
+    """The same lines, and below them what goes on now: a spinner, then a bar with rate, time left and stages."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._bar = Progress(
-            TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[line]}"), console=console,
-        )  # fmt: skip
-        self._task: TaskID | None = None
+        self._spinner: Spinner | None = None
+        self._live = Live(console=console, transient=True, refresh_per_second=5, get_renderable=self._render)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
+
+    def phase(self, name: str, detail: str) -> None:
+        super().phase(name, detail)
+        self._spinner = Spinner("dots", name)
 
     def begin(self, *, total: int, pending: int, workers: int) -> None:
         super().begin(total=total, pending=pending, workers=workers)
-        self._task = self._bar.add_task("extract", total=pending, line="")
-        self._bar.start()
+        self._spinner = None
 
     def report(self, report: UnitReport) -> None:
         self._last = time.monotonic()  # the bar stands in for the plain lines
         super().report(report)
-        if self._task is not None:
-            self._bar.update(self._task, completed=self._meter.rows, line=self._meter.line())
 
     def end(self, summary: RunSummary) -> None:
-        self._bar.stop()
+        self._live.stop()
         super().end(summary)
+
+    def _render(self) -> RenderableType:
+        if self._spinner is not None or not self._meter.pending:
+            return self._spinner or Text("")
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._meter.pending, completed=self._meter.rows, width=BAR_WIDTH)
+        line.add_row(bar, Text(self._meter.counts, no_wrap=True, overflow="ellipsis"))
+        return Group(line, Text(self._meter.shares, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 def open_observer(console: Console) -> LiveObserver | PlainObserver:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from cache.status import Status
 from rich.console import Console
 from rich.table import Table
 
 from cache.reader import Cache
+from cache.status import Status
 from cache.verify import VerifyReport
-from cli.units import human_bytes, human_seconds
+from cli.units import human_bytes, human_seconds, plural
 from pipeline.dry_run import Estimate
 from pipeline.runs import RunSummary
 
@@ -31,20 +31,27 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def show_summary(console: Console, summary: RunSummary) -> None:
+    if summary.masked:
+        _say(console, f"{plural(summary.masked, 'row')} masked: `kpu-cache status {summary.out}` lists them")
     if summary.complete:
-        console.print(f"{summary.out} is complete", markup=False)
+        _say(console, f"complete: {summary.out}")
         return
-    console.print(
-        f"{summary.out} is incomplete: {summary.remaining_units} units are left; run the same command again, or look "
-        f"at `kpu-cache status {summary.out}`",
-        markup=False,
-    )
+    left = plural(summary.remaining_units, "unit")
+    if summary.failures:
+        _say(
+            console,
+            f"incomplete: {left} left in {summary.out}; once the cause is mended, `kpu-cache retry-failed "
+            f"{summary.out}` or the same command tries again",
+        )
+    else:
+        _say(console, f"incomplete: {left} left in {summary.out}; the same extract command goes on")
 
 
 def show_status(console: Console, status: Status) -> None:
     done = "complete" if status.complete else "incomplete"
-    console.print(f"{done}: {status.rows:,} rows in {status.units:,} units, {len(status.masked):,} masked")
-    table = Table("teacher", "committed", "bytes", "bytes/row", "RMSE (std)", "cosine")
+    masked = f", {len(status.masked):,} masked" if status.masked else ""
+    _say(console, f"{done}: {plural(status.rows, 'row')} in {plural(status.units, 'unit')}{masked}")
+    table = _table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
     for name, teacher in status.teachers.items():
         rows = max(1, round(status.rows * teacher.committed_units / max(1, teacher.units)))
         table.add_row(
@@ -55,16 +62,14 @@ def show_status(console: Console, status: Status) -> None:
             "-" if teacher.rmse is None else f"{teacher.rmse:.4f}",
             "-" if teacher.cosine is None else f"{teacher.cosine:.5f}",
         )
-    console.print(table)
-    for masked in status.masked[:LISTED]:
-        console.print(f"masked row {masked.row}: {masked.key!r} ({masked.reason})", markup=False)
-    if len(status.masked) > LISTED:
-        console.print(f"... and {len(status.masked) - LISTED:,} more masked rows (--json lists all)")
+    if status.teachers:
+        console.print(table)
+    for row in status.masked[:LISTED]:
+        _say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
+    _more(console, len(status.masked), "masked rows")
     for failed in status.failed[:LISTED]:
-        teacher = failed.teacher or "all teachers"
-        console.print(f"failed unit {failed.unit}, {teacher}: {failed.reason}", markup=False)
-    if len(status.failed) > LISTED:
-        console.print(f"... and {len(status.failed) - LISTED:,} more failed units (--json lists all)")
+        _say(console, f"failed unit {failed.unit}, {failed.teacher or 'all teachers'}: {failed.reason}")
+    _more(console, len(status.failed), "failed units")
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:
@@ -95,48 +100,84 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
 
 def show_info(console: Console, described: dict[str, Any]) -> None:
     source = described["source"]
-    console.print(f"{described['path']}", markup=False)
-    console.print(f"source   {source['kind']} {source['root']}", markup=False)
-    views = f" ({described['samples']:,} samples x {described['views']} views)" if described["views"] > 1 else ""
-    console.print(f"rows     {described['rows']:,}{views} in {described['units']:,} units of {described['unit_rows']}")
+    _say(console, f"cache    {described['path']}")
+    _say(console, f"source   {source['kind']} {source['root']}")
+    views = (
+        f" ({plural(described['samples'], 'sample')} x {described['views']} views)" if described["views"] > 1 else ""
+    )
+    units = f"{plural(described['units'], 'unit')} of {described['unit_rows']}"
+    _say(console, f"rows     {described['rows']:,}{views} in {units}")
     if described["classes"]:
         names = described["classes"]
-        more = ", ..." if len(names) > LISTED else ""
-        console.print(f"classes  {len(names)}: {', '.join(names[:LISTED])}{more}", markup=False)
-    table = Table("teacher", "model", "weights", "input", "precision", "output", "shape", "codec")
+        _say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")
     for name, teacher in described["teachers"].items():
-        height, width = teacher["input"]["size"]
-        codec = teacher["codec"]["name"] + (f" {teacher['codec']['step']:g}" if teacher["codec"]["step"] else "")
-        first = (name, teacher["model"], teacher["weights_digest"][:12], f"{height}x{width}", teacher["precision"])
-        for index, output in enumerate(teacher["outputs"]):
+        _say(console, f"\nteacher  {name}: {teacher['model']}")
+        _say(console, f"weights  {teacher['weights'] or 'its own'}, digest {teacher['weights_digest']}")
+        _say(console, f"input    {_input(teacher['input'])}, {teacher['precision']}")
+        _say(console, f"codec    {_codec(teacher['codec'])}")
+        for output in teacher["outputs"]:
+            grid = " (grid {} x {})".format(*output["grid"]) if output["grid"] else ""
             shape = " x ".join(map(str, output["shape"]))
-            table.add_row(*(first if index == 0 else [""] * 5), output["name"], shape, codec)
-    console.print(table)
+            count = teacher["calibration_count"][output["name"]]
+            _say(console, f"output   {output['name']}: {shape}{grid}, calibrated on {count:,} vectors")
 
 
-def show_verification(console: Console, report: VerifyReport) -> None:
+def _input(spec: dict[str, Any]) -> str:
+    height, width = spec["size"]
+    return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}"
+
+
+def _codec(codec: dict[str, Any]) -> str:
+    step = f", step {codec['step']:g} of a channel's standard deviation" if codec["step"] else ""
+    return f"{codec['name']}{step}"
+
+
+def show_verification(console: Console, report: VerifyReport, recomputed: int) -> None:
+    """`recomputed` rows were run through the teachers again."""
     for problem in report.problems:
-        console.print(f"{problem.file}: {problem.reason}", markup=False, soft_wrap=True)
-    console.print("verified: no problem" if report.ok else f"{len(report.problems):,} problems")
+        unit = "" if problem.unit is None else f" (unit {problem.unit})"
+        _say(console, f"{problem.file}{unit}: {problem.reason}")
+    again = f", {plural(recomputed, 'row')} computed again" if recomputed else ""
+    read = f"{plural(report.files, 'file')}, {human_bytes(report.bytes)} read{again}"
+    _say(console, f"verified: {read}" if report.ok else f"{plural(len(report.problems), 'problem')}: {read}")
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
-    console.print(
-        f"{estimate.rows:,} rows in {estimate.units:,} units of {estimate.unit_rows}; largest shard about "
-        f"{human_bytes(estimate.largest_shard_bytes)}"
-    )
-    table = Table("teacher", "output", "bytes/row", "total")
+    left = f", {estimate.rows_left:,} left to do" if estimate.rows_left < estimate.rows else ""
+    units = f"{plural(estimate.units, 'unit')} of {estimate.unit_rows}"
+    shard = human_bytes(estimate.largest_shard_bytes)
+    _say(console, f"{plural(estimate.rows, 'row')}{left}, {units}; the largest shard about {shard}")
+    sizes = _table("teacher", "output", "bytes/row", "size of all rows", left=2)
     for name, outputs in estimate.bytes_per_row.items():
-        for output, size in outputs.items():
-            table.add_row(name, output, human_bytes(size), human_bytes(size * estimate.rows))
-    table.add_row("all", "", human_bytes(estimate.total_bytes / estimate.rows), human_bytes(estimate.total_bytes))
-    console.print(table)
-    stages = Table("stage", "rows/s of one worker")
+        for output, size in [*outputs.items(), ("all", sum(outputs.values()))]:
+            sizes.add_row(name, output, human_bytes(size), human_bytes(size * estimate.rows))
+    console.print(sizes)
+    stages = _table("stage", "rows/s of one worker", left=1)
     for stage, rate in estimate.stage_rates.items():
-        stages.add_row(stage + (" <- bottleneck" if stage == estimate.bottleneck else ""), f"{rate:,.1f}")
+        stages.add_row(stage + (" (bottleneck)" if stage == estimate.bottleneck else ""), f"{rate:,.0f}")
     console.print(stages)
-    console.print(f"memory of one worker: about {human_bytes(estimate.peak_memory_bytes)}")
-    console.print(
-        f"{estimate.workers} worker{'s' if estimate.workers > 1 else ''} at {estimate.rows_per_second:,.1f} rows/s: "
-        f"about {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours"
+    _say(console, f"total size       {human_bytes(estimate.total_bytes)} to be written")
+    _say(console, f"peak memory      {human_bytes(estimate.peak_memory_bytes)} in each worker")
+    workers = plural(estimate.workers, "worker")
+    calibration = (
+        f", after calibrating on {plural(estimate.calibration_rows, 'row')}" if estimate.calibration_rows else ""
     )
+    _say(console, f"rate             {estimate.rows_per_second:,.0f} rows/s on {workers}{calibration}")
+    _say(console, f"time             {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours")
+
+
+def _table(*columns: str, left: int) -> Table:
+    """A table without lines, its first `left` columns of text, the others of numbers."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    return table
+
+
+def _more(console: Console, count: int, what: str) -> None:
+    if count > LISTED:
+        _say(console, f"... and {count - LISTED:,} more {what}: --json lists all")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -19,3 +19,8 @@ def human_seconds(seconds: float) -> str:
     if seconds < 86400:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
     return f"{int(seconds // 86400)} d {int(seconds % 86400 // 3600)} h"
+
+
+def plural(count: int, thing: str) -> str:
+    """1 unit, 2 units."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -15,8 +15,10 @@ from pipeline.worker import Worker, WorkerSetup
 BATCH = 64
 
 
-def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> VerifyReport:
+def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tuple[VerifyReport, int]:
     """Add to `report` every sampled row whose features, computed again, differ by more than one grid step.
+
+    At most `rows` rows are sampled; their number is returned too.
 
     Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
     standard deviations: another CPU or thread count may round differently.
@@ -37,7 +39,7 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> Ver
             problems += _compare(cache, worker, picked[start : start + BATCH])
     finally:
         worker.close()
-    return report.with_problems(problems)
+    return report.with_problems(problems), len(picked)
 
 
 def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:

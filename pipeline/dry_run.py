@@ -69,7 +69,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     loaded = config.model_copy(update={"teachers": {name: config.teachers[name] for name in missing}})
     shipped = {name: ship(teacher) for name, teacher in loaded.teachers.items()}
     threads = choose_threads(config.executor, standing, observer)
-    observer.phase("load", f"{len(shipped)} teachers")
+    observer.phase("load", ", ".join(shipped))
     with open_executor(config.executor, WorkerSetup(loaded, shipped, source.spec, threads, new_run_id())) as executor:
         specs = [description.spec for description in executor.call("describe")]
         check_teachers(config, specs)

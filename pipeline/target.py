@@ -15,7 +15,7 @@ from cache.spec import FORMAT, Plan
 from cache.storage import open_storage
 from pipeline.paths import is_url
 
-_BEFORE_PLAN: Final = frozenset({layout.ROOT, layout.TEMPORARY, layout.RUNS, layout.IMAGES, "teachers", "samples"})
+_PARTS: Final = (layout.PLAN, layout.ROOT, layout.RUNS, layout.IMAGES, "teachers", "samples", layout.TEMPORARY)
 
 
 def standing_plan(out: str) -> Plan | None:
@@ -46,10 +46,10 @@ def standing_plan(out: str) -> Plan | None:
 
 @contextmanager
 def left_as_it_was(out: str) -> Iterator[None]:
-    """Take away what a run made at `out`, a local path, if it fails before its plan stands and nothing stood before.
+    """Take away what a run made at `out`, a local path, if it fails before a teacher stands and nothing stood before.
 
-    An interruption leaves what was made: the same command goes on from there. So does another run that is at work
-    there. In an object store what was begun stays, without harm.
+    An interruption leaves what was made, for the same command to go on from there; so does another run at work there.
+    In an object store what was begun stays, without harm.
     """
     path = Path(out)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -64,13 +64,13 @@ def left_as_it_was(out: str) -> Iterator[None]:
 
 
 def _take_away(path: Path, missing: list[Path]) -> None:
-    if (path / layout.PLAN).exists():
+    if any(path.glob(layout.group(layout.teacher("*")))):
         return
     collect_garbage(open_storage(path), quarantine=True)
     temporary = path / layout.TEMPORARY
     if temporary.is_dir() and any(entry.is_dir() for entry in temporary.iterdir()):
         return  # another run lives
-    for name in _BEFORE_PLAN:
+    for name in _PARTS:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:

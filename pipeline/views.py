@@ -55,7 +55,7 @@ def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.FixedSizeListAr
     return pa.FixedSizeListArray.from_arrays(pa.array(_uniform(bytes(digests))), DRAWS)
 
 
-def _uniform(digests: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _uniform(digests: bytes) -> np.ndarray[Any, Any]:
     """Random bytes as float64 in [0, 1), eight bytes each."""
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
 

@@ -149,7 +149,7 @@ class Files:
         if isinstance(error, ShortRead):
             what = f"expected {piece.length} bytes at offset {piece.offset}, {error}: it shrank since it was listed"
         elif isinstance(error, FileNotFoundError | NotADirectoryError):
-            what = "it is gone since it was listed"
+            what = "no such file (any more)"
         elif isinstance(error, PermissionError):
             what = "no permission to read it"
         elif self._may_pass(error):

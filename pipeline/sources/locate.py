@@ -5,7 +5,7 @@ import os
 import posixpath
 import stat
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -106,7 +106,7 @@ def _glob(pattern: str) -> list[str]:
     if is_local(pattern):
         return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns are absolute
     system, path = file_system(pattern)
-    return sorted(system.unstrip_protocol(match) for match in system.glob(path))
+    return sorted(system.unstrip_protocol(match) for match in _ask(pattern, lambda: system.glob(path)))
 
 
 def _look(path: str, *, literal: bool) -> list[_Found]:
@@ -121,7 +121,7 @@ def _look(path: str, *, literal: bool) -> list[_Found]:
         system, inner = file_system(path)
         path = system.unstrip_protocol(inner)
         # A shard that is not there shows when it is opened: asking for each of 100,000 of them first would take hours.
-        is_folder = kind is None and bool(system.isdir(inner))
+        is_folder = kind is None and bool(_ask(path, lambda: system.isdir(inner)))
         if kind is None and not is_folder and literal:
             raise SourceError(f"data.source: {path}: no such folder")
     if not is_folder:
@@ -143,9 +143,17 @@ def _top_level(path: str) -> list[tuple[str, bool]]:
         except OSError as error:
             raise SourceError(f"data.source: {path}: cannot list it: {error.strerror}") from None
     system, inner = file_system(path)
-    listing: list[Any] = system.ls(inner, detail=True)
+    listing: list[Any] = _ask(path, lambda: system.ls(inner, detail=True))
     names = [(posixpath.basename(item["name"].rstrip("/")), item["type"] == "directory") for item in listing]
     return [(name, folder) for name, folder in names if name and not name.startswith(".")]
+
+
+def _ask(path: str, question: Callable[[], Any]) -> Any:
+    """The answer of a remote file system. Clients raise errors of their own: no credentials, no network, no bucket."""
+    try:
+        return question()
+    except Exception as error:
+        raise SourceError(f"data.source: {path}: cannot be listed: {type(error).__name__}: {error}") from error
 
 
 def _kind_by_name(path: str) -> Kind | None:

@@ -121,20 +121,20 @@ class ParquetListing:
         return name
 
 
-def open_parquet(files: Files, file: str) -> pq.ParquetFile:
-    """Open one file and read its footer.
+def open_parquet(files: Files, file: str, key: str | None = None) -> pq.ParquetFile:
+    """Open one file and read its footer; `key` is of the row wanted from it, for messages.
 
     Raises:
         SourceError: it is gone, unreadable or no Parquet file.
     """
-    return files.retry(lambda: _open(files, file), Piece(file, file))
+    return files.retry(lambda: _open(files, file), Piece(file, key or file))
 
 
 def _open(files: Files, file: str) -> pq.ParquetFile:
     path = files.path(file)
     # Buffered streams, not whole column chunks: a row group may be larger than memory.
     source = pa.OSFile(path) if files.local else files.system[0].open(path, "rb")
-    return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
+    return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
 
 
 def image_column(schema: pa.Schema, file: str, wanted: str | None) -> str:

@@ -47,7 +47,10 @@ class _Cursor:
 
     def advance(self) -> _Block:
         """The next block."""
-        column = next(self._batches).column(0)
+        batch = next(self._batches, None)
+        if batch is None or not batch.num_rows:
+            raise pa.ArrowInvalid(f"pages end at row {self.next_row} of {self.rows}")
+        column = batch.column(0)
         # A struct that is null hides its child: flatten() carries that over.
         images = column.flatten()[0] if pa.types.is_struct(column.type) else column
         block = _Block(self.next_row, images)
@@ -105,18 +108,19 @@ class ParquetReader:
                     self._blocks.move_to_end(name)
                     return held
             try:
-                return self._files.retry(lambda: self._decode(file, group, row), piece)
+                return self._files.retry(lambda: self._decode(piece, group, row), piece)
             except BaseException:
                 self._forget(file)
                 raise
 
-    def _decode(self, file: str, group: int, row: int) -> _Block:
+    def _decode(self, piece: Piece, group: int, row: int) -> _Block:
+        file = piece.file
         cursor = self._cursors.pop((file, group), None)  # one that fails is not used again
         try:
             if cursor is None or cursor.next_row > row:
-                cursor = self._cursor(file, group)
+                cursor = self._cursor(piece, group)
             if row >= cursor.rows:
-                raise self._shrank(file, f"row {row} of row group {group}", f"{cursor.rows} rows in it")
+                raise self._shrank(piece, f"row {row} of row group {group}", f"{cursor.rows} rows in it")
             block = cursor.advance()
             while block.stop <= row:
                 block = cursor.advance()
@@ -132,22 +136,23 @@ class ParquetReader:
             self._blocks.popitem(last=False)
         return block
 
-    def _cursor(self, file: str, group: int) -> _Cursor:
+    def _cursor(self, piece: Piece, group: int) -> _Cursor:
+        file = piece.file
         opened = self._opened.get(file)
         if opened is None:
-            opened = self._opened[file] = open_parquet(self._files, file)
+            opened = self._opened[file] = open_parquet(self._files, file, piece.key)
             if len(self._opened) > _OPEN_FILES:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(file)
         column = image_column(opened.schema_arrow, self._files.name(file), self._column)
         if group >= opened.metadata.num_row_groups:
-            raise self._shrank(file, f"row group {group}", f"{opened.metadata.num_row_groups} row groups")
+            raise self._shrank(piece, f"row group {group}", f"{opened.metadata.num_row_groups} row groups")
         return _Cursor(opened, group, column)
 
-    def _shrank(self, file: str, expected: str, found: str) -> SourceError:
+    def _shrank(self, piece: Piece, expected: str, found: str) -> SourceError:
         return SourceError(
-            f"{self._files.name(file)}: expected {expected}, found {found}: it was rewritten since it was listed; "
-            "restore it"
+            f"{self._files.name(piece.file)} (key {piece.key!r}): expected {expected}, found {found}: "
+            "it was rewritten since it was listed; restore it"
         )
 
     def _forget(self, file: str) -> None:

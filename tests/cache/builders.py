@@ -34,7 +34,7 @@ OUTPUTS = {
 class SmallCache:
     """Where the cache lies, and what must come out of it."""
 
-    path: Path
+    path: Path  # or a URL, where it was built under one
     plan: Plan
     teachers: dict[str, PublishedTeacher]
 
@@ -184,7 +184,9 @@ def commit_unit(
     )
 
 
-def build(path: Path, *, codec: str = "uniform", run: str = "run", arm: tuple[str, str] | None = None) -> SmallCache:
+def build(
+    path: Path | str, *, codec: str = "uniform", run: str = "run", arm: tuple[str, str] | None = None
+) -> SmallCache:
     """Make the cache, or complete what stands; `arm` is a stage (plan, teacher or unit) and a failpoint armed in it."""
     storage = open_storage(path, create=True)
 
@@ -201,7 +203,7 @@ def build(path: Path, *, codec: str = "uniform", run: str = "run", arm: tuple[st
         for unit in range(plan.units):
             for teacher in teachers.values():
                 commit_unit(storage, plan, teacher, unit, run)
-    return SmallCache(Path(path), plan, teachers)
+    return SmallCache(path, plan, teachers)
 
 
 def tree(path: Path) -> dict[str, bytes]:

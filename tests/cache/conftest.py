@@ -1,35 +1,13 @@
 """Fixtures for the tests of the on-disk format."""
 
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cache.builders import SmallCache, build
-
-
-@pytest.fixture(scope="session")
-def s3_bucket() -> Iterator[str]:
-    """URL of a bucket on a real S3 server (moto) that listens on this machine for the session."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import fsspec
-
-        name = f"kpu-{secrets.token_hex(4)}"
-        fsspec.filesystem("s3").mkdir(name)
-        yield f"s3://{name}"
-    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 from cache.digests import open_document, seal_document
 from cache.errors import CorruptError, KpuError, NotACacheError
 from cache.reader import open_cache
+from cache.status import status
 from cache.verify import VerifyReport, verify
 from tests.cache.builders import SmallCache, build, tree
 
@@ -224,3 +225,21 @@ def test_random_damage_is_never_read_as_numbers(small_cache: SmallCache) -> None
                     continue
                 assert np.array_equal(found, values[rows], equal_nan=True)
         path.write_bytes(raw)
+
+
+def test_a_cache_in_an_object_store_is_the_same_cache(s3_bucket: str, built_cache) -> None:
+    url = f"{s3_bucket}/{os.urandom(4).hex()}/my.kpu"
+    remote, local = build(url), built_cache("uniform")
+    for file, raw in tree(local.path).items():
+        assert remote.storage.read(file) == raw, file
+    assert verify(url).as_json() == verify(local.path).as_json()
+    assert status(url) == status(local.path)
+    rows = [19, 3, 3, 12]
+    assert np.array_equal(
+        open_cache(url).read("beta", "layer6.patch", rows), open_cache(local.path).read("beta", "layer6.patch", rows)
+    )
+    shard = "teachers/beta/layer6.patch/c/1/0/0"
+    remote.storage.quarantine(shard, run="x")
+    assert files_of(verify(url)) == {shard}
+    with pytest.raises(CorruptError, match="is missing"):
+        open_cache(url).read("beta", "layer6.patch", rows)

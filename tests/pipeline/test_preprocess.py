@@ -12,8 +12,11 @@ from torchvision.transforms import InterpolationMode
 
 from cache.spec import InputSpec
 from pipeline import preprocess
+from pipeline.images import decode_image
 from pipeline.preprocess import geometry, resize_image
+from pipeline.sources import open_source, source_reader
 from pipeline.views import View
+from tests.pipeline.sources import Data, listed
 
 SIZES = [(500, 375), (375, 500), (224, 224), (225, 224), (1, 1), (7, 300), (1300, 640), (31, 33), (224, 256)]
 CONFIGS = [
@@ -56,13 +59,15 @@ def test_full_view_is_timm_pixel_for_pixel(config: tuple[tuple[int, int], float,
         np.testing.assert_array_equal(found, by_timm(image, *config), err_msg=f"image of {size}")
 
 
-def test_full_view_is_timm_for_real_models(shared_data: Path) -> None:
-    photos = [picture(640, 427)]
+def test_full_view_is_timm_for_real_models_and_photos(shared_data: Path) -> None:
+    source = open_source(Data(str(shared_data / "data/imagenet-sample/sample-000000.tar"), limit=12))
+    photos = [decode_image(data) for data in source_reader(source.spec).read(listed(source))]
     for name in ("vit_small_patch14_dinov2", "vit_base_patch16_clip_224", "convnext_tiny", "resnet50.a1_in1k"):
         config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
         assert config["crop_mode"] == "center"
         args = (tuple(config["input_size"][1:]), config["crop_pct"], config["interpolation"])
         for photo in photos:
+            assert isinstance(photo, Image.Image)
             np.testing.assert_array_equal(resize_image(photo, spec(*args)), by_timm(photo, *args))
 
 
@@ -71,9 +76,7 @@ def test_box_is_resized_crop_of_torchvision(interpolation: str) -> None:
     image = picture(500, 375)
     left, upper, right, lower = box = (37, 11, 401, 260)
     modes = {mode.value: mode for mode in InterpolationMode}
-    expected = reference.resized_crop(
-        image, upper, left, lower - upper, right - left, [96, 160], modes[interpolation]
-    )
+    expected = reference.resized_crop(image, upper, left, lower - upper, right - left, [96, 160], modes[interpolation])
     view = spec((96, 160), 0.875, interpolation)
     np.testing.assert_array_equal(resize_image(image, view, View(box)), np.asarray(expected))
     np.testing.assert_array_equal(resize_image(image, view, View(box, True)), np.asarray(reference.hflip(expected)))

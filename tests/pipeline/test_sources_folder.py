@@ -61,7 +61,9 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     assert keys(tmp_path) == ["1.jpg", "5.JPEG", "6.webp"]
 
 
-@pytest.mark.parametrize("name", ["a b.jpg", "ça/é ü.jpg", "日本/猫.jpg", "new\nline.jpg", "a..jpg", "a'\"*?[x].jpg", "%20.jpg"])
+@pytest.mark.parametrize(
+    "name", ["a b.jpg", "ça/é ü.jpg", "日本/猫.jpg", "new\nline.jpg", "a..jpg", "a'\"*?[x].jpg", "%20.jpg"]
+)
 def test_odd_names_are_kept_and_read(tmp_path: Path, name: str) -> None:
     fill(tmp_path, name, "plain.jpg")
     assert contents(tmp_path)[name] == name.encode()
@@ -147,7 +149,7 @@ def test_file_that_is_gone_or_locked_is_an_error_not_a_masked_row(tmp_path: Path
     (tmp_path / "2.jpg").unlink()
     reader = source_reader(source.spec)
     assert reader.read(table.slice(0, 1)) == [b"1.jpg"]
-    with pytest.raises(SourceError, match=r"2\.jpg: it is gone since it was listed"):
+    with pytest.raises(SourceError, match=r"2\.jpg: no such file"):
         reader.read(table)
 
 
@@ -194,7 +196,7 @@ def test_other_file_systems(memory: Any) -> None:
     assert keys("memory://images/*/1.jpg") == ["1.jpg"]
     table = listed(source)
     memory.rm("/images/cat/1.jpg")
-    with pytest.raises(SourceError, match=r"cat/1\.jpg: it is gone"):
+    with pytest.raises(SourceError, match=r"cat/1\.jpg: no such file"):
         source_reader(source.spec).read(table)
     with pytest.raises(SourceError, match="no such folder"):
         listing("memory://nothing/here")
@@ -228,5 +230,7 @@ def test_reads_that_may_pass_are_tried_again(monkeypatch: pytest.MonkeyPatch) ->
     Flaky.failures = 3
     assert reader.read(table) == [b"one", b"two"]
     Flaky.failures = 100
-    with pytest.raises(SourceError, match=r"d/1\.jpg: 3 attempts to read it failed, the last with TimeoutError: slow down"):
+    with pytest.raises(
+        SourceError, match=r"d/1\.jpg: 3 attempts to read it failed, the last with TimeoutError: slow down"
+    ):
         reader.read(table)

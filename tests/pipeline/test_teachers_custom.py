@@ -189,8 +189,12 @@ def test_refuses_images_of_another_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "factory", "message"),
     [
-        ("", "tyni", r"has no factory 'tyni'; did you mean .*tiny"),
-        ("def fails():\n    raise ValueError('no luck')", "fails", r"factory raised ValueError at mine\.py:\d+: no luck"),
+        ("", "tinny", r"has no factory 'tinny'; did you mean .*tiny"),
+        (
+            "def fails():\n    raise ValueError('no luck')",
+            "fails",
+            r"factory raised ValueError at mine\.py:\d+: no luck",
+        ),
         ("def greedy(depth):\n    return Tiny()", "greedy", r"expected a factory that needs no argument, found depth"),
         ("def wrong():\n    return 3", "wrong", r"expected the factory to return an nn\.Module, found int"),
         ("import sys; sys.exit(3)", "tiny", r"mine\.py does not import: SystemExit"),

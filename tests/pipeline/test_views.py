@@ -44,8 +44,10 @@ def test_draws_differ_by_seed_key_and_view_and_are_uniform() -> None:
     assert values.shape == (10000, 5)
     assert np.unique(values).size == values.size
     assert not np.isin(np.array(draw_views(keys, 2, seed=1).to_pylist()), values).any()
-    assert 0 <= values.min() and values.max() < 1
-    np.testing.assert_allclose(np.quantile(values, [0.1, 0.5, 0.9], axis=0), [[0.1] * 5, [0.5] * 5, [0.9] * 5], atol=0.02)
+    assert values.min() >= 0 and values.max() < 1
+    np.testing.assert_allclose(
+        np.quantile(values, [0.1, 0.5, 0.9], axis=0), [[0.1] * 5, [0.5] * 5, [0.9] * 5], atol=0.02
+    )
     assert np.abs(np.corrcoef(values.T) - np.eye(5)).max() < 0.04
 
 

@@ -1,0 +1,38 @@
+"""Where text goes: consoles that cut nothing off and never fail, whoever reads them."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_WIDTH: Final = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Standard output or error; where it is no terminal and nobody says how wide it is, lines may be long."""
+    plain = Console(stderr=stderr, highlight=False)
+    if plain.is_terminal or "COLUMNS" in os.environ:
+        return plain
+    return Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+
+
+def escape_unprintable() -> None:
+    """Let both streams write what their encoding lacks, such as the name of a file, as an escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal, that is gone at the end; moved by calls of (done, total)."""
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    error = console(stderr=True)
+    with Progress(*columns, console=error, transient=True, disable=not error.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
