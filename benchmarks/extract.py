@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,7 +36,7 @@ from pipeline.extract import extract
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("KPU_TEST_DATA", REPOSITORY.parent / "shared")).resolve()
-CIFAR = {"general": 4, "animals": 7, "vehicles": 5}
+CIFAR = {"general": "resnet56", "animals": "resnet20", "vehicles": "resnet20"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def timm_teachers(names: tuple[str, ...]) -> list[Any]:
     def load(name: str) -> tuple[Any, Any]:
         size = {"img_size": 224} if name.startswith("vit_small_patch14") else {}
         model = timm.create_model(name, pretrained=False, **size).eval()
-        transform = create_transform(**resolve_model_data_config(model), is_training=False)
+        own = resolve_model_data_config(model) | {"input_size": (3, 224, 224)}
+        transform = create_transform(**own, is_training=False)
 
         def features(x: torch.Tensor) -> Any:
             tokens = model.forward_features(x)
@@ -78,12 +80,21 @@ def timm_teachers(names: tuple[str, ...]) -> list[Any]:
     return [load(name) for name in names]
 
 
-def cifar_teachers() -> list[Any]:
-    from examples import cifar_resnet
+def load_source(path: Path) -> Any:
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def load(name: str) -> tuple[Any, Any]:
-        module = getattr(cifar_resnet, name)()
-        module.load_state_dict(torch.load(DATA / f"teachers/cifar_kpu/{name}.pt", weights_only=True))
+
+def cifar_teachers() -> list[Any]:
+    cifar_resnet = load_source(REPOSITORY / "examples/cifar_resnet.py")
+
+    def load(name: str, factory: str) -> tuple[Any, Any]:
+        weights = torch.load(DATA / f"teachers/cifar_kpu/{name}.pt", weights_only=True)
+        module = getattr(cifar_resnet, factory)(state_dict=weights)
+        module.load_state_dict(weights)
         own = module.data_config
         transform = create_transform(
             own["input_size"], is_training=False, mean=own["mean"], std=own["std"], crop_pct=own["crop_pct"],
@@ -91,7 +102,7 @@ def cifar_teachers() -> list[Any]:
         )  # fmt: skip
         return transform, module.eval()
 
-    return [load(name) for name in CIFAR]
+    return [load(name, factory) for name, factory in CIFAR.items()]
 
 
 def timm_case(*names: str) -> Case:
@@ -116,10 +127,10 @@ CASES = {
             "data": {"source": str(DATA / "data/cifar10/test-00000-of-00001.parquet")},
             "teachers": {
                 name: {
-                    "model": f"torch:{REPOSITORY}/examples/cifar_resnet.py:{name}",
+                    "model": f"torch:{REPOSITORY}/examples/cifar_resnet.py:{factory}",
                     "weights": str(DATA / f"teachers/cifar_kpu/{name}.pt"),
                 }
-                for name in CIFAR
+                for name, factory in CIFAR.items()
             },
         },
         cifar_images,

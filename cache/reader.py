@@ -24,7 +24,7 @@ from cache.storage import Storage, open_storage
 
 Rows = Sequence[int] | npt.NDArray[Any] | slice | int
 _OPEN_SHARDS: Final = 256  # each holds a file descriptor, of which a process often has 1,024
-_KNOWN_UNITS: Final = 8192
+_KNOWN_UNITS: Final = 2048
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class OutputSpec(Frozen):
 class InputSpec(Frozen):
     """A teacher's preprocessing. The shorter side is resized to `size / crop`, then the centre is cropped to `size`.
 
-    `size` is (H, W) in pixels; `mean` and `std` are per channel of RGB scaled to 0..1.
+    `size` is (H, W) in pixels; `mean` and `std` are per channel of RGB scaled to 0..1. With `crop_mode` squash both
+    sides are resized to `size / crop`, whatever the image's proportions (timm's names).
     """
 
     size: tuple[int, int]
@@ -82,6 +83,7 @@ class InputSpec(Frozen):
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_mode: Literal["center", "squash"] = "center"
 
 
 class TeacherSpec(Frozen):
@@ -116,6 +118,8 @@ class TeacherSpec(Frozen):
         kind, _, rest = self.model.partition(":")
         if kind == "torch":  # the file may move; its content is in source_digest
             parts["model"] = f"torch:{rest.rpartition(':')[2]}"
+        elif kind == "hf" and rest.startswith("/"):  # so may the folder; its weights are in weights_digest
+            parts["model"] = "hf:"
         return parts
 
     @property

@@ -191,7 +191,7 @@ def _extract(config: "ExtractConfig", units: frozenset[int] | None, as_json: boo
         with open_observer(console(stderr=as_json)) as observer:
             return run_extract(config, observer, units)
     except KeyboardInterrupt:
-        console(stderr=True).print("stopped: what is committed is safe; the same command goes on from here")
+        console(stderr=True).print("stopped: committed units are safe; the same command resumes")
         raise typer.Exit(1) from None
 
 

@@ -32,5 +32,6 @@ def reported(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    line = " ".join(part.strip() for part in message.splitlines())  # other libraries' reasons come in several lines
+    console(stderr=True).print(f"error: {line}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(code) from None

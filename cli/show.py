@@ -44,7 +44,7 @@ def show_summary(console: Console, summary: RunSummary) -> None:
             f"{summary.out}` or the same command tries again",
         )
     else:
-        _say(console, f"incomplete: {left} left in {summary.out}; the same extract command goes on")
+        _say(console, f"incomplete: {left} left in {summary.out}; run the same extract command again")
 
 
 def show_status(console: Console, status: Status) -> None:

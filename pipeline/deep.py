@@ -101,7 +101,7 @@ def teacher_config(spec: TeacherSpec) -> TeacherConfig:
         outputs=tuple(name for name in ("global", "patch") if name in names),
         layers=tuple(_layers(spec)),
         labels=spec.labels,
-        input=InputConfig.model_validate(spec.input.model_dump()),
+        input=InputConfig.model_validate(spec.input.model_dump(include=set(InputConfig.model_fields))),
         precision=spec.precision,
         codec=spec.codec,
     )

@@ -17,6 +17,8 @@ class Device:
         self.name = name
         self.is_cuda = name.startswith("cuda")
         torch.set_num_threads(threads)
+        if self.is_cuda:
+            torch.backends.cudnn.allow_tf32 = False  # precision fp32 means fp32; bf16 does not come this way
         self._copies: Any = torch.cuda.Stream(name) if self.is_cuda else None
 
     def upload(self, pixels: np.ndarray) -> torch.Tensor:

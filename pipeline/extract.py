@@ -103,8 +103,10 @@ def _work_off(
             )
 
 
-def remaining_tasks(storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None) -> Iterator[Task]:
-    """Tasks that are left, in order of units; each is looked up again when drawn, for another driver may have done it."""
+def remaining_tasks(
+    storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None
+) -> Iterator[Task]:
+    """Tasks that are left, in order of units; each is looked up again when drawn: another driver may have done it."""
     folders = {name: layout.teacher(name) for name in config.teachers}
     done = {name: committed_units(storage, folder, plan.units) for name, folder in folders.items()}
     for unit in range(plan.units) if units is None else sorted(units):

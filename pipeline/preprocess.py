@@ -1,8 +1,8 @@
 """An image to the pixels that a teacher's own evaluation transform gives it, before normalisation.
 
-For the full view this is timm's `create_transform(..., is_training=False, crop_mode="center")`: the image is scaled to
-cover `floor(size / crop)`, then the centre is cut out. For a box it is torchvision's `resized_crop`: the box is scaled
-to `size` whatever its shape. Both are equal to those pixel for pixel.
+For the full view this is timm's `create_transform(..., is_training=False)`: the image is scaled to cover
+`floor(size / crop)`, or with crop_mode squash to be of that very size, then the centre is cut out. For a box it is
+torchvision's `resized_crop`: the box is scaled to `size` whatever its shape. Both are equal to those pixel for pixel.
 """
 
 import math
@@ -21,18 +21,21 @@ MAX_SCALED_PIXELS: Final = 2**27
 class Geometry(NamedTuple):
     """The part of an InputSpec that decides pixels: teachers with equal geometry share them.
 
-    `size` and `cover` are (H, W): the result's size, and what the image is scaled to cover before its centre is cut.
+    `size` and `cover` are (H, W): the result's size, and what the image is scaled to cover before its centre is cut;
+    with `squash` it is scaled to exactly that.
     """
 
     size: tuple[int, int]
     cover: tuple[int, int]
     interpolation: str
+    squash: bool = False
 
 
 def geometry(spec: InputSpec) -> Geometry:
     """The geometry of a teacher's input."""
     height, width = spec.size
-    return Geometry(spec.size, (math.floor(height / spec.crop), math.floor(width / spec.crop)), spec.interpolation)
+    cover = (math.floor(height / spec.crop), math.floor(width / spec.crop))
+    return Geometry(spec.size, cover, spec.interpolation, spec.crop_mode == "squash")
 
 
 def resize_image(
@@ -65,7 +68,7 @@ def resize_image(
 
 def _cover_and_cut(image: Image.Image, shape: Geometry) -> Image.Image:
     height, width = shape.size
-    w, h = scaled_size(shape.cover, image.width, image.height)
+    w, h = shape.cover[::-1] if shape.squash else scaled_size(shape.cover, image.width, image.height)
     if (w, h) == (width, height) == image.size:
         return image
     # Python rounds halves to even, as in torchvision's centre crop.
@@ -74,7 +77,7 @@ def _cover_and_cut(image: Image.Image, shape: Geometry) -> Image.Image:
         across, down = image.width / w, image.height / h
         box = (left * across, upper * down, (left + width) * across, (upper + height) * down)
         return image.resize((width, height), Image.Resampling[shape.interpolation.upper()], box=box)
-    if shape.interpolation != "nearest":
+    if shape.interpolation != "nearest" and not shape.squash:
         # Pillow scales first across, then down, with 8 bits between: columns that are not kept need not be scaled down.
         image = _resize(image, w, image.height, shape.interpolation)
         image = _cut(image, (left, 0, left + width, image.height))

@@ -22,6 +22,7 @@ _TIMM_KEYS = {
     "std": "std",
     "interpolation": "interpolation",
     "crop_pct": "crop",
+    "crop_mode": "crop_mode",
 }
 
 

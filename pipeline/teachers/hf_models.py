@@ -205,6 +205,8 @@ def _own_input(processor: Mapping[str, Any]) -> dict[str, Any]:
         target = crop or size
         own["input_size"] = target
         own["crop_pct"] = _crop(min(target), min(size)) if crop else processor.get("crop_pct") or 1.0
+        if isinstance(processor["size"], Mapping) and "height" in processor["size"]:
+            own["crop_mode"] = "squash"  # a processor scales to both numbers, whatever the image's proportions
     if processor.get("resample") in _RESAMPLING:
         own["interpolation"] = _RESAMPLING[processor["resample"]]
     factor = _LEVELS * (processor.get("rescale_factor", 1 / _LEVELS) if processor.get("do_rescale", True) else 1)

@@ -39,7 +39,7 @@ def test_a_flipped_byte_anywhere_is_reported_with_its_file(cache_of, codec: str)
     small = cache_of(codec)
     rng = random.Random(codec)
     for file, raw in tree(small.path).items():
-        places = {0, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(2))}
+        places = {0, len(raw) - 1, rng.randrange(len(raw))}
         for place in places:
             damaged = bytearray(raw)
             damaged[place] ^= rng.choice((1, 0x20, 0xFF))
@@ -211,7 +211,7 @@ def test_random_damage_is_never_read_as_numbers(small_cache: SmallCache) -> None
         for output in teacher.outputs
     }
     files = list(tree(small_cache.path))
-    for _ in range(60):
+    for _ in range(30):
         path = small_cache.path / rng.choice(files)
         raw = path.read_bytes()
         damaged = bytearray(raw)

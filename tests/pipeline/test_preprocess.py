@@ -33,8 +33,8 @@ CONFIGS = [
 ]
 
 
-def spec(size: tuple[int, int], crop: float = 1.0, interpolation: str = "bicubic") -> InputSpec:
-    values: dict[str, Any] = {"size": size, "crop": crop, "interpolation": interpolation}
+def spec(size: tuple[int, int], crop: float = 1.0, interpolation: str = "bicubic", mode: str = "center") -> InputSpec:
+    values: dict[str, Any] = {"size": size, "crop": crop, "interpolation": interpolation, "crop_mode": mode}
     return InputSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), **values)
 
 
@@ -42,9 +42,11 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def by_timm(image: Image.Image, size: tuple[int, int], crop: float, interpolation: str) -> np.ndarray[Any, Any]:
+def by_timm(
+    image: Image.Image, size: tuple[int, int], crop: float, interpolation: str, mode: str = "center"
+) -> np.ndarray[Any, Any]:
     transform = timm.data.create_transform(
-        (3, *size), is_training=False, crop_pct=crop, crop_mode="center", interpolation=interpolation, normalize=False
+        (3, *size), is_training=False, crop_pct=crop, crop_mode=mode, interpolation=interpolation, normalize=False
     )
     result: np.ndarray[Any, Any] = transform(image).permute(1, 2, 0).numpy()
     return result
@@ -59,13 +61,20 @@ def test_full_view_is_timm_pixel_for_pixel(config: tuple[tuple[int, int], float,
         np.testing.assert_array_equal(found, by_timm(image, *config), err_msg=f"image of {size}")
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_squash_is_timm_pixel_for_pixel(config: tuple[tuple[int, int], float, str]) -> None:
+    for size in SIZES:
+        image = picture(*size)
+        found = resize_image(image, spec(*config, mode="squash"))
+        np.testing.assert_array_equal(found, by_timm(image, *config, mode="squash"), err_msg=f"image of {size}")
+
+
 def test_full_view_is_timm_for_real_models_and_photos(shared_data: Path) -> None:
     source = open_source(Data(str(shared_data / "data/imagenet-sample/sample-000000.tar"), limit=12))
     photos = [decode_image(data) for data in source_reader(source.spec).read(listed(source))]
-    for name in ("vit_small_patch14_dinov2", "vit_base_patch16_clip_224", "convnext_tiny", "resnet50.a1_in1k"):
+    for name in ("vit_small_patch14_dinov2", "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224", "resnet50.a1_in1k"):
         config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
-        assert config["crop_mode"] == "center"
-        args = (tuple(config["input_size"][1:]), config["crop_pct"], config["interpolation"])
+        args = (tuple(config["input_size"][1:]), config["crop_pct"], config["interpolation"], config["crop_mode"])
         for photo in photos:
             assert isinstance(photo, Image.Image)
             np.testing.assert_array_equal(resize_image(photo, spec(*args)), by_timm(photo, *args))

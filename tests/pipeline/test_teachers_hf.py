@@ -1,5 +1,6 @@
 """Hugging Face teachers: the same features as transformers itself, from folders written here."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,6 @@ def test_the_vision_tower_of_a_clip_model_is_taken(tmp_path: Path) -> None:
 def test_preprocessing_is_the_folders(
     tmp_path: Path, processor: dict[str, Any], size: tuple[int, int], crop: float, interpolation: str
 ) -> None:
-    import json
-
     make("dinov2", tmp_path)
     values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3, **processor}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
@@ -146,6 +145,8 @@ def test_preprocessing_is_the_folders(
     assert teacher.input.size == size
     assert teacher.input.crop == crop
     assert teacher.input.interpolation == interpolation
+    squashed = isinstance(processor["size"], dict) and "height" in processor["size"]
+    assert teacher.input.crop_mode == ("squash" if squashed else "center")
     assert teacher.input.mean == (0.1, 0.2, 0.3)
     assert teacher.input.std == (0.5, 0.6, 0.7)
     assert build(tmp_path, input={"crop": 0.5}).input.crop == 0.5

@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers import build_teacher
+from pipeline.teachers.backbone import input_spec
 
 
 def build(model: str, **options: Any) -> Any:
@@ -127,6 +128,12 @@ def test_input_of_another_size_reaches_the_model(tmp_path: Path) -> None:
     oblong = build("test_resnet", weights="random", input={"size": [64, 96]})
     assert oblong.outputs[1].grid == (2, 3)
     assert build("test_vit", weights="random", input={"size": [64, 96]}).outputs[1].grid == (4, 6)
+
+
+def test_a_model_that_squashes_says_so() -> None:
+    module = timm.create_model("test_vit", pretrained_cfg_overlay={"crop_mode": "squash"})
+    assert input_spec(resolve_model_data_config(module), None, "t").crop_mode == "squash"
+    assert build("test_vit", weights="random").input.crop_mode == "center"
 
 
 @pytest.mark.slow
