@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import stat
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,8 +34,9 @@ class LocalStorage:
             raise NotACacheError(f"{self.root}: expected the folder of a cache, found {found}; check the path")
 
     def read(self, key: str) -> bytes:
-        try:
-            return self._path(key).read_bytes()
+        try:  # pathlib would cost a third of what `status` takes with many commit records
+            with open(f"{self.url}/{check_key(key)}", "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
             raise self._error(error, key, "read") from error
 
@@ -46,7 +48,8 @@ class LocalStorage:
 
     def size(self, key: str) -> int | None:
         try:
-            return self._path(key).stat().st_size
+            found = self._path(key).stat()
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
         except OSError as error:
             translated = self._error(error, key, "read")
             if isinstance(translated, FileNotFoundError):

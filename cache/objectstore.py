@@ -59,7 +59,8 @@ class ObjectStorage:
 
     def names(self, folder: str) -> Iterator[str]:
         def listing(path: str) -> list[str]:
-            return [str(name).rstrip("/").rpartition("/")[2] for name in self._fs.ls(path, detail=False)]
+            found = [str(name).rstrip("/") for name in self._fs.ls(path, detail=False)]
+            return [name.rpartition("/")[2] for name in found if name != path.rstrip("/")]  # a file lists itself
 
         try:
             yield from self._call("list", folder, listing)

@@ -214,7 +214,7 @@ class ImagesRecord(Frozen):
 class UnitRecord(Frozen):
     """`teachers/<teacher>/commits/<unit>.json`: a function of the content alone.
 
-    `files` digests the raw bytes of the teacher's `zarr.json`, array `zarr.json`, statistics and head. `nonfinite`
+    `files` digests the raw bytes of the teacher's `zarr.json`, which digests its other files. `nonfinite`
     is a hexadecimal bit map over the unit's rows (first row = highest bit of the first digit) of rows that this
     teacher alone masks, empty where there is none.
     """

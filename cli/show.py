@@ -1,16 +1,20 @@
 """What the commands print for people."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cache.reader import Cache
-from cache.status import Status
-from cache.verify import VerifyReport
 from cli.units import human_bytes, human_seconds, plural
-from pipeline.dry_run import Estimate
-from pipeline.runs import RunSummary
+
+if TYPE_CHECKING:  # `status` should not wait for torch
+    from cache.reader import Cache
+    from cache.status import Status
+    from cache.verify import VerifyReport
+    from pipeline.dry_run import Estimate
+    from pipeline.runs import RunSummary
 
 LISTED = 20
 

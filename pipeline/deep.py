@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 
 import numpy as np
+from pydantic import ValidationError
 
+from cache.errors import KpuError
 from cache.reader import Cache, open_cache
-from cache.spec import DEFAULT_STEP, TeacherSpec
+from cache.runs import latest_run
+from cache.spec import DEFAULT_STEP, SourceSpec, TeacherSpec
+from cache.storage import open_storage
 from cache.teachers import check_same
 from cache.verify import Problem, VerifyReport
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
+from pipeline.sources import open_source
 from pipeline.teachers import ship
 from pipeline.worker import Worker, WorkerSetup
 
@@ -30,7 +35,7 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
     problems = list(report.problems)
     config = _config(cache, path)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    worker = Worker(WorkerSetup(config, shipped, cache.plan.source, cache.plan.threads, "verify"))
+    worker = Worker(WorkerSetup(config, shipped, _source(cache), cache.plan.threads, "verify"))
     try:
         for description in worker.describe():
             check_same(cache.teachers[description.spec.name].spec, description.spec)
@@ -40,6 +45,16 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
     finally:
         worker.close()
     return report.with_problems(problems), len(picked)
+
+
+def _source(cache: Cache) -> SourceSpec:
+    """Where the latest run read the images; where they were planned, if that run does not say or they are not there."""
+    run = latest_run(open_storage(cache.path))
+    try:
+        spec = open_source(DataConfig.model_validate(run.config.get("data"))).spec if run else cache.plan.source
+    except (KpuError, ValidationError):
+        return cache.plan.source
+    return spec if spec.kind == cache.plan.source.kind else cache.plan.source
 
 
 def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:
