@@ -34,8 +34,8 @@ def write_source(folder: Path, rows: int) -> None:
 def plan(folder: Path) -> None:
     """Plan everything in `folder`, then look for what is left to do as `extract` does; print what it took."""
     from cache.leases import lease
+    from cache.locations import open_storage
     from cache.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
-    from cache.storage import open_storage
     from pipeline.config import validate_config
     from pipeline.extract import remaining_tasks
     from pipeline.planning import plan_cache

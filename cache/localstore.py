@@ -3,8 +3,8 @@
 import errno
 import os
 import secrets
-import stat
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path

@@ -12,6 +12,7 @@ from cache import layout
 from cache.commits import output_shard
 from cache.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
 from cache.images import load_images, load_status
+from cache.locations import open_storage
 from cache.opened import Teacher, Teachers
 from cache.plans import load_plan
 from cache.published import PublishedTeacher
@@ -20,7 +21,7 @@ from cache.records import Mask, load_unit, nonfinite_rows, open_committed
 from cache.samples import Samples
 from cache.shards import ShardReader
 from cache.spec import ImageStatus, Plan, ShardRecord
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 
 Rows = Sequence[int] | npt.NDArray[Any] | slice | int
 _OPEN_SHARDS: Final = 256  # each holds a file descriptor, of which a process often has 1,024

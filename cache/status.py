@@ -13,13 +13,14 @@ from pydantic_core import from_json
 from cache import layout
 from cache.errors import CorruptError, NotACacheError
 from cache.images import load_status
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.published import TeacherFiles, read_teacher, teacher_folders, teacher_names
 from cache.records import Mask, committed_units, unpack_mask
 from cache.runs import Failure, RunRecord, load_runs
 from cache.samples import Samples
 from cache.spec import ImageStatus, Plan
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 
 _REMOTE_READS: Final = 32  # at once: each waits for the network
 

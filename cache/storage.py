@@ -5,9 +5,7 @@ survives a crash): `cache.localstore` does it with a synced temporary and `link(
 puts. Keys are POSIX paths relative to the root, as in `cache.layout`.
 """
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 from cache import layout
@@ -68,39 +66,6 @@ class Storage(Protocol):
 
     def remove(self, folder: str) -> int:
         """Delete a folder below `.tmp`; how many bytes that freed."""
-
-
-def open_storage(path: str | os.PathLike[str], *, create: bool = False) -> Storage:
-    """Open the folder or fsspec URL `path`; with `create`, make it and probe that publishing works there.
-
-    Raises:
-        NotACacheError: there is no such folder, and `create` is off.
-        StorageError: the location cannot be used; the message says why.
-    """
-    text = _plain_path(path)
-    if "://" in text:
-        from cache.objectstore import ObjectStorage  # fsspec loads slowly, and few need it
-
-        remote = ObjectStorage(text)
-        if create:
-            remote.probe()
-        return remote
-    from cache.localstore import LocalStorage
-
-    local = LocalStorage(text, create=create)
-    if create:
-        local.probe()
-    return local
-
-
-def stands(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything to open at `path`: a folder, or an object store, which always can be."""
-    text = _plain_path(path)
-    return "://" in text or Path(text).is_dir()
-
-
-def _plain_path(path: str | os.PathLike[str]) -> str:
-    return os.fspath(path).removeprefix("file://")
 
 
 def check_key(key: str) -> str:

@@ -12,6 +12,7 @@ from cache import layout
 from cache.codecs import Grid
 from cache.errors import CorruptError, NotACacheError
 from cache.foreign import foreign_beside_shard, foreign_files
+from cache.locations import open_storage
 from cache.plans import image_layouts, read_plan
 from cache.problems import NOT_COMMITTED, Collector, Problem, VerifyReport
 from cache.published import TeacherFiles, output_layout, read_teacher, teacher_folders
@@ -26,7 +27,7 @@ from cache.records import (
 from cache.samples import Samples, row_digest
 from cache.shards import ArrayLayout, ShardReader
 from cache.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 

@@ -172,7 +172,7 @@ def gc(cache: CachePath, as_json: Json = False) -> None:
     from cache import layout
     from cache.errors import NotACacheError
     from cache.leases import collect_garbage
-    from cache.storage import open_storage
+    from cache.locations import open_storage
     from cli.units import human_bytes
 
     storage = open_storage(cache)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.errors import MismatchError, NotACacheError
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.spec import Plan, TeacherSpec
 from cache.statistics import Statistics
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 from cache.teachers import (
     OWN_CALIBRATION,
     check_same,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.errors import MismatchError, NotACacheError
+from cache.locations import open_storage, stands
 from cache.plans import load_plan
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics
-from cache.storage import open_storage, stands
 from cache.teachers import OWN_CALIBRATION, check_same, load_teacher, read_teacher, teacher_names
 from pipeline.config import ExtractConfig
 

@@ -6,10 +6,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from cache.errors import KpuError
+from cache.locations import open_storage
 from cache.reader import Cache, open_cache
 from cache.runs import latest_run
 from cache.spec import DEFAULT_STEP, SourceSpec, TeacherSpec
-from cache.storage import open_storage
 from cache.teachers import check_same
 from cache.verify import Problem, VerifyReport
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig

@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from cache import layout
 from cache.commits import committed_units
+from cache.locations import open_storage
 from cache.spec import Frozen, Plan, TeacherSpec
-from cache.storage import open_storage
 from cache.teachers import teacher_names
 from pipeline.calibrate import LEAST_ROWS, ROWS_PER_CHANNEL
 from pipeline.checks import check_teachers

@@ -11,9 +11,10 @@ from cache.commits import committed_units
 from cache.errors import IncompleteError, NotACacheError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.spec import Plan
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 from pipeline.calibration import calibrate_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor, open_executor

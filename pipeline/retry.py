@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 
+from cache.locations import open_storage
 from cache.runs import RunRecord, load_runs
 from cache.status import status
-from cache.storage import open_storage
 
 
 def failed_runs(path: str) -> list[tuple[RunRecord, frozenset[int]]]:

@@ -9,6 +9,7 @@ import platform
 import secrets
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+from cache.errors import StorageError
 from cache.spec import Plan
 from cache.storage import Storage
 from pipeline.config import ExtractConfig
@@ -103,7 +105,8 @@ class Run:
     ) -> None:
         if error is not None:
             self._document["error"] = f"{type(error).__name__}: {error}"
-            self._close("interrupted")
+            with suppress(StorageError):  # a full disk, say, must not hide what went wrong
+                self._close("interrupted")
 
     def started(self, plan: Plan, startup: dict[str, float]) -> None:
         """Extraction begins now; `startup` is seconds of each phase before it, which rows_per_second leaves out."""

@@ -10,9 +10,9 @@ from typing import Final
 from cache import layout
 from cache.errors import ConfigError, KpuError, StorageError
 from cache.leases import collect_garbage
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.spec import FORMAT, Plan
-from cache.storage import open_storage
 from pipeline.paths import is_url
 
 _PARTS: Final = (layout.PLAN, layout.ROOT, layout.RUNS, layout.IMAGES, "teachers", "samples", layout.TEMPORARY)

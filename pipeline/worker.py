@@ -19,12 +19,12 @@ from cache.commits import load_images, publish_images, publish_unit
 from cache.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
 from cache.failpoints import failpoint
 from cache.fidelity import RowFidelity, measure
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.spec import DEFAULT_STEP, ImageStatus, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
-from cache.storage import open_storage
 from cache.teachers import PublishedTeacher, load_teacher
 from pipeline.collect import Computed
 from pipeline.config import ExtractConfig

@@ -15,11 +15,12 @@ import pyarrow as pa
 from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
 from cache.fidelity import RowFidelity, measure
 from cache.leases import lease
+from cache.locations import open_storage
 from cache.plans import publish_plan
 from cache.samples import Samples, row_digest, sample_schema, split_parts
 from cache.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 from cache.teachers import PublishedTeacher, publish_teacher
 
 UNIT_ROWS, ROWS, UNITS = 8, 20, 3

@@ -14,10 +14,10 @@ from cache.commits import (
 from cache.errors import CorruptError, MismatchError, MissingUnitError
 from cache.leases import lease
 from cache.localstore import LocalStorage
+from cache.locations import open_storage
 from cache.samples import Samples, row_digest
 from cache.shards import encode_shard
 from cache.spec import OutputSpec
-from cache.storage import open_storage
 from cache.verify import verify
 from tests.cache.builders import (
     MASKED_ROW,

@@ -12,12 +12,12 @@ import pytest
 from cache.errors import StorageError
 from cache.leases import collect_garbage, dead_runs, lease, mutex
 from cache.localstore import LocalStorage
-from cache.storage import open_storage
+from cache.locations import open_storage
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from cache.storage import open_storage
+from cache.locations import open_storage
 from cache.leases import lease
 storage = open_storage(sys.argv[1])
 with lease(storage, sys.argv[2]):
@@ -28,7 +28,7 @@ with lease(storage, sys.argv[2]):
 
 ENTER = """
 import sys
-from cache.storage import open_storage
+from cache.locations import open_storage
 from cache.leases import mutex
 storage = open_storage(sys.argv[1])
 print("waiting", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from cache.errors import CorruptError, FullDiskError, StorageError
 from cache.leases import collect_garbage, lease
 from cache.localstore import LocalStorage
-from cache.storage import open_storage
+from cache.locations import open_storage
 
 ROOT = Path(__file__).parents[2]
 DATA = bytes(range(251)) * 400
@@ -20,7 +20,7 @@ KEY = "teachers/t/patch/c/7/0/0"
 
 PUBLISH = f"""
 import sys
-from cache.storage import open_storage
+from cache.locations import open_storage
 from cache.leases import lease
 storage = open_storage(sys.argv[1])
 with lease(storage, sys.argv[2]):

@@ -9,10 +9,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cache.errors import CorruptError, StorageError
+from cache.locations import open_storage
 from cache.objectstore import ObjectStorage
 from cache.shards import ArrayLayout, encode_shard, open_shard
 from cache.spec import ShardRecord
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 
 
 @pytest.fixture

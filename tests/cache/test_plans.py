@@ -9,9 +9,9 @@ import pytest
 from cache.digests import seal_document
 from cache.errors import CorruptError, MismatchError, NotACacheError, SourceError
 from cache.leases import lease
+from cache.locations import open_storage
 from cache.plans import check_same_plan, load_plan, publish_plan
 from cache.samples import Samples, split_parts
-from cache.storage import open_storage
 from tests.cache.builders import SmallCache, make_plan, sample_table, tree
 
 
@@ -113,7 +113,7 @@ import resource, sys
 import numpy as np, pyarrow as pa
 from cache.leases import lease
 from cache.samples import Samples, sample_schema
-from cache.storage import open_storage
+from cache.locations import open_storage
 from tests.cache.builders import make_plan
 import tests.cache.builders as builders
 from cache.plans import publish_plan

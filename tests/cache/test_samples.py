@@ -38,7 +38,7 @@ def test_a_row_outside_the_table_is_an_error(samples: Samples, row: int) -> None
 
 def test_rows_are_taken_across_parts(tmp_path_factory: pytest.TempPathFactory) -> None:
     from cache.leases import lease
-    from cache.storage import open_storage
+    from cache.locations import open_storage
     from tests.cache.builders import make_plan
 
     storage = open_storage(tmp_path_factory.mktemp("parts") / "a.kpu", create=True)

@@ -10,12 +10,12 @@ from cache.digests import seal_document
 from cache.errors import CorruptError, NotACacheError
 from cache.fidelity import pool
 from cache.leases import lease
+from cache.locations import open_storage
 from cache.plans import load_plan, publish_plan
 from cache.records import load_record
 from cache.samples import split_parts
 from cache.spec import Plan, SourceSpec
 from cache.status import status
-from cache.storage import open_storage
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,

@@ -9,7 +9,8 @@ import pytest
 
 from cache.errors import CorruptError, NotACacheError, StorageError
 from cache.leases import lease
-from cache.storage import Storage, open_storage, stands
+from cache.locations import open_storage, stands
+from cache.storage import Storage
 
 RUN = "run-1"
 

@@ -6,9 +6,10 @@ import pytest
 
 from cache.errors import ConfigError, CorruptError, MismatchError
 from cache.leases import lease
+from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.spec import CodecSpec, OutputSpec
-from cache.storage import Storage, open_storage
+from cache.storage import Storage
 from cache.teachers import (
     check_same,
     load_teacher,

@@ -2,15 +2,23 @@
 
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.integration.harness import DEMO, contents, run
+from tests.integration.harness import DEMO, Command, contents, run
 
 EVERY = 6  # of the 1,797 digits: 300 images, 5 units
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    """Ends what a test has started: Ray's helpers outlive a killed driver by seconds."""
+    yield
+    while Command.started:
+        Command.started.pop().kill_everything()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from functools import cache
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples/demo"
@@ -37,7 +37,7 @@ def _context() -> ForkServerContext:
 
 def _main(arguments: Sequence[str], variables: Mapping[str, str], folder: str, log: str) -> None:
     os.setsid()
-    os.environ.update(variables)
+    os.environ.update(variables, PYTHONPATH=str(ROOT))  # Ray's workers, too, import what is tested
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
@@ -57,7 +57,9 @@ class Ended:
 
 
 class Command:
-    """One `kpu-cache` command, running."""
+    """One `kpu-cache` command, running. `started` are all of them."""
+
+    started: ClassVar[list["Command"]] = []
 
     def __init__(self, folder: Path, *arguments: object, **variables: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ class Command:
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+        Command.started.append(self)
 
     @property
     def output(self) -> str:
@@ -93,12 +96,12 @@ class Command:
 
     def signal(self, number: int) -> None:
         """Send a signal to the command itself, as `kill` does."""
-        with suppress(ProcessLookupError):
+        if self.running:
             os.kill(self.pid, number)
 
     def interrupt(self) -> None:
         """What Ctrl-C does: SIGINT to all of the terminal's foreground processes."""
-        with suppress(ProcessLookupError):
+        if self.running:
             os.killpg(self.pid, signal.SIGINT)
 
     def kill(self) -> Ended:
@@ -108,7 +111,8 @@ class Command:
 
     def kill_everything(self) -> Ended:
         """SIGKILL to the command and all that it started, until nothing is left."""
-        while members := {*session(self.pid), *([self.pid] if self.running else [])}:
+        self.signal(signal.SIGKILL)
+        while members := session(self.pid):
             for pid in members:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -137,7 +141,7 @@ def run(folder: Path, *arguments: object, **variables: object) -> Ended:
     return Command(folder, *arguments, **variables).finish()
 
 
-def wait_for(condition: Callable[[], T], seconds: float = PATIENCE) -> T:
+def wait_for(condition: Callable[[], T | None], seconds: float = PATIENCE) -> T:
     """Wait until `condition` gives something true, and return that."""
     end = time.monotonic() + seconds
     while not (value := condition()):

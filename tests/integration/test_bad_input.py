@@ -213,8 +213,14 @@ SETTINGS: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = {
         lambda _: ["--set", "teachers.t.model='timm:vit_smal_patch14_dinov2'"],
         ("teacher 't'", "'vit_smal_patch14_dinov2'", "did you mean vit_small_patch14_dinov2"),
     ),
-    "unknown factory": (lambda place: ["--set", f"teachers.t.model='torch:{place}/toy.py:tiy'"], ("no factory 'tiy'", "did you mean toy")),
-    "no such file": (lambda place: ["--set", f"teachers.t.model='torch:{place}/none.py:toy'"], ("none.py", "No such file")),
+    "unknown factory": (
+        lambda place: ["--set", f"teachers.t.model='torch:{place}/toy.py:tiy'"],
+        ("no factory 'tiy'", "did you mean toy"),
+    ),
+    "no such file": (
+        lambda place: ["--set", f"teachers.t.model='torch:{place}/none.py:toy'"],
+        ("none.py", "No such file"),
+    ),
     "wrong weights": (wrong_weights, ("wrong.safetensors", "head.weight", "[3, 6]", "[3, 7]")),
     "no weights": (lambda _: ["--set", "teachers.t.weights=none.pth"], ("weights", "none.pth")),
     "unknown key": (lambda _: ["--set", "veiws=2"], ("unknown key 'veiws'", "did you mean 'views'")),

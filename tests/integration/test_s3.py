@@ -6,7 +6,7 @@ import numpy as np
 import yaml
 
 from cache import open_cache
-from cache.storage import open_storage
+from cache.locations import open_storage
 from cache.verify import verify
 from pipeline.config import load_config
 from pipeline.extract import extract

@@ -72,7 +72,12 @@ def test_squash_is_timm_pixel_for_pixel(config: tuple[tuple[int, int], float, st
 def test_full_view_is_timm_for_real_models_and_photos(shared_data: Path) -> None:
     source = open_source(Data(str(shared_data / "data/imagenet-sample/sample-000000.tar"), limit=12))
     photos = [decode_image(data) for data in source_reader(source.spec).read(listed(source))]
-    for name in ("vit_small_patch14_dinov2", "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224", "resnet50.a1_in1k"):
+    for name in (
+        "vit_small_patch14_dinov2",
+        "vit_base_patch16_clip_224",
+        "vit_base_patch16_siglip_224",
+        "resnet50.a1_in1k",
+    ):
         config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
         args = (tuple(config["input_size"][1:]), config["crop_pct"], config["interpolation"], config["crop_mode"])
         for photo in photos:

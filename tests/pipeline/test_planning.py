@@ -1,0 +1,132 @@
+"""The plan of a cache: the size of units, the rows of views, and whether a listing is still the one that was planned."""
+
+from pathlib import Path
+
+import pytest
+
+from cache.errors import MismatchError, SourceError
+from cache.leases import lease
+from cache.locations import open_storage
+from cache.plans import load_plan
+from cache.samples import Samples
+from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, TeacherSpec
+from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
+from pipeline.observers import Silent
+from pipeline.planning import choose_threads, choose_unit_rows, plan_cache
+from pipeline.sources import open_source
+from tests.toys import write_images
+
+
+class Listener(Silent):
+    """Remembers warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def teacher(shape: tuple[int, ...], codec: str = "uniform") -> TeacherSpec:
+    grid = (shape[0], 1) if len(shape) == 2 else None
+    return TeacherSpec(
+        name="t",
+        model="timm:x",
+        weights=None,
+        weights_digest="0",
+        input=InputSpec(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)),
+        precision="fp32",
+        outputs=(OutputSpec(name="patch" if grid else "global", shape=shape, grid=grid),),
+        codec=CodecSpec(name=codec),
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images", 10)
+
+
+def configure(images: Path, **values: object) -> ExtractConfig:
+    teachers = {"t": {"model": "timm:x"}}
+    document = {"data": {"source": str(images)}, "out": str(images.parent / "o.kpu"), "teachers": teachers, **values}
+    return validate_config(document, "test")
+
+
+def plan(config: ExtractConfig, run: str = "run") -> Plan:
+    storage = open_storage(config.out, create=True)
+    with lease(storage, run):
+        return plan_cache(storage, open_source(config.data), config, [teacher((8,))], 1, run)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "codec", "unit_rows"),
+    [
+        (10**9, (8,), "uniform", 4096),  # as large as units get
+        (100, (8,), "uniform", 64),  # as small
+        (16 * 1024, (8,), "uniform", 1024),  # some 16 units
+        (10**9, (256, 1024), "uniform", 256),  # shards of 64 MB
+        (10**9, (256, 1024), "fp32", 64),
+        (10**9, (4096, 4096), "uniform", 64),  # never below, whatever the shard
+    ],
+)
+def test_auto_unit_rows(rows: int, shape: tuple[int, ...], codec: str, unit_rows: int) -> None:
+    assert choose_unit_rows(rows, [teacher(shape, codec)]) == unit_rows
+
+
+def test_threads_are_those_of_the_plan(images: Path) -> None:
+    standing, listener = plan(configure(images)), Listener()
+    assert choose_threads(ExecutorConfig(), standing, listener) == 1
+    assert choose_threads(ExecutorConfig(threads=3), None, listener) == 3
+    assert listener.warnings == []
+    assert choose_threads(ExecutorConfig(threads=3), standing, listener) == 3
+    assert "executor.threads: this cache was begun with 1 threads" in listener.warnings[0]
+
+
+def test_the_same_listing_is_the_same_plan(images: Path) -> None:
+    config = configure(images)
+    first = plan(config)
+    assert plan(config, "again") == first == load_plan(open_storage(config.out))
+    assert (first.samples, first.views, first.rows, first.unit_rows, first.threads) == (10, 1, 10, 64, 1)
+
+
+def test_views_are_rows_side_by_side(images: Path) -> None:
+    config = configure(images, views=3, seed=5)
+    made = plan(config)
+    table = Samples(open_storage(config.out), made).to_table()
+    assert made.rows == table.num_rows == 30
+    assert table["key"].to_pylist()[:4] == ["000.png"] * 3 + ["001.png"]
+    assert table["view"].to_pylist()[:4] == [0, 1, 2, 0]
+    draws = table["draws"].to_pylist()
+    assert len({tuple(row) for row in draws}) == 30
+    single = plan(configure(images, out=str(images.parent / "other.kpu"), views=2, seed=5))
+    other = Samples(open_storage(images.parent / "other.kpu"), single).to_table()["draws"].to_pylist()
+    assert other[:2] == draws[:2]  # a view does not depend on how many there are
+
+
+def test_the_row_that_differs_is_named(images: Path) -> None:
+    config = configure(images)
+    plan(config)
+    (images / "004.png").rename(images / "0045.png")
+    with pytest.raises(MismatchError, match=r"row 4: expected '004.png', found '0045.png'; restore"):
+        plan(config, "again")
+
+
+def test_the_last_rows_may_be_missing_in_whole_parts(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(2 * 64 * 64):
+        (images / f"{index:05d}.png").touch()
+    config = configure(images, unit_rows=64)
+    plan(config)
+    for index in range(64 * 64, 2 * 64 * 64):
+        (images / f"{index:05d}.png").unlink()
+    with pytest.raises(
+        MismatchError, match=r"expected 8,192 rows, found 4,096; row 4096: expected '04096.png', found no"
+    ):
+        plan(config, "again")
+
+
+def test_an_empty_source(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(SourceError, match="nothing to extract"):
+        plan(configure(tmp_path / "images"))
