@@ -1,36 +1,26 @@
-"""Publishing every teacher's calibration before its first unit: two drivers agree because both use what stands."""
+"""Calibrating teachers before their first unit. Drivers agree, because each uses what was published first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Final, Literal
 
-from cache.errors import MismatchError, NotACacheError
-from cache.locations import open_storage
-from cache.plans import load_plan
+import numpy as np
+
 from cache.spec import Plan, TeacherSpec
-from cache.statistics import Statistics
 from cache.storage import Storage
 from cache.teachers import (
-    OWN_CALIBRATION,
-    check_same,
-    load_teacher,
     publish_teacher,
-    read_teacher,
     standing_statistics,
     teacher_names,
 )
-from pipeline.calibrate import choose_rows, thin_calibration
+from pipeline.checks import Calibration, borrow
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor
 from pipeline.observers import Observer
 from pipeline.worker import Description
 
-
-@dataclass(frozen=True)
-class _Calibration:
-    """Statistics by output, and where they come from."""
-
-    statistics: dict[str, Statistics]
-    origin: str = OWN_CALIBRATION
+ROWS_PER_CHANNEL: Final = 10
+LEAST_ROWS: Final = 2048
+_STREAM: Final = 0x6B70752D63616C69  # apart from other uses of the plan's seed
 
 
 def calibrate_teachers(
@@ -42,32 +32,18 @@ def calibrate_teachers(
     run: str,
     observer: Observer,
 ) -> None:
-    """Publish each teacher that the cache lacks; check each that it has.
+    """Publish each teacher that the cache lacks. Those that it has were compared by `pipeline.checks`.
 
     Raises:
-        MismatchError: the cache, or the cache to take the calibration from, holds another teacher of that name.
+        MismatchError: another run published another teacher of that name meanwhile.
+        NonFiniteError, SourceError: a teacher cannot be calibrated on these images.
     """
     published = set(teacher_names(storage))
-    for teacher in teachers:
-        if teacher.spec.name in published:
-            _check_standing(storage, config, teacher.spec)
     missing = [teacher for teacher in teachers if teacher.spec.name not in published]
     calibrations = _calibrations(storage, plan, config, [t.spec for t in missing], executor, observer)
     for teacher in missing:
         made = calibrations[teacher.spec.name]
         publish_teacher(storage, plan, teacher.spec, made.statistics, teacher.head, run, calibration=made.origin)
-
-
-def _check_standing(storage: Storage, config: ExtractConfig, spec: TeacherSpec) -> None:
-    standing = read_teacher(storage, spec.name)
-    check_same(standing.spec, spec)
-    if config.calibration_from is not None:
-        borrowed = _borrow(config.calibration_from, spec)
-        if borrowed.origin != standing.encoding_fingerprint:
-            raise MismatchError(
-                f"calibration_from: teacher {spec.name!r} stands in this cache with another calibration than that of "
-                f"{config.calibration_from}; extract it under a new teacher name or to another `out`"
-            )
 
 
 def _calibrations(
@@ -77,13 +53,13 @@ def _calibrations(
     specs: Sequence[TeacherSpec],
     executor: Executor,
     observer: Observer,
-) -> dict[str, _Calibration]:
+) -> dict[str, Calibration]:
     if config.calibration_from is not None:
-        return {spec.name: _borrow(config.calibration_from, spec) for spec in specs}
-    found: dict[str, _Calibration] = {}
+        return {spec.name: borrow(config.calibration_from, spec) for spec in specs}
+    found: dict[str, Calibration] = {}
     for spec in specs:
         if (standing := standing_statistics(storage, spec)) is not None:
-            found[spec.name] = _Calibration(standing)
+            found[spec.name] = Calibration(standing)
     pending = [spec for spec in specs if spec.name not in found]
     if pending:
         widest = max(output.channels for spec in pending for output in spec.outputs)
@@ -94,22 +70,29 @@ def _calibrations(
         names = [spec.name for spec in pending]
         observer.phase("calibrate", f"{', '.join(names)} on {len(rows):,} rows")
         computed = executor.call("calibrate", names, rows)
-        found |= {name: _Calibration(statistics) for name, statistics in computed.items()}
+        found |= {name: Calibration(statistics) for name, statistics in computed.items()}
     return found
 
 
-def _borrow(path: str, spec: TeacherSpec) -> _Calibration:
-    """The statistics of the same teacher in another cache."""
-    other = open_storage(path)
-    plan = load_plan(other)
-    if plan is None:
-        raise NotACacheError(f"calibration_from: expected a cache at {path}, found no plan.json there")
-    names = teacher_names(other)
-    if spec.name not in names:
-        raise MismatchError(
-            f"calibration_from: {path} has no teacher {spec.name!r}, only {', '.join(names) or 'none'}; extract it "
-            "there first, or leave calibration_from out"
-        )
-    lender = load_teacher(other, plan, spec.name)
-    check_same(lender.spec, spec)
-    return _Calibration(lender.statistics, lender.encoding_fingerprint)
+def choose_rows(plan: Plan, widest: int, calibration_rows: int | Literal["auto"]) -> np.ndarray:
+    """Sorted, distinct row numbers, int64: one drawn from each of as many equal stretches of the plan.
+
+    `auto` is 10 rows for each of `widest` channels, at least 2,048. There are never more than the plan has.
+    """
+    wanted = max(LEAST_ROWS, ROWS_PER_CHANNEL * widest) if calibration_rows == "auto" else calibration_rows
+    count = min(wanted, plan.rows)
+    edges = np.arange(count + 1, dtype=np.int64) * plan.rows // count
+    draws = np.random.Philox(key=[plan.seed, _STREAM]).random_raw(count)  # this stream is fixed by NumPy's contract
+    chosen: np.ndarray = edges[:-1] + (draws % np.diff(edges).astype(np.uint64)).astype(np.int64)
+    return chosen
+
+
+def thin_calibration(spec: TeacherSpec, rows: int) -> str | None:
+    """A warning where `rows` are too few for the covariance of this teacher's `global`; None where they suffice."""
+    channels = max((output.channels for output in spec.outputs if output.grid is None), default=0)
+    if rows >= ROWS_PER_CHANNEL * channels:
+        return None
+    return (
+        f"teacher {spec.name!r}: calibrated on {rows} rows, fewer than {ROWS_PER_CHANNEL} for each of the {channels} "
+        "channels of its global output: the statistics are rough; use more images, or set calibration_rows"
+    )

@@ -18,6 +18,7 @@ from pipeline.teachers import ship
 from pipeline.worker import Worker, WorkerSetup
 
 BATCH = 64
+RESOLUTION = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # from one number to the next, relative
 
 
 def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tuple[VerifyReport, int]:
@@ -26,7 +27,7 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
     At most `rows` rows are sampled; their number is returned too.
 
     Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
-    standard deviations: another CPU or thread count may round differently.
+    standard deviations, and one step of their number format: another CPU or thread count may round differently.
 
     Raises:
         KpuError: the source or a teacher cannot be loaded again.
@@ -91,7 +92,8 @@ def _steps_apart(cache: Cache, name: str, output: str, rows: np.ndarray, feature
     if encoded.codec == "uniform":
         apart = np.abs(encoded.values.astype(np.int32) - grid.encode(features))
     else:
-        apart = np.abs(grid.decode(encoded.values) - features) / (DEFAULT_STEP * teacher.statistics[output].std)
+        tolerance = DEFAULT_STEP * teacher.statistics[output].std + RESOLUTION[encoded.codec] * np.abs(features)
+        apart = np.abs(grid.decode(encoded.values) - features) / tolerance
     return apart.reshape(len(rows), -1).max(1) if len(rows) else np.zeros(0)
 
 

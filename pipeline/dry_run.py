@@ -11,7 +11,7 @@ from cache.commits import committed_units
 from cache.locations import open_storage
 from cache.spec import Frozen, Plan, TeacherSpec
 from cache.teachers import teacher_names
-from pipeline.calibrate import LEAST_ROWS, ROWS_PER_CHANNEL
+from pipeline.calibration import LEAST_ROWS, ROWS_PER_CHANNEL
 from pipeline.checks import check_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import open_executor

@@ -16,11 +16,11 @@ from cache.codecs import Grid
 from cache.errors import NonFiniteError
 from cache.spec import ImageStatus
 from cache.statistics import Accumulator, Statistics
-from pipeline.calibrate import moments
 from pipeline.collect import Collector, Computed, new_images
 from pipeline.config import ExtractConfig
 from pipeline.device import Device
 from pipeline.loading import Batch, Loader
+from pipeline.moments import moments
 from pipeline.preprocess import geometry
 from pipeline.quantise import DeviceGrid
 from pipeline.reports import Stopwatch
@@ -48,7 +48,6 @@ class Engine:
         pool: Executor,
     ) -> None:
         self._batch_size = config.executor.batch_size
-        self._allow_nonfinite = config.allow_nonfinite
         self._device = Device(device, threads)
         # On the CPU decoding ahead would only compete with the teachers for the same cores.
         self._loader = Loader(reader, pool, threads, DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0)
@@ -75,11 +74,7 @@ class Engine:
         return teacher(self._device.upload(batch.pixels[geometry(teacher.input)]))
 
     def accumulate(self, table: pa.Table, names: Sequence[str]) -> dict[str, dict[str, Accumulator]]:
-        """Moments of every output over the rows of `table`; masked rows are left out.
-
-        Raises:
-            NonFiniteError: a teacher emits NaN or infinity, and that is not allowed.
-        """
+        """Moments of every output over the rows of `table`, without masked rows and those with NaN or infinity."""
         totals = {
             name: {output.name: Accumulator(output.channels) for output in self.teachers[name].outputs}
             for name in names
@@ -89,12 +84,9 @@ class Engine:
             for name in names:
                 for output, features in self.forward(name, batch).items():
                     kept = features[usable.to(features.device)]
-                    finite = kept.isfinite().flatten(1).all(1).cpu()
-                    if not bool(finite.all()) and not self._allow_nonfinite:
-                        row = batch.start + int(usable[~finite][0])
-                        raise nonfinite_error(name, table["key"][row].as_py())
-                    if bool(finite.any()):
-                        totals[name][output].add(*moments(kept[finite.to(kept.device)]))
+                    kept = kept[kept.isfinite().flatten(1).all(1)]
+                    if len(kept):
+                        totals[name][output].add(*moments(kept))
         return totals
 
     def compute(

@@ -8,14 +8,14 @@ from time import perf_counter
 
 from cache import layout
 from cache.commits import committed_units
-from cache.errors import IncompleteError, NotACacheError
+from cache.errors import IncompleteError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
-from cache.plans import load_plan
 from cache.spec import Plan
 from cache.storage import Storage
 from pipeline.calibration import calibrate_teachers
+from pipeline.checks import check_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor, open_executor
 from pipeline.observers import Observer, Silent
@@ -24,6 +24,7 @@ from pipeline.planning import choose_threads, plan_cache
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
 from pipeline.sources import open_source
+from pipeline.target import left_as_it_was, standing_plan
 from pipeline.teachers import ship
 from pipeline.worker import WorkerSetup
 
@@ -45,40 +46,34 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
 
     source = open_source(config.data)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    threads = choose_threads(config.executor, _standing_plan(config.out), observer)
+    threads = choose_threads(config.executor, standing_plan(config.out), observer)
 
     observer.phase("load", f"{len(shipped)} teachers")
-    with open_executor(config.executor, WorkerSetup(config, shipped, source.spec, threads, run_id)) as executor:
+    setup = WorkerSetup(config, shipped, source.spec, threads, run_id)
+    with left_as_it_was(config.out), open_executor(config.executor, setup) as executor:
         teachers = executor.call("describe")
+        check_teachers(config, [teacher.spec for teacher in teachers])
         loaded = perf_counter()
 
         storage = open_storage(config.out, create=True)
-        with lease(storage, run_id), Run(storage, run_id, config) as run:
+        with lease(storage, run_id):
             collect_garbage(storage, quarantine=False)
 
             observer.phase("plan", f"listing {source.spec.root}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], threads, run_id)
             planned = perf_counter()
 
-            observer.phase("calibrate", "")
-            calibrate_teachers(storage, plan, config, teachers, executor, run_id, observer)
-            startup = {"load": loaded - begun, "plan": planned - loaded, "calibrate": perf_counter() - planned}
-            run.started(plan, startup)
+            with Run(storage, run_id, config) as run:
+                calibrate_teachers(storage, plan, config, teachers, executor, run_id, observer)
+                startup = {"load": loaded - begun, "plan": planned - loaded, "calibrate": perf_counter() - planned}
+                run.started(plan, startup)
 
-            _work_off(storage, plan, config, executor, run, observer, units)
-            failpoint("run.finished")
-            summary = run.finish(remaining_tasks(storage, plan, config, None))
+                _work_off(storage, plan, config, executor, run, observer, units)
+                failpoint("run.finished")
+                summary = run.finish(remaining_tasks(storage, plan, config, None))
     collect_garbage(storage, quarantine=False)
     observer.end(summary)
     return summary
-
-
-def _standing_plan(out: str) -> Plan | None:
-    try:
-        storage = open_storage(out)
-    except NotACacheError:
-        return None
-    return load_plan(storage)
 
 
 def _work_off(

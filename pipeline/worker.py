@@ -152,10 +152,10 @@ class Worker:
 
     def _finish(self, name: str, totals: dict[str, Accumulator]) -> dict[str, Statistics]:
         for output, total in totals.items():
-            if total.count < 2:
+            if not total.count:
                 raise SourceError(
-                    f"calibration of teacher {name!r}, output {output!r}: expected at least 2 usable rows, found "
-                    f"{total.count}; the images of the calibration sample cannot be decoded"
+                    f"calibration of teacher {name!r}, output {output!r}: expected at least one usable row, found "
+                    "none; each of the sample cannot be decoded, or gives NaN or infinity"
                 )
         step = self._config.codec_of(name).step or DEFAULT_STEP
         return {output: total.finish(step) for output, total in totals.items()}

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections import Counter, deque
@@ -24,6 +25,7 @@ from pipeline.worker import Worker, WorkerSetup
 IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
 OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
+CONNECT_SECONDS = 10
 ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
 
 
@@ -107,10 +109,12 @@ class RayExecutor:
         empty = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kpu-ray-"))
         self._cleanup.enter_context(chdir(empty))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address = self._config.address
-        local = address is None and "RAY_ADDRESS" not in os.environ
+        address = self._config.address or os.environ.get("RAY_ADDRESS")
+        local = address is None
         extra: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if local else {}
         try:
+            if address is not None:
+                _check_listening(address)
             with _sigterm_kept():
                 ray.init(
                     address="local" if local else address,
@@ -122,7 +126,8 @@ class RayExecutor:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"executor.address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start "
-                "--head`, give the right --ray-address, or leave it out to run on this machine"
+                "--head`, give the right --ray-address, or leave it out to run on this machine; a cluster with token "
+                "authentication needs RAY_AUTH_MODE=token and its token here, too"
             ) from None
         self._cleanup.callback(ray.shutdown)
 
@@ -212,6 +217,13 @@ def _last_reports(seat: _Seat, queue: _Queue, deaths: Counter[int]) -> Iterator[
             yield UnitReport(task, 0, 0, 0, {}, (Failure(task.unit, None, reason),))
         except RayError as error:
             raise _unwrap(error) from None
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nobody listens at `host:port`: Ray would try for minutes. Other forms are left to Ray."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 @contextmanager

@@ -200,7 +200,7 @@ SOURCES: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_that_cannot_be_listed(name: str, place: Path, images: Path, model: str, tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_listed(name: str, images: Path, model: str, tmp_path: Path) -> None:
     arguments, fragments = SOURCES[name]
     out = tmp_path / "deep" / "o.kpu"
     result = kpu("extract", *arguments(images.parent), "-t", f"t={model}:toy", "-o", out)

@@ -253,7 +253,7 @@ def test_no_cluster_and_no_room_are_wrong_configurations(config: Path, tmp_path:
 def test_a_cluster_that_runs_already(config: Path, reference: dict[str, str], tmp_path: Path) -> None:
     """The driver only joins it, so its workers know nothing of the driver's environment or folder."""
     ray = Path(sys.executable).parent / "ray"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     arguments = [str(ray), "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
     log = tmp_path / "cluster.log"
     with log.open("wb") as stream:

@@ -67,6 +67,6 @@ def test_images_that_are_gone(original: Path, tmp_path: Path) -> None:
     moved = original.parent / "images"
     moved.rename(tmp_path / "away")
     try:
-        assert_refused(kpu("verify", "--deep", original), "images/0", "No such file")
+        assert_refused(kpu("verify", "--deep", original), "images/0", "no such file")
     finally:
         (tmp_path / "away").rename(moved)

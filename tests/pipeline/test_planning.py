@@ -1,4 +1,4 @@
-"""The plan of a cache: the size of units, the rows of views, and whether a listing is still the one that was planned."""
+"""The plan of a cache: the size of units, the rows of views, and whether a listing is still what was planned."""
 
 from pathlib import Path
 

@@ -1,12 +1,10 @@
-"""Which rows calibration looks at, and the moments of what it sees."""
+"""Which rows calibration looks at."""
 
 import numpy as np
 import pytest
-import torch
 
 from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
-from cache.statistics import Accumulator
-from pipeline.calibrate import choose_rows, moments, thin_calibration
+from pipeline.calibration import choose_rows, thin_calibration
 
 PINNED = [23434, 34058, 67044]
 
@@ -77,19 +75,3 @@ def test_too_few_rows_are_told() -> None:
     assert "'base'" in warning
     assert "999 rows" in warning
     assert "100 channels" in warning
-
-
-@pytest.mark.parametrize("shape", [(50, 6), (50, 9, 6)])
-def test_moments_merge_into_those_of_the_whole(shape: tuple[int, ...]) -> None:
-    x = (np.random.default_rng(0).normal(size=shape) * 3 + 1000).astype(np.float32)
-    batches, whole = Accumulator(6), Accumulator(6)
-    for part in np.split(x, [20, 21]):
-        count, mean, comoment = moments(torch.from_numpy(part))
-        assert mean.dtype == comoment.dtype == np.float64
-        batches.add(count, mean, comoment)
-    whole.update(x.reshape(-1, 6))
-    ours, reference = batches.finish(0.05), whole.finish(0.05)
-    assert ours.count == x.size // 6
-    np.testing.assert_allclose(ours.mean, x.reshape(-1, 6).astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(ours.covariance, np.cov(x.reshape(-1, 6).T.astype(np.float64), bias=True), rtol=1e-9)
-    np.testing.assert_allclose(ours.covariance, reference.covariance, rtol=1e-9)
