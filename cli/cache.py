@@ -45,7 +45,8 @@ def extract(
     ] = None,
     out: Annotated[str | None, typer.Option("-o", "--out", help="The cache to make, continue or add to.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, as YAML.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, as YAML: codec.step=0.1."),
     ] = None,
     executor: Annotated[str | None, typer.Option("--executor", metavar="inline|ray", help="Who computes.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
@@ -147,8 +148,7 @@ def verify(
 ) -> None:
     """Prove a cache: every unit committed, every checksum and digest right, rows equal across teachers.
 
-    Reads every byte. Lists all problems, and exits with 1 if there is one. The teachers are run again only where the
-    files are sound.
+    Reads every byte, lists all problems, and exits with 1 if there is one. --deep looks further where there is none.
     """
     from cache.verify import verify as prove
     from cli.show import show_verification

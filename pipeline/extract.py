@@ -20,7 +20,7 @@ from pipeline.config import ExtractConfig
 from pipeline.executors import Executor, open_executor
 from pipeline.observers import Observer, Silent
 from pipeline.paths import resolve_paths
-from pipeline.planning import choose_threads, plan_cache
+from pipeline.planning import check_settings, choose_threads, plan_cache
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
 from pipeline.sources import open_source
@@ -44,11 +44,14 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     config = resolve_paths(config)
     run_id, begun = new_run_id(), perf_counter()
 
+    standing = standing_plan(config.out)
     source = open_source(config.data)
+    if standing is not None:
+        check_settings(standing, source, config)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    threads = choose_threads(config.executor, standing_plan(config.out), observer)
+    threads = choose_threads(config.executor, standing, observer)
 
-    observer.phase("load", f"{len(shipped)} teachers")
+    observer.phase("load", ", ".join(shipped))
     setup = WorkerSetup(config, shipped, source.spec, threads, run_id)
     with left_as_it_was(config.out), open_executor(config.executor, setup) as executor:
         teachers = executor.call("describe")
@@ -57,11 +60,10 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
 
         storage = open_storage(config.out, create=True)
         with lease(storage, run_id):
-            collect_garbage(storage, quarantine=False)
-
             observer.phase("plan", f"listing {source.spec.root}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], threads, run_id)
             planned = perf_counter()
+            collect_garbage(storage, quarantine=False)
 
             with Run(storage, run_id, config) as run:
                 calibrate_teachers(storage, plan, config, teachers, executor, run_id, observer)

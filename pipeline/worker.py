@@ -259,7 +259,7 @@ class Worker:
         computed = self._engine.compute(timed, names, device_grids, watch)
         with watch("encode"):
             sizes = {
-                name: encoded_sizes(features, self._engine.teachers[name].outputs, grids[name])
+                name: encoded_sizes(features, self._engine.teachers[name].outputs, grids[name], self._pool)
                 for name, features in computed.teachers.items()
             }
         return measurement(timed.num_rows, started, watch, sizes)

@@ -231,7 +231,7 @@ SETTINGS: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = {
         lambda place: ["--set", f"calibration_from={place}/images"],
         ("calibration_from", "images", "expected a cache"),
     ),
-    "no room": (lambda _: ["--executor", "spark"], ("executor.kind", "inline or ray", "'spark'")),
+    "unknown executor": (lambda _: ["--executor", "spark"], ("executor.kind", "inline or ray", "'spark'")),
     "lonely address": (lambda _: ["--ray-address", "127.0.0.1:9"], ("--ray-address", "--executor ray")),
     "no out": (lambda _: ["-o", ""], ("out", "path or URL", "found ''")),
 }
@@ -253,7 +253,7 @@ def test_images_of_which_none_can_be_decoded(tmp_path: Path, model: str) -> None
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     result = kpu("extract", tmp_path / "images", "-t", f"t={model}:toy", "-o", tmp_path / "o.kpu")
-    assert_refused(result, "teacher 't'", "at least 2 usable rows", "found 0")
+    assert_refused(result, "teacher 't'", "at least one usable row", "found none")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
