@@ -131,25 +131,6 @@ class LocalStorage:
             raise self._error(error, folder, "remove") from error
         return freed
 
-    def probe(self) -> None:
-        """Publish twice under one name below `.tmp`, and see that the second loses.
-
-        Raises:
-            StorageError: the folder is not writable, or its file system has no exclusive hard links.
-        """
-        run = f"probe-{secrets.token_hex(8)}"
-        folder = f"{layout.TEMPORARY}/{run}"
-        try:
-            self._path(folder).mkdir(parents=True)
-        except OSError as error:
-            raise self._error(error, folder, "write") from error
-        try:
-            first, second = (self.publish(f"{folder}/probe", b"probe", run=run) for _ in range(2))
-        finally:
-            self.remove(folder)
-        if not first or second:
-            raise StorageError(f"{self.root}: this file system overwrites links instead of refusing; use another one")
-
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 

@@ -1,6 +1,5 @@
 """A cache in an object store, through fsspec. Exclusive puts are the store's own (`If-None-Match: *` on S3)."""
 
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
@@ -104,22 +103,6 @@ class ObjectStorage:
             return self._call("remove", folder, delete)
         except FileNotFoundError:
             return 0
-
-    def probe(self) -> None:
-        """Publish twice under one name below `.tmp`, and see that the second loses.
-
-        Raises:
-            StorageError: the location is not writable, or the store knows no conditional put.
-        """
-        run = f"probe-{secrets.token_hex(8)}"
-        folder = f"{layout.TEMPORARY}/{run}"
-        first, second = (self.publish(f"{folder}/probe", b"probe", run=run) for _ in range(2))
-        self.remove(folder)
-        if not first or second:
-            raise StorageError(
-                f"{self.url}: expected a store that refuses to overwrite when asked (If-None-Match: *), found one that "
-                "overwrites: a cache there could lose or mix data; use another store"
-            )
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes from `start` to `end` of an object, fewer where it ends before."""

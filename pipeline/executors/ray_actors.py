@@ -2,13 +2,11 @@
 
 import logging
 import os
-import signal
 import socket
 import tempfile
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cache.errors import ConfigError, IncompleteError, KpuError
 from pipeline.config import ExecutorConfig
 from pipeline.executors.room import count_workers, gpus_per_worker
+from pipeline.executors.signals import stop_signals_kept
 from pipeline.reports import Failure, Task, UnitReport
 from pipeline.worker import Worker, WorkerSetup
 
@@ -112,10 +111,11 @@ class RayExecutor:
         address = self._config.address or os.environ.get("RAY_ADDRESS")
         local = address is None
         extra: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if local else {}
+        self._cleanup.callback(ray.shutdown)
         try:
             if address is not None:
                 _check_listening(address)
-            with _sigterm_kept():
+            with stop_signals_kept():
                 ray.init(
                     address="local" if local else address,
                     include_dashboard=False if local else None,
@@ -129,7 +129,6 @@ class RayExecutor:
                 "--head`, give the right --ray-address, or leave it out to run on this machine; a cluster with token "
                 "authentication needs RAY_AUTH_MODE=token and its token here, too"
             ) from None
-        self._cleanup.callback(ray.shutdown)
 
     def _seat(self, attempt: int = 1) -> _Seat:
         actor = self._actor_class.remote(self._setup)
@@ -224,21 +223,6 @@ def _check_listening(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Keep the caller's handler of SIGTERM: Ray replaces it by one that exits without a word."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:  # Ray's handler was at work already
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _unwrap(error: RayError) -> BaseException:

@@ -37,6 +37,7 @@ def _context() -> ForkServerContext:
 
 def _main(arguments: Sequence[str], variables: Mapping[str, str], folder: str, log: str) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.environ.update(variables, PYTHONPATH=str(ROOT))  # Ray's workers, too, import what is tested
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -63,7 +64,7 @@ class Command:
 
     def __init__(self, folder: Path, *arguments: object, **variables: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"command-{len(list(folder.glob('command-*')))}.log"
+        self.log = folder / f"command-{len(self.started)}.log"
         values = {name: str(value) for name, value in variables.items()}
         self._process = _context().Process(
             target=_main, args=([str(argument) for argument in arguments], values, str(folder), str(self.log))

@@ -113,7 +113,13 @@ def test_the_installed_command_is_told_to_stop(
         pytest.skip(f"kpu is not installed: there is no {installed}")
     out = tmp_path / "my.kpu"
     arguments = [str(installed), "extract", "-c", str(config), "-o", str(out)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stdout is not None
     while "calibrate:" not in (line := process.stdout.readline()):
         assert line

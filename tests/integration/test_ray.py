@@ -33,7 +33,7 @@ from tests.integration.harness import (
 
 DRIVERS_POINTS = frozenset(name for name in NAMES if name.startswith(("plan", "teacher", "run")))
 VICTIMS = ("worker", "driver", "everything")
-QUICK = {("unit.shards", "worker"), ("publish.linked", "driver")}
+QUICK = {("unit.shards", "worker")}
 DRIVERS_OWN_FILES = 6  # that a driver publishes or replaces before the workers begin, where the teachers stand
 MOMENTS = 4
 TWO_WORKERS = ("--set", "executor.workers=2")
