@@ -35,11 +35,11 @@ def plan(folder: Path) -> None:
     """Plan everything in `folder`, then look for what is left to do as `extract` does; print what it took."""
     from cache.leases import lease
     from cache.locations import open_storage
+    from cache.sources import open_source
     from cache.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
     from pipeline.config import validate_config
     from pipeline.extract import remaining_tasks
     from pipeline.planning import plan_cache
-    from pipeline.sources import open_source
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     out = folder / "big.kpu"

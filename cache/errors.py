@@ -45,6 +45,10 @@ class MismatchError(KpuError):
     """What stands in the cache was made from other data, another teacher or another configuration."""
 
 
+class TrainingError(KpuError):
+    """Training went wrong: the loss is not finite, or a part of the model collapsed."""
+
+
 class StorageError(KpuError):
     """The cache's location cannot be read or written."""
 

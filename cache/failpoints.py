@@ -29,6 +29,14 @@ NAMES: Final = (
     "unit.committed",  # the commit record stands
     "run.finished",  # every unit is committed, the run's own record is not written
 )
+"""Those of an extraction, in the order in which a run passes them."""
+
+TRAINING: Final = (
+    "train.step",  # a training step is done, and logged where it is due
+    "train.checkpoint",  # a checkpoint is due, nothing of it is written
+    "train.checkpointed",  # it stands, older ones are not removed yet
+)
+"""Those of a training."""
 
 
 _HITS = itertools.count()  # of the armed point, in this process

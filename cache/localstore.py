@@ -15,7 +15,7 @@ from cache.errors import CorruptError, FullDiskError, NotACacheError, StorageErr
 from cache.failpoints import failpoint
 from cache.storage import Data, check_key, check_removable, check_replaceable
 
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _KNOWN_FOLDERS: Final = 4096
 
@@ -180,7 +180,7 @@ class LocalStorage:
         if isinstance(error, FileNotFoundError | NotADirectoryError) and action in ("read", "list"):
             return FileNotFoundError(errno.ENOENT, "no such object in the cache", f"{self.root}/{key}")
         reason = error.strerror or type(error).__name__
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return FullDiskError(f"{self.root}: cannot {action} {key}: {reason}; free some space and start again")
         advice = ""
         if error.errno == errno.ENOENT:

@@ -3,15 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cache import layout
 from cache.errors import ConfigError
+from cache.settings import Section, override, read_yaml, section, split, validate
 from cache.spec import CodecSpec
-from pipeline.config_errors import explain
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -24,11 +23,12 @@ _COUNT_OR_AUTO = f"{_COUNT}, or auto"
 _THREE = "three numbers, of red, green and blue, or null"
 _MODEL = "timm:<model>, hf:<id or folder> or torch:<module or path/to/file.py>:<factory>"
 
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_HOW: Final = {
+    "data": "DATA or data.source",
+    "data.source": "DATA or data.source",
+    "out": "-o or out",
+    "teachers": "-t NAME=MODEL or teachers",
+}
 
 
 class DataConfig(Section):
@@ -171,19 +171,18 @@ def load_config(
     Raises:
         ConfigError: naming the key, what was expected and what was found.
     """
-    values: dict[str, Any] = _read_yaml(Path(path)) if path is not None else {}
-    named = [_split(assignment, "--teacher", "NAME=MODEL") for assignment in teachers]
+    values: dict[str, Any] = read_yaml(Path(path)) if path is not None else {}
+    named = [split(assignment, "--teacher", "NAME=MODEL") for assignment in teachers]
     for name, model in named:
         if [other for other, _ in named].count(name) > 1:
             raise ConfigError(f"--teacher {name}={model}: expected each name once, found {name!r} again; rename one")
-        _section(values, ["teachers", name])["model"] = model
+        section(values, ["teachers", name])["model"] = model
     flags = {"data.source": data, "out": out, "executor.kind": executor, "executor.address": ray_address}
     for key, value in flags.items():
         if value is not None:
             *parents, leaf = key.split(".")
-            _section(values, parents)[leaf] = value
-    for assignment in overrides:
-        _assign(values, *_split(assignment, "--set", "KEY=VALUE"))
+            section(values, parents)[leaf] = value
+    override(values, overrides)
     config = validate_config(values, str(path) if path is not None else "command line")
     if ray_address is not None and config.executor.kind != "ray":
         raise ConfigError(
@@ -195,70 +194,4 @@ def load_config(
 
 def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:
     """Validate plain values; `where` names them in messages."""
-    try:
-        return ExtractConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, ExtractConfig, values)}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_keys(yaml.compose(text, yaml.SafeLoader))
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if values is None:  # an empty file
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    return values
-
-
-def _check_keys(root: Any) -> None:
-    """Raise where a key stands twice in one mapping: YAML would silently take the last one."""
-    waiting, visited = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
-            continue
-        visited.add(id(node))  # anchors may make loops
-        keys = set()
-        for child in node.value:
-            key, value = child if isinstance(child, tuple) else (None, child)
-            waiting.append(value)
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    line = key.start_mark.line + 1
-                    raise ConfigError(f"line {line}: expected each key once, found {key.value!r} again; remove one")
-                keys.add(key.value)
-
-
-def _split(assignment: str, flag: str, form: str) -> tuple[str, str]:
-    key, separator, value = assignment.partition("=")
-    if not separator or not key or not value:
-        raise ConfigError(f"{flag} {assignment!r}: expected {form}")
-    return key, value
-
-
-def _assign(values: dict[str, Any], key: str, text: str) -> None:
-    *parents, leaf = key.split(".")
-    try:
-        _section(values, parents)[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
-
-
-def _section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    for depth, name in enumerate(path):
-        child = values.setdefault(name, {})
-        if child is None:
-            child = values[name] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{'.'.join(path[: depth + 1])}: expected a mapping of keys, found {child!r}")
-        values = child
-    return values
+    return validate(ExtractConfig, values, where, _HOW)

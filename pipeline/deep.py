@@ -9,11 +9,11 @@ from cache.errors import KpuError
 from cache.locations import open_storage
 from cache.reader import Cache, open_cache
 from cache.runs import latest_run
+from cache.sources import open_source
 from cache.spec import DEFAULT_STEP, SourceSpec, TeacherSpec
 from cache.teachers import check_same
 from cache.verify import Problem, VerifyReport
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
-from pipeline.sources import open_source
 from pipeline.teachers import ship
 from pipeline.worker import Worker, WorkerSetup
 

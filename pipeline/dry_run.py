@@ -9,6 +9,7 @@ import pyarrow as pa
 from cache import layout
 from cache.commits import committed_units
 from cache.locations import open_storage
+from cache.sources import Source, open_source
 from cache.spec import Frozen, Plan, TeacherSpec
 from cache.teachers import teacher_names
 from pipeline.calibration import LEAST_ROWS, ROWS_PER_CHANNEL
@@ -20,7 +21,6 @@ from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
 from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, listed_rows
 from pipeline.runs import new_run_id
-from pipeline.sources import Source, open_source
 from pipeline.target import standing_plan
 from pipeline.teachers import ship
 from pipeline.worker import WorkerSetup

@@ -14,6 +14,8 @@ import torch
 
 from cache.codecs import Grid
 from cache.errors import NonFiniteError
+from cache.pixels.resize import geometry
+from cache.sources import SourceReader
 from cache.spec import ImageStatus
 from cache.statistics import Accumulator, Statistics
 from pipeline.collect import Collector, Computed, new_images
@@ -21,10 +23,8 @@ from pipeline.config import ExtractConfig
 from pipeline.device import Device
 from pipeline.loading import Batch, Loader
 from pipeline.moments import moments
-from pipeline.preprocess import geometry
 from pipeline.quantise import DeviceGrid
 from pipeline.reports import Stopwatch
-from pipeline.sources import SourceReader
 from pipeline.teachers import ShippedTeacher, Teacher, load_shipped
 
 DECODE_AHEAD_OF_GPU = 2

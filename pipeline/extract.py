@@ -12,6 +12,7 @@ from cache.errors import IncompleteError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
+from cache.sources import open_source
 from cache.spec import Plan
 from cache.storage import Storage
 from pipeline.calibration import calibrate_teachers
@@ -23,7 +24,6 @@ from pipeline.paths import resolve_paths
 from pipeline.planning import check_settings, choose_threads, plan_cache
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
-from pipeline.sources import open_source
 from pipeline.target import left_as_it_was, standing_plan
 from pipeline.teachers import ship
 from pipeline.worker import WorkerSetup

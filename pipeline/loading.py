@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from cache.digests import DIGEST_BYTES, digest_bytes
+from cache.pixels.decode import decode_image
+from cache.pixels.resize import Geometry, resize_image
+from cache.pixels.views import resolve_view
+from cache.sources import SourceReader
 from cache.spec import ImageStatus
-from pipeline.images import decode_image
 from pipeline.prefetch import prefetch
-from pipeline.preprocess import Geometry, resize_image
 from pipeline.reports import Stopwatch
-from pipeline.sources import SourceReader
-from pipeline.views import resolve_view
 
 READ_AHEAD = 2
 

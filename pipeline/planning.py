@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from cache.errors import MismatchError
+from cache.pixels.views import draw_views
 from cache.plans import load_plan, publish_plan
 from cache.samples import Fingerprint, Samples, sample_schema, split_parts
+from cache.sources import Source
 from cache.spec import CodecSpec, OutputSpec, Plan, TeacherSpec
 from cache.storage import Storage
 from pipeline.config import ExecutorConfig, ExtractConfig
 from pipeline.observers import Observer
-from pipeline.sources import Source
-from pipeline.views import draw_views
 
 SHARD_BYTES = 64 * 2**20
 UNIT_BYTES = 2**30

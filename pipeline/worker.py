@@ -23,6 +23,7 @@ from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
+from cache.sources import source_reader
 from cache.spec import DEFAULT_STEP, ImageStatus, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
 from cache.teachers import PublishedTeacher, load_teacher
@@ -33,7 +34,6 @@ from pipeline.engine import Engine, nonfinite_error
 from pipeline.measure import Measurement, encoded_sizes, measurement
 from pipeline.quantise import DeviceGrid
 from pipeline.reports import Failure, Stopwatch, Task, UnitReport
-from pipeline.sources import source_reader
 from pipeline.teachers import ShippedTeacher
 
 T = TypeVar("T")

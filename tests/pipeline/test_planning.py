@@ -9,11 +9,11 @@ from cache.leases import lease
 from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.samples import Samples
+from cache.sources import open_source
 from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, TeacherSpec
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
 from pipeline.observers import Silent
 from pipeline.planning import choose_threads, choose_unit_rows, plan_cache
-from pipeline.sources import open_source
 from tests.toys import write_images
 
 

@@ -1,0 +1,75 @@
+"""What a wrong configuration gets told: the key, what was expected there, what was found."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+
+def explain(error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]) -> str:
+    """Every complaint about `values`, each once, as clauses of one message; `how` to give a key that is missing."""
+    lines = [_explain(item, schema, values, how) for item in error.errors()]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _explain(item: Any, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]) -> str:
+    path, field, section = _locate(schema, item["loc"])
+    key, kind, message = ".".join(path), item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return _unknown([*path, str(item["loc"][len(path)])], sorted(section.model_fields) if section else [])
+    if kind == "missing" and len(path) == len(item["loc"]):
+        return f"{key}: is required and was not given" + (f"; give {how[key]}" if key in how else "")
+    if kind == "value_error":  # of the whole configuration, where there is no key
+        return f"{key}: {message}" if key else message
+    if section is not None:
+        message = f"expected a mapping of {', '.join(section.model_fields)}"
+    elif field is not None and field.description:
+        message = f"expected {field.description}"
+    else:
+        number = "a number " if kind.startswith(("greater", "less")) else ""
+        message = message.replace("Input should be ", f"expected {number}")
+    return f"{key}: {message}, found {_at(values, path)!r}"
+
+
+def _at(values: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _unknown(path: Sequence[str], known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown key {'.'.join(path)!r}; {advice}"
+
+
+def _locate(
+    schema: type[BaseModel], place: Sequence[Any]
+) -> tuple[list[str], FieldInfo | None, type[BaseModel] | None]:
+    """The part of a place that names keys of the file, and the field or the section that is there.
+
+    What follows in `place` is pydantic's own: members of a union, positions in a list.
+    """
+    path: list[str] = []
+    field: FieldInfo | None = None
+    section: type[BaseModel] | None = schema
+    named = False  # the next key is the user's, not the schema's: the name of a teacher
+    for part in place:
+        if named:
+            named = False
+        elif section is not None and part in section.model_fields:
+            field = section.model_fields[part]
+            section = _section(field.annotation)
+            named = section is not None and get_origin(field.annotation) is dict
+        else:
+            break
+        path.append(str(part))
+    return path, field, None if named else section
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section inside `Section | None` or `dict[str, Section]`."""
+    candidates = [annotation, *get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

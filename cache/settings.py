@@ -1,0 +1,125 @@
+"""Configuration files: YAML read strictly, the command line's values laid over it, the whole validated by a schema."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache.errors import ConfigError
+from cache.setting_errors import explain
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused. A field's description says what is expected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def validate(
+    schema: type[Schema], values: Mapping[str, Any], where: str, how: Mapping[str, str] | None = None
+) -> Schema:
+    """Validate plain values.
+
+    Args:
+        schema: of the whole configuration.
+        values: by key, as a file or the command line gave them.
+        where: names them in messages.
+        how: by key, how to give one that is required, where its name alone does not say it.
+
+    Raises:
+        ConfigError: naming every wrong key, what was expected and what was found.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, schema, values, how or {})}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; none where it is empty.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, is no mapping, or gives a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, yaml.SafeLoader))
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    return values
+
+
+def _check_keys(root: Any) -> None:
+    """Raise where a key stands twice in one mapping: YAML would silently take the last one."""
+    waiting, visited = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+            continue
+        visited.add(id(node))  # anchors may make loops
+        keys = set()
+        for child in node.value:
+            key, value = child if isinstance(child, tuple) else (None, child)
+            waiting.append(value)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"line {line}: expected each key once, found {key.value!r} again; remove one")
+                keys.add(key.value)
+
+
+def split(assignment: str, flag: str, form: str) -> tuple[str, str]:
+    """The two sides of a flag's KEY=VALUE; `form` is what messages call it.
+
+    Raises:
+        ConfigError: a side is missing.
+    """
+    key, separator, value = assignment.partition("=")
+    if not separator or not key or not value:
+        raise ConfigError(f"{flag} {assignment!r}: expected {form}")
+    return key, value
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Lay `--set KEY.PATH=YAML` over `values`, one after another.
+
+    Raises:
+        ConfigError: one is malformed, or goes through a key that is no mapping.
+    """
+    for assignment in assignments:
+        key, text = split(assignment, "--set", "KEY=VALUE")
+        *parents, leaf = key.split(".")
+        try:
+            section(values, parents)[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
+
+
+def section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The mapping at `path` within `values`, made where it is missing.
+
+    Raises:
+        ConfigError: something else stands on the way.
+    """
+    for depth, name in enumerate(path):
+        child = values.setdefault(name, {})
+        if child is None:
+            child = values[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{'.'.join(path[: depth + 1])}: expected a mapping of keys, found {child!r}")
+        values = child
+    return values

@@ -1,0 +1,151 @@
+"""Where images come from: folders, WebDataset tars and Parquet files, local or on any file system of fsspec.
+
+A source is listed once, in a stable order and without opening an image; a reader then fetches encoded images by the
+addresses that the listing gave.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol
+
+import pyarrow as pa
+
+from cache.errors import ConfigError, SourceError
+from cache.sources.folder import FolderListing, FolderReader
+from cache.sources.keys import unique_keys
+from cache.sources.locate import locate
+from cache.sources.parquet import ParquetListing
+from cache.sources.rowgroups import ParquetReader
+from cache.sources.tars import TarListing, TarReader
+from cache.spec import SourceSpec
+
+__all__ = ["Data", "Source", "SourceReader", "open_source", "source_reader"]
+
+
+class Data(Protocol):
+    """The part of the configuration that names a source."""
+
+    @property
+    def source(self) -> str | Sequence[str]: ...
+    @property
+    def image(self) -> str | None: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def key(self) -> str | None: ...
+    @property
+    def limit(self) -> int | None: ...
+
+
+class Source(Protocol):
+    """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does."""
+
+    spec: SourceSpec
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Samples in a stable order: columns key, those of the address, label (see `cache.samples`).
+
+        Raises:
+            SourceError: while iterating: nothing found, something unreadable or malformed, or, at the end, a
+                duplicate key.
+        """
+        ...
+
+
+class SourceReader(Protocol):
+    """Fetches encoded images. Safe to use from several threads; may be pickled."""
+
+    def read(self, table: pa.Table) -> list[bytes]:
+        """The encoded bytes of each row of a sample table, in order; b"" where the source has none.
+
+        A read that fails for a reason that may pass is tried again, with pauses.
+
+        Raises:
+            SourceError: naming key and file, where a row cannot be read.
+        """
+        ...
+
+
+class _Listing(Protocol):
+    spec: SourceSpec
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+    @property
+    def unique_keys(self) -> bool: ...
+    def rows(self) -> Iterator[pa.RecordBatch]: ...
+    def nothing(self) -> str: ...
+
+
+def open_source(data: Data) -> Source:
+    """Find what `data` names and see what kind of source it is.
+
+    Raises:
+        SourceError: it does not exist, mixes kinds, or (Parquet) lacks a column.
+        ConfigError: an option that this kind of source has no use for.
+    """
+    located = locate(data.source)
+    listing: _Listing
+    if located.kind == "folder":
+        _refuse(data, "a folder of images", "image", "label", "key")
+        listing = FolderListing(located)
+    elif located.kind == "tar":
+        _refuse(data, "tars", "key")
+        listing = TarListing(located, data.image, data.label)
+    else:
+        listing = ParquetListing(located, data.image, data.label, data.key)
+    return _Checked(listing, data.limit)
+
+
+def source_reader(spec: SourceSpec) -> SourceReader:
+    """A reader of the images that a source listed; nothing is opened before the first read."""
+    return _READERS[spec.kind](spec)
+
+
+_READERS: Final[dict[str, Callable[[SourceSpec], SourceReader]]] = {
+    "folder": FolderReader,
+    "tar": TarReader,
+    "parquet": ParquetReader,
+}
+
+
+class _Checked:
+    """A listing cut to `limit` rows, with unique keys and at least one row."""
+
+    def __init__(self, listing: _Listing, limit: int | None) -> None:
+        self._listing, self._limit = listing, limit
+        self.spec = listing.spec
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self._listing.classes
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        batches = self._limited() if self._listing.unique_keys else unique_keys(self._limited)
+        first = next(batches, None)
+        if first is None:
+            raise SourceError(f"data.source: nothing to extract: {self._listing.nothing()}")
+        yield from itertools.chain([first], batches)
+
+    def _limited(self) -> Iterator[pa.RecordBatch]:
+        left = self._limit
+        for batch in self._listing.rows():
+            if left is not None:
+                batch = batch.slice(0, left)
+                left -= batch.num_rows
+            if batch.num_rows:
+                yield batch
+            if left == 0:
+                return
+
+
+def _refuse(data: Data, kind: str, *options: str) -> None:
+    for option in options:
+        if getattr(data, option) is not None:
+            raise ConfigError(
+                f"data.{option}: expected null, found {getattr(data, option)!r}: the source is {kind}, "
+                "which has no use for it"
+            )

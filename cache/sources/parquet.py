@@ -1,0 +1,198 @@
+"""Parquet files with a column of encoded images: Hugging Face's struct<bytes, path>, or plain binary."""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cache.errors import SourceError
+from cache.sources.files import Files, Piece
+from cache.sources.locate import Located
+from cache.sources.tables import BATCH_ROWS, sample_batch
+from cache.spec import SourceSpec
+
+_INTEGERS: Final = (pa.types.is_integer, pa.types.is_boolean)
+
+
+class ParquetListing:
+    """The rows of some Parquet files, in order; no image is read.
+
+    `image`, `label`, `key` name columns; without them the image column is found by its type, `label` is taken if it is
+    an integer column, and a row's key is `<file without extension>:<row>`.
+    """
+
+    def __init__(self, located: Located, image: str | None, label: str | None, key: str | None) -> None:
+        self._files = located.files
+        self._entries = [entry.path for entry in located.entries]
+        self._label, self._key = label, key
+        first = open_parquet(self._files, self._entries[0])
+        self._image = image_column(first.schema_arrow, self._files.name(self._entries[0]), image)
+        self._classes_of_first = _classes(first.schema_arrow, self._label_column(first, self._entries[0]))
+        options = {"image": self._image, "label": label, "key": key}
+        self.spec = SourceSpec(kind="parquet", root=self._files.root, options=options)
+
+    @cached_property
+    def unique_keys(self) -> bool:
+        """Whether keys cannot repeat: they hold the row's number, so it is enough that no two files share a stem."""
+        return self._key is None and len({_stem(file) for file in self._entries}) == len(self._entries)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names from the files' metadata."""
+        return self._classes_of_first
+
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        """Columns key, file, row_group, row (within its row group) and label."""
+        for file in self._entries:
+            opened = open_parquet(self._files, file)
+            image_column(opened.schema_arrow, self._files.name(file), self._image)
+            label = self._label_column(opened, file)
+            if _classes(opened.schema_arrow, label) != self._classes_of_first:
+                raise SourceError(
+                    f"{self._files.name(file)}: its metadata names other classes than {self._entries[0]}; "
+                    "a label must mean the same in every file: extract them apart"
+                )
+            yield from self._file(file, opened, label)
+
+    def nothing(self) -> str:
+        """What to say where there is no row."""
+        return f"{self._files.root}: {len(self._entries)} Parquet files hold no row"
+
+    def _file(self, file: str, opened: pq.ParquetFile, label: str | None) -> Iterator[pa.RecordBatch]:
+        metadata = opened.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        begin = 0
+        for columns in self._columns(file, opened, label):
+            length = columns.num_rows
+            rows = np.arange(begin, begin + length)
+            groups = np.searchsorted(ends, rows, side="right")
+            within = rows - np.concatenate([[0], ends])[groups]
+            address = [pa.repeat(pa.scalar(file), length), pa.array(groups, pa.int32()), pa.array(within, pa.int32())]
+            if self._key is None:
+                keys = pc.binary_join_element_wise(_stem(file), pa.array(rows).cast(pa.string()), ":")
+            else:
+                keys = self._keys(file, columns.column(self._key), begin)
+            labels = pa.nulls(length, pa.int64()) if label is None else columns.column(label).cast(pa.int64())
+            yield sample_batch("parquet", keys, address, labels)
+            begin += length
+
+    def _columns(self, file: str, opened: pq.ParquetFile, label: str | None) -> Iterator[pa.RecordBatch]:
+        """The label and key columns, in batches; batches without columns where neither is wanted."""
+        wanted = [name for name in (label, self._key) if name is not None]
+        if self._key is not None and self._key not in opened.schema_arrow.names:
+            raise _no_column(self._files.name(file), "data.key", self._key, opened.schema_arrow)
+        if not wanted:
+            for begin in range(0, opened.metadata.num_rows, BATCH_ROWS):
+                rows = min(BATCH_ROWS, opened.metadata.num_rows - begin)
+                yield pa.RecordBatch.from_arrays([pa.nulls(rows)], ["none"])
+            return
+        try:
+            yield from opened.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(wanted)), use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise self._files.failure(Piece(file, file), error) from error
+
+    def _keys(self, file: str, column: pa.Array, begin: int) -> pa.Array:
+        if column.null_count:
+            row = begin + int(np.flatnonzero(np.asarray(column.is_null()))[0])
+            raise SourceError(
+                f"{self._files.name(file)}: column {self._key!r} (data.key) is null in row {row}; every row needs a key"
+            )
+        return column.cast(pa.string())
+
+    def _label_column(self, opened: pq.ParquetFile, file: str) -> str | None:
+        schema = opened.schema_arrow
+        name = self._label or "label"
+        suits = name in schema.names and any(check(schema.field(name).type) for check in _INTEGERS)
+        if self._label is None:
+            return name if suits else None
+        if name not in schema.names:
+            raise _no_column(self._files.name(file), "data.label", name, schema)
+        if not suits:
+            raise SourceError(
+                f"{self._files.name(file)}: column {name!r} (data.label): expected integers, "
+                f"found {schema.field(name).type}"
+            )
+        return name
+
+
+def open_parquet(files: Files, file: str, key: str | None = None) -> pq.ParquetFile:
+    """Open one file and read its footer; `key` is of the row wanted from it, for messages.
+
+    Raises:
+        SourceError: it is gone, unreadable or no Parquet file.
+    """
+    return files.retry(lambda: _open(files, file), Piece(file, key or file))
+
+
+def _open(files: Files, file: str) -> pq.ParquetFile:
+    path = files.path(file)
+    # Buffered streams, not whole column chunks: a row group may be larger than memory.
+    source = pa.OSFile(path) if files.local else files.system[0].open(path, "rb")
+    return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
+
+
+def image_column(schema: pa.Schema, file: str, wanted: str | None) -> str:
+    """Name of the column of encoded images: the one wanted, or the only one, or `image`, of a type that can be one."""
+    able = [field.name for field in schema if _leaf(field) is not None]
+    if wanted is not None:
+        if wanted in able:
+            return wanted
+        if wanted in schema.names:
+            found = schema.field(wanted).type
+            raise SourceError(
+                f"{file}: column {wanted!r} (data.image): expected binary or struct<bytes, path>, found {found}"
+            )
+        raise _no_column(file, "data.image", wanted, schema)
+    if len(able) == 1 or "image" in able:
+        return able[0] if len(able) == 1 else "image"
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    found = f"several: {', '.join(able)}" if able else f"none among the columns {columns}"
+    raise SourceError(
+        f"{file}: expected one column of images (binary or struct<bytes, path>), found {found}; set data.image"
+    )
+
+
+def image_leaf(schema: pa.Schema, column: str) -> str:
+    """The Parquet path of the bytes alone, so that a struct's other fields are not read."""
+    leaf = _leaf(schema.field(column))
+    assert leaf is not None, "checked when the file was listed"
+    return leaf
+
+
+def _leaf(field: pa.Field) -> str | None:
+    if _is_binary(field.type):
+        return str(field.name)
+    if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+        return f"{field.name}.bytes" if _is_binary(field.type.field("bytes").type) else None
+    return None
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _stem(file: str) -> str:
+    return file.rpartition(".")[0]
+
+
+def _no_column(file: str, option: str, name: str, schema: pa.Schema) -> SourceError:
+    return SourceError(f"{file}: has no column {name!r} ({option}); its columns are {', '.join(schema.names)}")
+
+
+def _classes(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
+    """Class names: `class_names` of the schema's metadata, or those of Hugging Face's ClassLabel."""
+    metadata: dict[bytes, bytes] = schema.metadata or {}
+    if b"class_names" in metadata:
+        return tuple(name.strip() for name in metadata[b"class_names"].decode("utf-8", "replace").split(","))
+    try:
+        features: Any = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) else None

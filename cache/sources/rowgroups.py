@@ -1,0 +1,161 @@
+"""Reading single images out of Parquet row groups, with the last few row groups decoded in memory."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.errors import SourceError
+from cache.sources.files import Files, Piece
+from cache.sources.parquet import image_column, image_leaf, open_parquet
+from cache.spec import SourceSpec
+
+_OPEN_FILES: Final = 16
+_BLOCK_BYTES: Final = 64 * 2**20
+_HELD_BYTES: Final = 256 * 2**20
+
+
+class _Block(NamedTuple):
+    """Consecutive rows of one row group, decoded."""
+
+    start: int
+    images: pa.Array
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.images)
+
+
+class _Cursor:
+    """One row group, decoded forwards in blocks of about 64 MB: all of it at once, if it is no larger."""
+
+    def __init__(self, opened: pq.ParquetFile, group: int, column: str) -> None:
+        leaf = image_leaf(opened.schema_arrow, column)
+        metadata = opened.metadata.row_group(group)
+        self.rows: int = metadata.num_rows
+        chunks = (metadata.column(index) for index in range(metadata.num_columns))
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+        length = max(1, min(self.rows, self.rows * _BLOCK_BYTES // max(size, 1)))
+        self._batches: Iterator[pa.RecordBatch] = opened.iter_batches(
+            length, row_groups=[group], columns=[leaf], use_threads=False
+        )
+        self.next_row = 0
+
+    def advance(self) -> _Block:
+        """The next block."""
+        batch = next(self._batches, None)
+        if batch is None or not batch.num_rows:
+            raise pa.ArrowInvalid(f"pages end at row {self.next_row} of {self.rows}")
+        column = batch.column(0)
+        # A struct that is null hides its child: flatten() carries that over.
+        images = column.flatten()[0] if pa.types.is_struct(column.type) else column
+        block = _Block(self.next_row, images)
+        self.next_row = block.stop
+        return block
+
+
+class ParquetReader:
+    """Reads the image column's bytes of the row groups that are needed, and no other column."""
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self._files = Files(spec.root)
+        self._column = spec.options.get("image")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._opened: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._cursors: OrderedDict[tuple[str, int], _Cursor] = OrderedDict()
+        self._blocks: OrderedDict[tuple[str, int, int], _Block] = OrderedDict()
+
+    def __getstate__(self) -> tuple[Files, str | None]:
+        return self._files, self._column
+
+    def __setstate__(self, state: tuple[Files, str | None]) -> None:
+        self._files, self._column = state
+        self._reset()
+
+    def read(self, table: pa.Table) -> list[bytes]:
+        """Encoded bytes of each row, in order; a null gives b"".
+
+        Raises:
+            SourceError: a file is gone, unreadable, corrupt, or has fewer rows than planned.
+        """
+        if self._pid != os.getpid():
+            self._reset()
+        columns = ("file", "row_group", "row", "key")
+        rows = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
+        result = [b""] * len(rows)
+        block, where = _Block(0, ()), ("", -1)
+        for index in sorted(range(len(rows)), key=lambda index: rows[index][:3]):
+            file, group, row, key = rows[index]
+            if where != (file, group) or not block.start <= row < block.stop:
+                block, where = self._block(file, group, row, key), (file, group)
+            result[index] = block.images[row - block.start].as_py() or b""
+        return result
+
+    def _block(self, file: str, group: int, row: int, key: str) -> _Block:
+        """The decoded block that holds a row. One thread decodes at a time: others mostly want the same block."""
+        piece = Piece(file, key)
+        with self._lock:
+            for name, held in reversed(self._blocks.items()):
+                if name[:2] == (file, group) and held.start <= row < held.stop:
+                    self._blocks.move_to_end(name)
+                    return held
+            try:
+                return self._files.retry(lambda: self._decode(piece, group, row), piece)
+            except BaseException:
+                self._forget(file)
+                raise
+
+    def _decode(self, piece: Piece, group: int, row: int) -> _Block:
+        file = piece.file
+        cursor = self._cursors.pop((file, group), None)  # one that fails is not used again
+        try:
+            if cursor is None or cursor.next_row > row:
+                cursor = self._cursor(piece, group)
+            if row >= cursor.rows:
+                raise self._shrank(piece, f"row {row} of row group {group}", f"{cursor.rows} rows in it")
+            block = cursor.advance()
+            while block.stop <= row:
+                block = cursor.advance()
+        except OSError:
+            self._forget(file)  # the next attempt opens it anew
+            raise
+        if cursor.next_row < cursor.rows:
+            self._cursors[file, group] = cursor
+            if len(self._cursors) > _OPEN_FILES:
+                self._cursors.popitem(last=False)
+        self._blocks[file, group, block.start] = block
+        while len(self._blocks) > 1 and sum(held.images.nbytes for held in self._blocks.values()) > _HELD_BYTES:
+            self._blocks.popitem(last=False)
+        return block
+
+    def _cursor(self, piece: Piece, group: int) -> _Cursor:
+        file = piece.file
+        opened = self._opened.get(file)
+        if opened is None:
+            opened = self._opened[file] = open_parquet(self._files, file, piece.key)
+            if len(self._opened) > _OPEN_FILES:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(file)
+        column = image_column(opened.schema_arrow, self._files.name(file), self._column)
+        if group >= opened.metadata.num_row_groups:
+            raise self._shrank(piece, f"row group {group}", f"{opened.metadata.num_row_groups} row groups")
+        return _Cursor(opened, group, column)
+
+    def _shrank(self, piece: Piece, expected: str, found: str) -> SourceError:
+        return SourceError(
+            f"{self._files.name(piece.file)} (key {piece.key!r}): expected {expected}, found {found}: "
+            "it was rewritten since it was listed; restore it"
+        )
+
+    def _forget(self, file: str) -> None:
+        self._opened.pop(file, None)
+        for name in [name for name in self._cursors if name[0] == file]:
+            del self._cursors[name]

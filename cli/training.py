@@ -1,0 +1,70 @@
+"""How a training looks: a line every few seconds, and a table at the end."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PLAIN_EVERY_SECONDS = 5.0
+
+
+@contextmanager
+def watching(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What `trainer.loop.fit` calls with each logged object."""
+    last = 0.0
+
+    def watch(line: dict[str, Any]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if "validation" in line:
+            console.print(f"step {line['step']:,}: {describe_scores(line['validation'])}", markup=False, soft_wrap=True)
+        elif now - last >= PLAIN_EVERY_SECONDS:
+            last = now
+            console.print(_describe(line), markup=False, soft_wrap=True)
+
+    yield watch
+
+
+def describe_scores(scores: dict[str, Any]) -> str:
+    """R2 of every teacher and of the base, in one line."""
+    parts = [
+        f"{name} R2 " + "/".join(f"{value:.3f}" for key, value in values.items() if key.startswith("r2_"))
+        for name, values in scores["teachers"].items()
+    ]
+    return ", ".join([*parts, f"base kept {scores['base']['r2']:.3f}"])
+
+
+def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
+    """What was trained, and how close it is to each teacher on the validation rows."""
+    rate = summary["rows"] / summary["seconds"] if summary["seconds"] else 0.0
+    console.print(
+        f"trained: {summary['steps']:,} steps on {summary['train_rows']:,} rows, {summary['seconds']:.1f} s, "
+        f"{rate:,.0f} rows/s, {summary['parameters']:,} parameters",
+        markup=False,
+        soft_wrap=True,
+    )
+    scores = summary["validation"]
+    outputs = [key for key in scores["base"] if key != "r2"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"R2 on {summary['validation_rows']:,} validation rows")
+    for key in outputs:
+        table.add_column(key.removeprefix("r2_"), justify="right")
+    for name, values in [*scores["teachers"].items(), ("the base itself", scores["base"])]:
+        table.add_row(name, *(f"{values[key]:.3f}" for key in outputs))
+    console.print(table)
+    console.print(f"kept in {out}", markup=False, soft_wrap=True)
+
+
+def _describe(line: dict[str, Any]) -> str:
+    if "space_step" in line:
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in line["space"].items())
+        return f"shared space, step {line['space_step']:,}: {terms}"
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in line["s2t"].items())
+    return (
+        f"step {line['step']:,}: loss {line['loss']:.4f} ({losses}), {line['rows_per_second']:,.0f} rows/s, waiting "
+        f"for data {line['data_wait']:.0%}"
+    )

@@ -1,0 +1,122 @@
+"""Checkpoints: weights in safetensors, the rest loadable with `weights_only=True`, published whole, the last two kept.
+
+A checkpoint is a folder `checkpoints/step-<number>` that appears by a rename once all of it is synced. `seal.json`
+holds the digest of each other file, so that one that was damaged since is passed over for the one before it.
+"""
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cache.digests import digest
+from cache.errors import CorruptError
+from cache.failpoints import failpoint
+from trainer.files import publish_folder
+
+KEPT: Final = 2
+_MODEL, _AVERAGE, _STATE, _SEAL = "model.safetensors", "average.safetensors", "state.pt", "seal.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state of training after `step` steps; `position` is where the next batch begins (see `trainer.data.Stream`).
+
+    `average` is the moving average of the model's weights, None where none is kept.
+    """
+
+    step: int
+    position: int
+    model: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    generator: Tensor
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Publish a checkpoint below `folder`, then remove all but the last ones.
+
+    Raises:
+        FullDiskError: no space is left; the checkpoints that stand stay.
+        StorageError: it cannot be written there.
+    """
+    state = io.BytesIO()
+    torch.save(
+        {
+            "step": checkpoint.step,
+            "position": checkpoint.position,
+            "optimizer": checkpoint.optimizer,
+            "generator": checkpoint.generator,
+        },
+        state,
+    )
+    files = {_MODEL: pack_tensors(checkpoint.model), _STATE: state.getvalue()}
+    if checkpoint.average is not None:
+        files[_AVERAGE] = pack_tensors(checkpoint.average)
+    files[_SEAL] = json.dumps({name: digest(data) for name, data in files.items()}).encode()
+    path = folder / f"step-{checkpoint.step:09d}"
+    failpoint("train.checkpoint")
+    publish_folder(path, files)
+    failpoint("train.checkpointed")
+    for old in _all(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last checkpoint that is whole; None where none was made yet.
+
+    Raises:
+        CorruptError: there are checkpoints, and every one is damaged.
+    """
+    problems = []
+    for path in reversed(_all(folder)):
+        try:
+            return _load(path)
+        except CorruptError as error:
+            problems.append(str(error))
+    if problems:
+        raise CorruptError(str(folder), f"holds no checkpoint that is whole: {'; '.join(problems)}")
+    return None
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Safetensors bytes of a state dict; equal input gives equal bytes."""
+    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module, copied to host memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        seal = json.loads((path / _SEAL).read_bytes())
+        files = {name: (path / name).read_bytes() for name in seal}
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptError(str(path), f"cannot be read ({error})") from None
+    for name, data in files.items():
+        if digest(data) != seal[name]:
+            raise CorruptError(str(path / name), "is not what was saved")
+    try:
+        state = torch.load(io.BytesIO(files[_STATE]), weights_only=True)
+        average = load_tensors(files[_AVERAGE]) if _AVERAGE in files else None
+        return Checkpoint(
+            state["step"], state["position"], load_tensors(files[_MODEL]), average, state["optimizer"],
+            state["generator"],
+        )  # fmt: skip
+    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CorruptError(str(path), f"holds no checkpoint ({error})") from None

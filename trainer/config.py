@@ -1,0 +1,228 @@
+"""The configuration of `kpu-train`: one schema for the file, the flags and the record kept with the run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cache.settings import Section, override, read_yaml, validate
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Auto = Literal["auto"]
+
+# A field's description is what a message says was expected.
+_COUNT = "a whole number above 0"
+_WEIGHT = "a number from 0"
+_SHARE = "a number from 0 to 1"
+_NAMES = "a list of names"
+
+_HOW: Final = {"caches": "CACHE... or caches"}
+
+
+class StudentConfig(Section):
+    """What is trained. `side` needs the cached base alone; `frozen` is the base itself, a control.
+
+    `layers` are further outputs of the base that a side student reads; `width` and `depth` are those of the adapter
+    (channels; blocks at each grid). `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`;
+    null stands for the base's own; `weights` is a file, `random` or null for the model's own.
+    """
+
+    kind: Literal["side", "parallel", "full", "frozen"] = Field(
+        default="side", description="side, parallel, full or frozen"
+    )
+    model: Text | None = Field(default=None, description="timm:<model>, torch:<file.py>:<factory> or null")
+    weights: Text | None = Field(default=None, description="the path of a weights file, random, or null")
+    merge: Literal["add", "concat"] = Field(default="add", description="add or concat")
+    layers: tuple[Text, ...] = Field(default=(), description=_NAMES)
+    width: Positive = Field(default=128, description=_COUNT)
+    depth: Positive = Field(default=2, description=_COUNT)
+
+    @model_validator(mode="after")
+    def _model_belongs_to_images(self) -> "StudentConfig":
+        if self.model is not None and self.kind in ("side", "frozen"):
+            raise ValueError(f"expected no model with kind {self.kind}, found {self.model!r}; remove it")
+        if self.model is None and self.kind == "full":
+            raise ValueError("expected a model with kind full, found null; give timm:<model>")
+        return self
+
+
+class TargetsConfig(Section):
+    """Where targets come from, and how their channels are normalised."""
+
+    source: Literal["cache", "live"] = Field(default="cache", description="cache or live")
+    normalize: Literal["standardize", "phi-s", "raw"] = Field(
+        default="standardize", description="standardize, phi-s or raw"
+    )
+
+
+class ProjectorConfig(Section):
+    """The heads from the student to each teacher; `hidden` is their width, `norm` a leading LayerNorm."""
+
+    hidden: Positive = Field(default=256, description=_COUNT)
+    norm: bool = Field(default=False, description="true or false")
+
+
+class LossConfig(Section):
+    """Weights of the parts of the pair loss."""
+
+    cosine: NotNegative = Field(default=0.5, description=_WEIGHT)
+    smooth_l1: NotNegative = Field(default=0.5, description=_WEIGHT)
+    mse: NotNegative = Field(default=0.0, description=_WEIGHT)
+
+    @model_validator(mode="after")
+    def _something(self) -> "LossConfig":
+        if self.cosine + self.smooth_l1 + self.mse == 0:
+            raise ValueError("expected at least one weight above 0, found none")
+        return self
+
+
+class UnifyConfig(Section):
+    """The shared latent space. `untrained` is a placebo: the same loss with maps that never learned.
+
+    `steps` are the batches that `pretrained` learns on; `pca` fits on as many rows as `pca_rows`. `reconstruction`,
+    `variance` and `covariance` weigh the terms of the maps' own objective.
+    """
+
+    mode: Literal["off", "pretrained", "joint", "pca", "untrained"] = Field(
+        default="off", description="off, pretrained, joint, pca or untrained"
+    )
+    weight: NotNegative = Field(default=0.3, description=_WEIGHT)
+    hidden: Positive = Field(default=256, description=_COUNT)
+    steps: Positive = Field(default=500, description=_COUNT)
+    pca_rows: Positive = Field(default=4096, description=_COUNT)
+    reconstruction: NotNegative = Field(default=1.0, description=_WEIGHT)
+    variance: NotNegative = Field(default=1.0, description=_WEIGHT)
+    covariance: NotNegative = Field(default=0.04, description=_WEIGHT)
+    lowest_std: NotNegative = Field(default=0.1, description=_WEIGHT)
+    lowest_rank: Share = Field(default=0.02, description=_SHARE)
+    lowest_reconstruction: float = Field(default=0.1, description="a number")
+
+
+class PreserveConfig(Section):
+    """The pull that keeps the student at the base."""
+
+    weight: NotNegative = Field(default=0.0, description=_WEIGHT)
+
+
+class BalanceConfig(Section):
+    """How much each teacher counts in each row; `p` is the probability with which `dropping` drops one."""
+
+    name: Literal["uniform", "dropping"] = Field(default="uniform", description="uniform or dropping")
+    p: Share = Field(default=0.5, description=_SHARE)
+
+
+class OptimConfig(Section):
+    """AdamW with a cosine schedule. `warmup` is a share of all steps; `ema` a half-life in rows, 0 for none.
+
+    `accumulate` batches make one step; `clip` is the largest gradient norm, 0 for none.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="a number above 0")
+    weight_decay: NotNegative = Field(default=0.05, description=_WEIGHT)
+    epochs: Positive = Field(default=20, description=_COUNT)
+    warmup: Share = Field(default=0.05, description=_SHARE)
+    clip: NotNegative = Field(default=1.0, description=_WEIGHT)
+    ema: NotNegative = Field(default=0.0, description=_WEIGHT)
+    accumulate: Positive = Field(default=1, description=_COUNT)
+
+
+class OrderConfig(Section):
+    """In which order rows come; `window` is how many units `windowed` mixes."""
+
+    name: Literal["full", "windowed"] = Field(default="full", description="full or windowed")
+    window: Positive = Field(default=64, description=_COUNT)
+
+
+class ImagesConfig(Section):
+    """For students that need images. `root` stands in for the root that the cache remembers; `size` in pixels."""
+
+    root: Text | None = Field(default=None, description="a path or URL, or null")
+
+
+class LoaderConfig(Section):
+    """Reading ahead: threads that read and decode, and how many batches they may be ahead.
+
+    Rows are kept as stored, for the next epochs, in up to `memory` bytes.
+    """
+
+    threads: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
+    ahead: Positive = Field(default=4, description=_COUNT)
+    memory: Annotated[int, Field(ge=0)] | Auto = Field(default="auto", description="a number of bytes, or auto")
+
+
+class LogConfig(Section):
+    """How often, in steps, metrics are written, the validation loss is taken, and a checkpoint is saved."""
+
+    every: Positive = Field(default=20, description=_COUNT)
+    checkpoint: Positive = Field(default=500, description=_COUNT)
+
+
+class TrainConfig(Section):
+    """Everything `kpu-train fit` needs to know."""
+
+    caches: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(description="a list of at least one cache")
+    base: Text = Field(description="the name of the general-purpose teacher")
+    teachers: tuple[Text, ...] | None = Field(default=None, description=f"{_NAMES}, or null for all")
+    outputs: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        default=("global", "patch"), description="a list of global and patch, or of one of them"
+    )
+    student: StudentConfig = StudentConfig()
+    targets: TargetsConfig = TargetsConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    loss: LossConfig = LossConfig()
+    unify: UnifyConfig = UnifyConfig()
+    preserve: PreserveConfig = PreserveConfig()
+    balance: BalanceConfig = BalanceConfig()
+    optim: OptimConfig = OptimConfig()
+    batch_size: Positive = Field(default=256, description=_COUNT)
+    order: OrderConfig = OrderConfig()
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.02, description="a number from 0, below 1")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="a whole number from 0 to 2**63 - 1")
+    workers: Positive = Field(default=1, description=_COUNT)
+    images: ImagesConfig = ImagesConfig()
+    loader: LoaderConfig = LoaderConfig()
+    log: LogConfig = LogConfig()
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto, fp32 or bf16")
+    threads: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
+    compile: bool = Field(default=False, description="true or false")
+
+    @field_validator("caches", "teachers", "outputs")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"expected each name once, found {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_share(self) -> "TrainConfig":
+        if self.batch_size % self.workers:
+            raise ValueError(f"expected a batch_size that {self.workers} workers share evenly, found {self.batch_size}")
+        return self
+
+
+def load_config(
+    path: str | os.PathLike[str] | None, *, caches: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Read a YAML file, if any, lay the command line's values over it, and validate the whole once.
+
+    `caches`, where any is given, stand in for the file's; `overrides` are KEY.PATH=YAML and win over everything else.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what was found.
+    """
+    values = read_yaml(Path(path)) if path is not None else {}
+    if caches:
+        values["caches"] = list(caches)
+    override(values, overrides)
+    return validate_config(values, str(path) if path is not None else "command line")
+
+
+def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """Validate plain values; `where` names them in messages."""
+    return validate(TrainConfig, values, where, _HOW)

@@ -1,0 +1,245 @@
+"""Several caches as one table of rows: what a run trains on, checked before anything is read.
+
+Letters: B rows of a batch, T tokens of a map, C channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cache import Cache, open_cache
+from cache.codecs import Grid
+from cache.digests import digest_of
+from cache.errors import ConfigError, MismatchError
+from cache.opened import Teacher
+from cache.spec import TeacherSpec
+from cache.statistics import Statistics
+from trainer.config import TrainConfig
+from trainer.resident import Rows, Shelf
+from trainer.shapes import OutputShape, shape_of
+from trainer.split import validation_mask
+
+Wanted = Mapping[str, Sequence[str]]
+"""Outputs by teacher."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher as the run knows it: as the first cache that has it describes it; `seed` is that cache's plan's."""
+
+    spec: TeacherSpec
+    shapes: dict[str, OutputShape]
+    statistics: dict[str, Statistics]
+    head: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """From stored values to standardised ones: `x = stored * factor + offset`, per channel or one number for all."""
+
+    factor: Tensor
+    offset: Tensor | None
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """float32 of the shape of `stored`, on its device."""
+        values = stored.float().mul_(self.factor.to(stored.device, non_blocking=True))
+        return values if self.offset is None else values.add_(self.offset.to(stored.device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """Rows as stored, in host memory.
+
+    `rows` int64 [B] are rows of the corpus, `epochs` int64 [B] the epoch of each. `stored` holds one tensor for every
+    (teacher, output) and cache `part` (places int64 [n] in the batch, values [n, ...]); masked rows hold 0. `weights`
+    float32 [B] by teacher is 0 where a row is masked or its cache lacks the teacher.
+    """
+
+    rows: Rows
+    epochs: Rows
+    parts: tuple[tuple[int, Rows], ...]
+    stored: dict[tuple[int, str, str], Tensor]
+    weights: dict[str, Tensor]
+    images: Tensor | None = None
+
+
+class Corpus:
+    """The caches of a run, their rows one after another.
+
+    Raises (on opening):
+        ConfigError: a teacher, output or layer that is asked for is not there, or a cache is incomplete.
+        MismatchError: two caches have different teachers under one name.
+    """
+
+    def __init__(self, paths: Sequence[str], wanted: Wanted, base: str, *, memory: int = 0) -> None:
+        self.caches = [open_cache(path) for path in paths]
+        self.wanted = {name: tuple(outputs) for name, outputs in wanted.items()}
+        self.starts = np.cumsum([0, *(cache.rows for cache in self.caches)])
+        self.rows = int(self.starts[-1])
+        self.sources: dict[str, Source] = {}
+        for cache in self.caches:
+            _require(base in cache.teachers, f"base: cache {cache.path} has {sorted(cache.teachers)}, not {base!r}")
+            for name in self.teachers_of(cache):
+                self._admit(cache, cache.teachers[name])
+        for name in wanted:
+            _require(name in self.sources, f"teachers: no cache has {name!r}; found {self._all_names()}")
+        self._shelf = Shelf(memory)
+
+    @property
+    def digest(self) -> str:
+        """Of the plans of all caches, in order: what the order of rows depends on."""
+        return digest_of([cache.plan.digest for cache in self.caches])
+
+    def teachers_of(self, cache: Cache) -> list[str]:
+        """The wanted teachers that a cache has, in the order they were asked for."""
+        return [name for name in self.wanted if name in cache.teachers]
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """What identifies each cache and its teachers, for the record kept with the run."""
+        return [
+            {
+                "path": cache.path,
+                "plan": cache.plan.digest,
+                "rows": cache.rows,
+                "teachers": {name: cache.teachers[name].published.fingerprint for name in self.teachers_of(cache)},
+            }
+            for cache in self.caches
+        ]
+
+    def units(self) -> npt.NDArray[np.int64]:
+        """First rows of all units, in order, and the number of rows, int64 [units + 1]."""
+        starts = [
+            np.arange(0, cache.rows, cache.plan.unit_rows, dtype=np.int64) + start
+            for cache, start in zip(self.caches, self.starts, strict=False)
+        ]
+        return np.concatenate([*starts, [self.rows]]).astype(np.int64)
+
+    def validation(self, fraction: float) -> npt.NDArray[np.bool_]:
+        """Which rows are for validation, bool [rows]; by key, so that all views of a sample are on one side."""
+        if fraction == 0:
+            return np.zeros(self.rows, dtype=bool)
+        tables = (table for cache in self.caches for table in cache.samples.iter_batches(["key"]))
+        return np.concatenate([validation_mask(table["key"].combine_chunks(), fraction) for table in tables])
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The label of every row, int64 [rows], -1 where there is none."""
+        tables = (table for cache in self.caches for table in cache.samples.iter_batches(["label"]))
+        return np.concatenate([table["label"].fill_null(-1).to_numpy() for table in tables]).astype(np.int64)
+
+    def standardisers(self) -> dict[tuple[int, str, str], Standardiser]:
+        """By cache, teacher and output."""
+        return {
+            (number, name, output): _standardiser(
+                cache.teachers[name].grid(output), self.sources[name].statistics[output]
+            )
+            for number, cache in enumerate(self.caches)
+            for name in self.teachers_of(cache)
+            for output in self.wanted[name]
+        }
+
+    def fetch(self, rows: Rows, epochs: Rows | None = None) -> HostBatch:
+        """Read rows of the corpus. Safe to call from several threads.
+
+        Raises:
+            CorruptError: what had to be read is damaged.
+        """
+        epochs = np.zeros_like(rows) if epochs is None else epochs
+        weights = {name: torch.zeros(len(rows)) for name in self.wanted}
+        stored: dict[tuple[int, str, str], Tensor] = {}
+        parts = tuple(self._parts(rows))
+        for number, places in parts:
+            cache, within = self.caches[number], rows[places] - self.starts[number]
+            for name in self.teachers_of(cache):
+                valid = self._shelf.valid(cache, name, within)
+                weights[name][torch.from_numpy(places)] = torch.from_numpy(valid.astype(np.float32))
+                for output in self.wanted[name]:
+                    values = self._shelf.take(cache, name, output, within)
+                    values[~valid] = 0
+                    stored[number, name, output] = _tensor(values, cache.teachers[name].grid(output))
+        return HostBatch(rows, epochs, parts, stored, weights)
+
+    def _parts(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """(cache, places in `rows`) for each cache that has some of the rows."""
+        owners = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(owners):
+            yield int(number), np.flatnonzero(owners == number)
+
+    def _admit(self, cache: Cache, teacher: Teacher) -> None:
+        name = teacher.name
+        for output in self.wanted[name]:
+            _require(
+                output in teacher.outputs,
+                f"cache {cache.path}: teacher {name!r} has outputs {sorted(teacher.outputs)}, not {output!r}; "
+                "extract it with that output under a new name, or leave it out",
+            )
+        done = int(np.count_nonzero(teacher.committed()))
+        _require(
+            done == cache.plan.units,
+            f"cache {cache.path}: teacher {name!r}: expected all {cache.plan.units} units, found {done}; complete it "
+            "with the same `kpu-cache extract` command",
+        )
+        standing = self.sources.get(name)
+        if standing is None:
+            shapes = {output: shape_of(teacher.outputs[output]) for output in self.wanted[name]}
+            self.sources[name] = Source(teacher.spec, shapes, dict(teacher.statistics), teacher.head, cache.plan.seed)
+        elif standing.spec.model_fingerprint != teacher.spec.model_fingerprint:
+            differing = {
+                field
+                for field, value in teacher.spec.model_part.items()
+                if standing.spec.model_part.get(field) != value
+            }
+            raise MismatchError(
+                f"cache {cache.path}: teacher {name!r}: expected the same model in every cache, found another "
+                f"{', '.join(sorted(differing))}; extract both with the same teacher, or name them apart"
+            )
+
+    def _all_names(self) -> list[str]:
+        return sorted({name for cache in self.caches for name in cache.teachers})
+
+
+def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """Which outputs of which teachers a run reads: the targets of all, and for a side student the base's layers.
+
+    Raises:
+        ConfigError: the base is not among the teachers.
+    """
+    names = config.teachers
+    if names is None:
+        found = [name for path in config.caches for name in open_cache(path).teachers]
+        names = tuple(dict.fromkeys([config.base, *sorted(found)]))
+    if config.base not in names:
+        raise ConfigError(f"teachers: expected the base {config.base!r} among them, found {list(names)}; add it")
+    extra = config.student.layers if config.student.kind == "side" else ()
+    wanted = dict.fromkeys(names, config.outputs)
+    wanted[config.base] = tuple(dict.fromkeys([*config.outputs, *extra]))
+    return wanted
+
+
+def _standardiser(grid: Grid, statistics: Statistics) -> Standardiser:
+    """Where the cache's own grid is that of the statistics, a stored integer times `step` is the target."""
+    std = statistics.std
+    step = grid.codec.step
+    if step is not None and np.array_equal(grid.centre, statistics.centre.astype(np.float32)):
+        expected = np.maximum(step * std, np.finfo(np.float32).tiny).astype(np.float32)
+        if np.array_equal(grid.scale, expected):
+            return Standardiser(torch.tensor(step, dtype=torch.float32), None)
+    factor = torch.from_numpy((grid.scale / std).astype(np.float32))
+    offset = torch.from_numpy(((grid.centre - statistics.centre) / std).astype(np.float32))
+    return Standardiser(factor, offset)
+
+
+def _tensor(values: npt.NDArray[Any], grid: Grid) -> Tensor:
+    if grid.codec.name == "bf16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)

@@ -1,0 +1,89 @@
+"""What a training says of itself: one object a logged step, in `metrics.jsonl` and as TensorBoard events."""
+
+from collections.abc import Callable
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.model import Losses
+from trainer.runs import RunFolder
+from trainer.training import Training
+from trainer.world import World
+
+
+class Events:
+    """Writes what is logged, in the leading process; what a former process logged after `step` is forgotten."""
+
+    def __init__(self, run: RunFolder, world: World, step: int, watch: Callable[[dict[str, Any]], None] | None) -> None:
+        self._run, self._leads, self._watch = run, world.leads, watch
+        self._writer: SummaryWriter | None = None
+        if self._leads:
+            run.keep_metrics(step)
+            self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self._begin(step, 0.0)
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def log(self, training: Training, losses: Losses, waited: float) -> None:
+        """Write the losses of this step, and the speed since the last one that was logged.
+
+        `waited` is for how many seconds, in all, the training waited for data.
+        """
+        seconds = perf_counter() - self._clock
+        rows = (training.step - self._step) * training.config.batch_size * training.config.optim.accumulate
+        line: dict[str, Any] = {
+            "step": training.step,
+            "rows": training.step * training.config.batch_size * training.config.optim.accumulate,
+            "lr": training.optimizer.param_groups[0]["lr"],
+            "loss": losses.total.item(),
+            "preserve": losses.preserve.item(),
+            "s2t": _floats(losses.student_to_teacher),
+            "t2s": _floats(losses.teacher_to_student),
+            "space": _floats(losses.space),
+            "gradient_norm": _floats(training.gradient_norm),
+            "rows_per_second": round(rows / seconds, 1),
+            "data_wait": round((waited - self._waited) / seconds, 4),
+        }
+        self._write(line)
+        self._begin(training.step, waited)
+
+    def validated(self, step: int, scores: dict[str, Any]) -> None:
+        """Write what validation rows say after `step`."""
+        self._write({"step": step, "validation": scores})
+
+    def _begin(self, step: int, waited: float) -> None:
+        self._step, self._waited, self._clock = step, waited, perf_counter()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        self._run.log(line)
+        for name, value in _flat(line):
+            if name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+        if self._watch is not None:
+            self._watch(line)
+
+
+def _floats(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(tensor) for name, tensor in tensors.items()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}/")
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found

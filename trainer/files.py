@@ -1,0 +1,65 @@
+"""Writing files so that a crash leaves the old one or the new one, never a part."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from cache.errors import FullDiskError, StorageError
+from cache.localstore import FULL
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename.
+
+    Raises:
+        FullDiskError: no space is left. What stood at `path` stays.
+        StorageError: it cannot be written there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(beside, data)
+        beside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise write_error(error, path) from error
+
+
+def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder with all `files` in it, or none. Raises as `replace_file`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, data in files.items():
+            _write(beside / name, data)
+        sync_folder(beside)
+        beside.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise write_error(error, path) from error
+
+
+def write_error(error: OSError, path: Path) -> StorageError:
+    """What to raise for an operating system's refusal to write `path`."""
+    if error.errno in FULL:
+        return FullDiskError(f"{path}: cannot write: {error.strerror}; free some space and continue with --resume")
+    return StorageError(f"{path}: cannot write: {error.strerror}; choose another folder, or give permission")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,203 @@
+"""`kpu-train fit`, from top to bottom: open the caches, build the model, train, keep what was learned."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from cache.errors import ConfigError
+from cache.failpoints import failpoint
+from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.corpus import Corpus, choose_outputs
+from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
+from trainer.events import Events
+from trainer.model import Inheritance
+from trainer.order import make_order
+from trainer.prepare import prepare_space
+from trainer.resident import Rows, free_memory
+from trainer.runs import RunFolder
+from trainer.scores import batches_of, score
+from trainer.training import Training
+from trainer.world import World, join_world
+
+VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the end
+
+Watch = Callable[[dict[str, Any]], None]
+"""Called with each object that is logged."""
+Live = Callable[[Corpus, TrainConfig, Fetch], Fetch]
+"""Turns reading from the cache into running the teachers: only `cli` has one to give."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a training ended."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def fit(
+    config: TrainConfig, out: Path, *, resume: bool = False, watch: Watch | None = None, live: Live | None = None
+) -> Fitted:
+    """Train the student that `config` describes, and keep it with everything it depends on in the folder `out`.
+
+    With `resume` a run that was interrupted goes on from its last checkpoint, to the same end, sample for sample.
+
+    Raises:
+        ConfigError: the caches lack something, do not fit, or a run stands at `out`; nothing there was changed.
+        MismatchError: the run was begun with another configuration or other caches, or images changed.
+        TrainingError: the loss is not finite, or a part of the model collapsed.
+    """
+    world = join_world(config)
+    corpus = open_corpus(config)
+    torch.manual_seed(config.seed)
+    model = Inheritance(config, corpus.sources).to(world.device)
+    held_back = corpus.validation(config.validation)
+    stream = Stream(make_order(config.order, corpus.units(), corpus.digest, config.seed), held_back)
+    steps = count_steps(config, stream.rows)
+
+    with ExitStack() as stack:
+        loader = stack.enter_context(open_loader(config, corpus, model, live))
+        run = open_run(config, out, corpus, world, resume=resume)
+        upload = Upload(corpus, world.device, model.student.input)
+        checkpoint = load_checkpoint(run.checkpoints) if resume else None
+        if checkpoint is None:
+            prepare_space(model, batches_from(stream, config, loader, upload), watch)
+        training = Training(config, model, world, steps)
+        position = 0
+        if checkpoint is not None:
+            model.settle_space()
+            training.restore(checkpoint)
+            position = checkpoint.position
+        events = stack.enter_context(Events(run, world, training.step, watch))
+        validation = np.flatnonzero(held_back)
+
+        seconds = perf_counter()
+        position = train(training, stream, loader, upload, position, run, events, validation)
+        seconds = perf_counter() - seconds
+
+        final = score(training.trained, batches_of(validation, config.batch_size, loader, upload))
+    summary = {
+        "steps": training.step,
+        "rows": training.step * config.batch_size * config.optim.accumulate,
+        "train_rows": stream.rows,
+        "validation_rows": len(validation),
+        "seconds": round(seconds, 3),
+        "parameters": sum(p.numel() for p in training.model.student.parameters() if p.requires_grad),
+        "position": position,
+        "validation": final,
+    }
+    if world.leads:
+        run.write_model(pack_tensors(training.trained.state_dict()))
+        run.write_summary(summary)
+    world.wait()
+    return Fitted(out, summary)
+
+
+def train(
+    training: Training,
+    stream: Stream,
+    loader: Loader,
+    upload: Upload,
+    position: int,
+    run: RunFolder,
+    events: Events,
+    validation: Rows,
+) -> int:
+    """Take the steps that are left, logging and saving on the way; where the next batch would begin."""
+    config, world = training.config, training.world
+    each = config.optim.accumulate
+    left = (training.steps - training.step) * each
+    loaded = loader.load(islice(draw_batches(stream, config, position, world.share(config.batch_size)), left))
+    for _ in range(training.step, training.steps):
+        pairs = list(islice(loaded, each))
+        position = pairs[-1][0].position
+        due = (training.step + 1) % config.log.every == 0 or training.step == 0
+        losses = training.advance([upload(host) for _, host in pairs], measure=due)
+        if due:
+            training.check_finite()
+            events.log(training, losses, loader.waited)
+        failpoint("train.step")
+        if training.step % config.log.checkpoint == 0 or training.step == training.steps:
+            training.check_finite()
+            some = validation[:VALIDATION_ROWS]
+            if len(some) and training.step < training.steps:
+                batches = batches_of(some, config.batch_size, loader, upload)
+                events.validated(training.step, score(training.trained, batches))
+            if world.leads:
+                save_checkpoint(run.checkpoints, training.checkpoint(position))
+            world.wait()
+    return position
+
+
+def open_corpus(config: TrainConfig) -> Corpus:
+    """The caches of a run, checked."""
+    memory = free_memory() if config.loader.memory == "auto" else config.loader.memory
+    return Corpus(config.caches, choose_outputs(config), config.base, memory=memory)
+
+
+def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool) -> RunFolder:
+    """The run's folder, which the leading process makes."""
+    if world.leads:
+        run = RunFolder.resume(out, config, corpus) if resume else RunFolder.create(out, config, corpus)
+        run.write_environment(
+            {"device": str(world.device), "threads": torch.get_num_threads(), "precision": world.precision}
+        )
+    world.wait()
+    return RunFolder(out)
+
+
+def count_steps(config: TrainConfig, rows: int) -> int:
+    """Steps of the whole training.
+
+    Raises:
+        ConfigError: there are fewer rows than one step takes.
+    """
+    size = config.batch_size * config.optim.accumulate
+    steps = config.optim.epochs * rows // size
+    if rows == 0 or steps == 0:
+        raise ConfigError(
+            f"batch_size: expected at most the {rows * config.optim.epochs} rows of all epochs in a step, found "
+            f"{size}; lower batch_size or validation"
+        )
+    return steps
+
+
+def draw_batches(stream: Stream, config: TrainConfig, position: int, share: slice = slice(None)) -> Iterator[Drawn]:
+    """This process's share of every batch from `position` on, without end."""
+    while True:
+        drawn = stream.draw(position, config.batch_size)
+        position = drawn.position
+        yield Drawn(drawn.rows[share], drawn.epochs[share], position)
+
+
+def batches_from(stream: Stream, config: TrainConfig, loader: Loader, upload: Upload) -> Iterator[Batch]:
+    """Whole training batches from the beginning, without end."""
+    for _, host in loader.load(draw_batches(stream, config, 0)):
+        yield upload(host)
+
+
+def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: Live | None) -> Loader:
+    """The threads that read ahead what the model needs.
+
+    Raises:
+        ConfigError: live targets are asked for where there is nothing to make them with.
+    """
+    fetch: Fetch = corpus.fetch
+    if model.student.needs_images:
+        from trainer.pictures import with_images  # decoding is loaded only where it is needed
+
+        fetch = with_images(corpus, model.student, config)
+    if config.targets.source == "live":
+        if live is None:
+            raise ConfigError("targets.source: expected cache, found live; only `kpu-train fit` can run teachers")
+        fetch = live(corpus, config, fetch)
+    threads = config.loader.threads if config.loader.threads != "auto" else 2
+    return Loader(fetch, threads, config.loader.ahead)

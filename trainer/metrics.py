@@ -1,0 +1,178 @@
+"""Measures of what a student inherited. All sums and eigenvalues are taken in float64.
+
+Letters: C channels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Labels = npt.NDArray[np.integer]
+
+
+def agreement(a: Labels, b: Labels) -> float:
+    """Share of places where two labellings agree.
+
+    Args:
+        a: Whole numbers [n].
+        b: Whole numbers [n].
+
+    Raises:
+        ValueError: The shapes differ, or there is nothing to compare.
+    """
+    _check_labels(a, b)
+    return float(np.mean(a == b))
+
+
+def cohens_kappa(a: Labels, b: Labels) -> float:
+    """Agreement beyond chance, (p - e) / (1 - e) with e the agreement of independent draws (Cohen 1960).
+
+    Args:
+        a: Whole numbers [n].
+        b: Whole numbers [n].
+
+    Returns:
+        At most 1; 0 at chance. NaN, as undefined, where both know one and the same label only.
+
+    Raises:
+        ValueError: The shapes differ, or there is nothing to compare.
+    """
+    _check_labels(a, b)
+    count = len(a)
+    labels, codes = np.unique(np.concatenate([a, b]), return_inverse=True)
+    count_a = np.bincount(codes[:count], minlength=len(labels)).astype(np.float64)
+    count_b = np.bincount(codes[count:], minlength=len(labels)).astype(np.float64)
+    by_chance = float(count_a @ count_b) / count**2
+    return (agreement(a, b) - by_chance) / (1 - by_chance) if len(labels) > 1 else float("nan")
+
+
+def _check_labels(a: Labels, b: Labels) -> None:
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"labels: expected two vectors of one length above 0, found shapes {a.shape} and {b.shape}")
+
+
+class R2:
+    """Coefficient of determination per channel, 1 - residual / total sum of squares, over any number of batches.
+
+    The total is taken about the mean of all targets seen; batches are merged by the method of Chan, Golub and LeVeque
+    (1979). Nothing leaves the device before a result is asked for.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._count = 0
+        self._shift: Tensor | None = None
+
+    def update(self, predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch of vectors [B, C] or maps [B, T, C], every token of which counts alike.
+
+        Args:
+            predicted: float [B, ..., C].
+            target: The same shape.
+            valid: bool [B], the rows that count; None for all.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if predicted.shape != target.shape:
+            raise ValueError(f"predicted: expected the target's shape {target.shape}, found {predicted.shape}")
+        if valid is not None:
+            predicted, target = predicted[valid], target[valid]
+        y = target.detach().flatten(0, -2).double()
+        if not len(y):
+            return
+        residual = (y - predicted.detach().flatten(0, -2).double()).square().sum(0)
+        if self._shift is None:
+            # A constant channel minus its first value is exactly 0, and so is its variance.
+            self._shift = y[0]
+            self._residual, self._total, self._mean = (torch.zeros_like(y[0]) for _ in range(3))
+        y = y - self._shift
+        mean, count = y.mean(0), self._count + len(y)
+        away = mean - self._mean
+        self._residual += residual
+        self._total += (y - mean).square().sum(0) + away.square() * (self._count * len(y) / count)
+        self._mean += away * (len(y) / count)
+        self._count = count
+
+    def channels(self) -> npt.NDArray[np.float64]:
+        """R2 of each channel, float64 [C]; NaN where the targets do not vary.
+
+        Raises:
+            ValueError: Nothing was seen.
+        """
+        r2 = torch.where(self._alive(), 1 - self._residual / self._total, torch.nan)
+        values: npt.NDArray[np.float64] = r2.cpu().numpy()
+        return values
+
+    def value(self) -> float:
+        """Mean over the channels that vary; NaN where none does.
+
+        Raises:
+            ValueError: Nothing was seen.
+        """
+        alive = self._alive()
+        r2 = 1 - self._residual[alive] / self._total[alive]
+        return float(r2.mean())  # of nothing: NaN
+
+    def _alive(self) -> Tensor:
+        """The channels whose targets vary or are NaN, bool [C]."""
+        if self._shift is None:
+            raise ValueError("R2: expected at least one valid row, found none")
+        return self._total != 0
+
+
+def effective_rank(features: Tensor) -> float:
+    """Effective rank of the covariance of vectors [..., C] (see `covariance_rank`).
+
+    Raises:
+        ValueError: There is no vector.
+    """
+    x = features.detach().flatten(0, -2).double()
+    if not len(x):
+        raise ValueError("features: expected at least one vector, found none")
+    x = x - x.mean(0)
+    return covariance_rank((x.T @ x / len(x)).cpu().numpy())
+
+
+def covariance_rank(covariance: npt.NDArray[np.float64]) -> float:
+    """Effective rank: exp of the entropy of the eigenvalues over their sum (after Roy and Vetterli 2007).
+
+    Args:
+        covariance: float64 [C, C], symmetric.
+
+    Returns:
+        From 1 to C; 0 where nothing varies.
+    """
+    eigenvalues = np.linalg.eigvalsh(covariance).clip(min=0)
+    total = eigenvalues.sum()
+    if total == 0:
+        return 0.0
+    shares = eigenvalues[eigenvalues > 0] / total
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def gradient_norm(gradients: Sequence[Tensor | None]) -> float:
+    """Euclidean norm of a gradient that is given parameter by parameter; None counts as zeros."""
+    return float(_dot(gradients, gradients) ** 0.5)
+
+
+def gradient_cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    """Cosine of the angle between two gradients of the same parameters; None counts as zeros.
+
+    Returns:
+        From -1 to 1; 0 where either is zero.
+    """
+    norms = (_dot(a, a) * _dot(b, b)) ** 0.5
+    return max(-1.0, min(1.0, _dot(a, b) / norms)) if norms else 0.0
+
+
+def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    products = [
+        torch.dot(x.detach().flatten().double(), y.detach().flatten().double())
+        for x, y in zip(a, b, strict=True)
+        if x is not None and y is not None
+    ]
+    return float(torch.stack(products).sum()) if products else 0.0

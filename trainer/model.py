@@ -1,0 +1,190 @@
+"""The whole of what is trained: student, projectors and shared space, and the loss between them.
+
+    L = sum_t c_t (L_s2t(t) + lu L_t2s(t)) / sum_t c_t + lk L_keep
+
+per row, then averaged over rows by weight (DESIGN section 7 of the project, after KPU, arXiv 2508.14707). A row that a
+teacher masks counts for the others only.
+
+Letters: B rows of a batch, N teachers, D channels of the base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.balance import coefficients, uniforms
+from trainer.config import TrainConfig
+from trainer.corpus import Source
+from trainer.data import Batch
+from trainer.losses import row_loss, weighted_mean
+from trainer.normalize import Normalizer, make_normalizer
+from trainer.projectors import Projectors, slot
+from trainer.shapes import OutputShape
+from trainer.students import BaseInfo, Student, make_student
+from trainer.unify import SharedSpace, make_space
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one batch, 0-d float32 tensors; by teacher where they have one. Nothing here waits for the device.
+
+    `features` is the student's output, for gradients with respect to it.
+    """
+
+    total: Tensor
+    student_to_teacher: dict[str, Tensor]
+    teacher_to_student: dict[str, Tensor]
+    preserve: Tensor
+    space: dict[str, Tensor]
+    features: Features
+
+    def terms(self) -> dict[str, Tensor]:
+        """Every term by a flat name, detached."""
+        named = {"loss": self.total, "preserve": self.preserve}
+        named |= {f"s2t/{name}": value for name, value in self.student_to_teacher.items()}
+        named |= {f"t2s/{name}": value for name, value in self.teacher_to_student.items()}
+        named |= {f"space/{name}": value for name, value in self.space.items()}
+        return {name: value.detach() for name, value in named.items()}
+
+
+class Inheritance(nn.Module):
+    """A student, the projectors from it to every teacher, and the shared space that teachers are brought to.
+
+    The buffers of `normalizers` (centres, scales, PHI-S matrices) belong to the state, so that a run keeps those it
+    was trained with.
+    """
+
+    def __init__(self, config: TrainConfig, sources: Mapping[str, Source]) -> None:
+        super().__init__()
+        self.config, self.base = config, config.base
+        self.teachers = tuple(sources)
+        base = sources[config.base]
+        self.base_shapes = {output: base.shapes[output] for output in config.outputs}
+        self.student: Student = make_student(
+            config.student, BaseInfo(base.spec, base.shapes, base.statistics, base.seed), config.outputs
+        )
+        shapes = {name: {o: source.shapes[o] for o in config.outputs} for name, source in sources.items()}
+        self.projectors = Projectors(self.student.shapes, shapes, config.projector)
+        kind = config.targets.normalize
+        self.normalizers = nn.ModuleDict(
+            {
+                slot(name, o): make_normalizer(kind, source.statistics[o], config.seed, name=f"{name}/{o}")
+                for name, source in sources.items()
+                for o in config.outputs
+            }
+        )
+        self.space: SharedSpace | None = make_space(config.unify, config.base, shapes, config.seed, loss=config.loss)
+        self.readout = nn.ModuleDict(
+            {
+                _key(output): _Readout(self.student.shapes[output], self.base_shapes[output])
+                for output in config.outputs
+                if self.space is not None and config.student.merge == "concat" and config.student.kind == "side"
+            }
+        )
+
+    def settle_space(self) -> None:
+        """Make the maps of the shared space final, unless they learn along with the student."""
+        if self.space is not None and self.config.unify.mode != "joint":
+            self.space.freeze()
+
+    def normalizer(self, teacher: str, output: str) -> Normalizer:
+        """The map between standardised features of a teacher's output and its targets."""
+        found = self.normalizers[slot(teacher, output)]
+        assert isinstance(found, Normalizer)
+        return found
+
+    def encode(self, batch: Batch) -> Features:
+        """The student's features of a batch."""
+        features: Features = self.student(batch.targets[self.base], batch.images)
+        return features
+
+    def predict(self, features: Features, teacher: str) -> Features:
+        """Standardised features of a teacher as its projector sees them in the student's."""
+        predicted = self.projectors(features, teacher)
+        return {o: self.normalizer(teacher, o).standardised(value.float()) for o, value in predicted.items()}
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a batch and its terms, in float32 whatever the precision of the forward pass."""
+        config, names = self.config, self.teachers
+        features = self.encode(batch)
+        targets = {
+            name: {o: self.normalizer(name, o)(batch.targets[name][o]) for o in config.outputs} for name in names
+        }
+        direct_BN = torch.stack(
+            [self._distance(self.projectors(features, name), targets[name]) for name in names], dim=1
+        )
+        valid_BN = torch.stack([batch.weights[name] for name in names], dim=1)
+        space: dict[str, Tensor] = {}
+        total_BN, back_BN = direct_BN, None
+        if self.space is not None and config.unify.weight > 0:
+            latent = {o: self.readout[_key(o)](z) if _key(o) in self.readout else z for o, z in features.items()}
+            standardised = {name: {o: batch.targets[name][o] for o in config.outputs} for name in names}
+            if config.unify.mode == "joint" and self.training:
+                unified, space = self.space.learn(latent, standardised, batch.weights)
+            else:
+                unified = self.space(standardised)
+            back_BN = torch.stack(
+                [self._distance(latent, {o: u.detach() for o, u in unified[name].items()}) for name in names], dim=1
+            )
+            total_BN = total_BN + config.unify.weight * back_BN
+        count_BN = self._coefficients(batch, direct_BN.detach(), valid_BN)
+        share_BN = count_BN / count_BN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        any_B = valid_BN.amax(dim=1)
+        total = weighted_mean((share_BN * total_BN).sum(dim=1), any_B) + sum(space.values(), torch.zeros(()).to(any_B))
+        keep = self._preserve(features, batch)
+        if config.preserve.weight > 0:
+            total = total + config.preserve.weight * keep
+
+        def means(loss_BN: Tensor | None) -> dict[str, Tensor]:
+            if loss_BN is None:
+                return {}
+            return {name: weighted_mean(loss_BN[:, i], valid_BN[:, i]) for i, name in enumerate(names)}
+
+        return Losses(total, means(direct_BN), means(back_BN), keep, space, features)
+
+    def _distance(self, predicted: Features, targets: Features) -> Tensor:
+        """Pair loss of each row, [B], float32: the mean over outputs."""
+        losses = [row_loss(predicted[output], targets[output], self.config.loss) for output in self.config.outputs]
+        return torch.stack(losses).mean(dim=0)
+
+    def _coefficients(self, batch: Batch, losses_BN: Tensor, weights_BN: Tensor) -> Tensor:
+        """How much each teacher counts in each row, float32 [B, N]."""
+        randoms_BN = torch.empty(losses_BN.shape, dtype=torch.float64)
+        if self.config.balance.name != "uniform":
+            for epoch in np.unique(batch.epochs):
+                places = np.flatnonzero(batch.epochs == epoch)
+                drawn = [uniforms(self.config.seed, int(epoch), batch.rows[places], name) for name in self.teachers]
+                randoms_BN[torch.from_numpy(places)] = torch.from_numpy(np.stack(drawn, axis=1))
+        return coefficients(self.config.balance, losses_BN, weights_BN > 0, randoms_BN.to(losses_BN.device))
+
+    def _preserve(self, features: Features, batch: Batch) -> Tensor:
+        """How far the student is from the base, channel for channel; 0 where the base is a part of it as it is."""
+        base, weight_B = batch.targets[self.base], batch.weights[self.base]
+        if any(features[o].shape[-1] != base[o].shape[-1] for o in self.config.outputs):
+            return weight_B.new_zeros(())
+        return weighted_mean(self._distance(features, {o: base[o] for o in self.config.outputs}), weight_B)
+
+
+class _Readout(nn.Module):
+    """Where the student is wider than the base: a linear map to the base's channels, at first the base's own part."""
+
+    def __init__(self, student: OutputShape, base: OutputShape) -> None:
+        super().__init__()
+        self.linear = nn.Linear(student.channels, base.channels, bias=False)
+        with torch.no_grad():
+            self.linear.weight[:, : base.channels] = torch.eye(base.channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[..., D'] to [..., D]."""
+        mapped: Tensor = self.linear(z)
+        return mapped
+
+
+def _key(output: str) -> str:
+    """A name that a module may have."""
+    return output.replace(".", "_")

@@ -1,0 +1,72 @@
+"""Making the shared space ready before the student begins: learned, fitted, or only normalised; then gated."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final
+
+import torch
+
+from trainer.data import Batch
+from trainer.gates import check_gates, measure_gates
+from trainer.model import Inheritance
+from trainer.pca import PcaSpace
+
+_NORMALISED_BY: Final = 50  # batches that a placebo's statistics are taken from
+_GATED_BY: Final = 8  # batches that the gates look at
+_LR: Final = 1e-3
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+def prepare_space(model: Inheritance, batches: Iterator[Batch], watch: Watch | None = None) -> dict[str, float] | None:
+    """Bring the space of `model` to where the student may lean on it; what the gates measured, None without a space.
+
+    Raises:
+        MismatchError: a teacher's map collapsed, or lost the base.
+    """
+    space, config = model.space, model.config.unify
+    if space is None or config.mode == "joint":
+        return None
+    if config.mode == "pca":
+        count = -(-config.pca_rows // model.config.batch_size)
+        assert isinstance(space, PcaSpace)
+        space.fit((_targets(model, batch), batch.weights) for batch in islice(batches, count))
+    elif config.mode == "untrained":
+        space.train()
+        for batch in islice(batches, _NORMALISED_BY):
+            space(_targets(model, batch), batch.weights)
+    else:
+        _learn(model, batches, watch)
+    space.freeze()
+    return None if config.mode == "untrained" else gate_space(model, batches)
+
+
+def gate_space(model: Inheritance, batches: Iterator[Batch]) -> dict[str, float]:
+    """Measure the space on some batches, and refuse one that collapsed. Raises as `prepare_space`."""
+    assert model.space is not None
+    held = [(_targets(model, batch), batch.weights) for batch in islice(batches, _GATED_BY)]
+    report = measure_gates(model.space, held, model.config.loss)
+    check_gates(report, model.config.unify)
+    return report.flat()
+
+
+def _learn(model: Inheritance, batches: Iterator[Batch], watch: Watch | None) -> None:
+    space, config = model.space, model.config.unify
+    assert space is not None
+    space.train()
+    optimizer = torch.optim.AdamW(space.parameters(), lr=_LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    for step, batch in enumerate(islice(batches, config.steps), start=1):
+        targets = _targets(model, batch)
+        _, terms = space.learn(targets[model.base], targets, batch.weights)
+        sum(terms.values(), torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if watch is not None and (step % model.config.log.every == 0 or step == config.steps):
+            watch({"space_step": step, "space": {name: float(term) for name, term in terms.items()}})
+
+
+def _targets(model: Inheritance, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+    outputs = model.config.outputs
+    return {name: {output: batch.targets[name][output] for output in outputs} for name in model.teachers}

@@ -1,0 +1,78 @@
+"""Rows that were read once, kept as stored in memory while there is room: every further epoch is a gather."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import Cache
+
+Rows = npt.NDArray[np.int64]
+
+_SHARE: Final = 0.4  # of the memory that is free when a run begins
+
+
+class Shelf:
+    """Stored rows of outputs, as many whole outputs as fit into `memory` bytes, first come, first served.
+
+    Safe to use from several threads: a row may be read twice, but is never seen half written.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._left, self._lock = memory, Lock()
+        self._kept: dict[tuple[str, str, str], _Room | None] = {}
+
+    def take(self, cache: Cache, teacher: str, output: str, rows: Rows) -> npt.NDArray[Any]:
+        """Rows as stored, [n, ...], in memory of the caller's own. Raises as `Cache.read_encoded`."""
+        array = cache.teachers[teacher].published.layouts[output]
+        shape = (cache.rows, *array.item_shape)
+        room = self._room((cache.path, teacher, output), shape, array.dtype, optional=True)
+        if room is None:
+            return cache.read_encoded(teacher, output, rows).values
+        return room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values)
+
+    def valid(self, cache: Cache, teacher: str, rows: Rows) -> npt.NDArray[np.bool_]:
+        """As `Cache.valid`."""
+        room = self._room((cache.path, teacher, ""), (cache.rows,), np.dtype(bool), optional=False)
+        assert room is not None
+        return room.take(rows, lambda missing: cache.valid(missing, teacher))
+
+    def _room(
+        self, key: tuple[str, str, str], shape: tuple[int, ...], dtype: "np.dtype[Any]", *, optional: bool
+    ) -> "_Room | None":
+        with self._lock:
+            if key not in self._kept:
+                needed = math.prod(shape) * dtype.itemsize
+                fits = not optional or needed <= self._left
+                self._kept[key] = _Room(np.empty(shape, dtype), np.zeros(shape[0], dtype=bool)) if fits else None
+                self._left -= needed if fits and optional else 0
+            return self._kept[key]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Values of all rows, and which of them are known."""
+
+    values: npt.NDArray[Any]
+    known: npt.NDArray[np.bool_]
+
+    def take(self, rows: Rows, read: Callable[[Rows], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        missing = np.unique(rows[~self.known[rows]])
+        if missing.size:
+            self.values[missing] = read(missing)
+            self.known[missing] = True
+        return self.values[rows]
+
+
+def free_memory() -> int:
+    """Bytes that rows may take: a share of what the machine has free now, 0 where it does not say."""
+    try:
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+    return int(_SHARE * pages * size)

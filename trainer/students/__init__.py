@@ -1,0 +1,38 @@
+"""Students: what is trained to hold what all teachers know."""
+
+from collections.abc import Sequence
+
+from cache.errors import ConfigError
+from trainer.config import StudentConfig
+from trainer.students.base import BaseInfo, Student
+from trainer.students.frozen import FrozenStudent
+from trainer.students.side import SideStudent
+
+__all__ = ["BaseInfo", "Student", "make_student"]
+
+
+def make_student(config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) -> Student:
+    """The student that a configuration describes.
+
+    Args:
+        config: the section `student`.
+        base: the base whose standardised outputs are the student's units.
+        outputs: `global`, `patch` or both.
+
+    Raises:
+        ConfigError: a layer, model or weights file is not there, or a key does not go with the kind.
+        MismatchError: weights do not fit the model.
+    """
+    if config.merge == "concat" and config.kind != "side":
+        raise ConfigError(f"student.merge: expected add with kind {config.kind}, found concat; concat goes with side")
+    if config.kind == "frozen":
+        return FrozenStudent(base, outputs)
+    if config.kind == "side":
+        return SideStudent(config, base, outputs)
+    if config.kind == "parallel":
+        from trainer.students.parallel import ParallelStudent  # timm takes seconds to import
+
+        return ParallelStudent(config, base, outputs)
+    from trainer.students.full import FullStudent
+
+    return FullStudent(config, base, outputs)

@@ -1,0 +1,108 @@
+"""The state of a training and one step of it."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cache.errors import TrainingError
+from trainer.checkpoint import Checkpoint, state_of
+from trainer.config import TrainConfig
+from trainer.data import Batch
+from trainer.model import Inheritance, Losses
+from trainer.optim import clip_gradients, make_average, make_optimizer, make_schedule, optimizer_state
+from trainer.world import World
+
+
+class Training:
+    """Model, optimiser, schedule and moving average; `step` counts the steps that are done."""
+
+    def __init__(self, config: TrainConfig, model: Inheritance, world: World, steps: int) -> None:
+        self.config, self.model, self.world, self.steps = config, model, world, steps
+        self.step = 0
+        self.optimizer = make_optimizer(model, config.optim)
+        self.schedule = make_schedule(self.optimizer, config.optim, steps)
+        self.average = make_average(model, config.optim, config.batch_size * config.optim.accumulate)
+        self.gradient_norm: dict[str, Tensor] = {}
+        self._bad = torch.zeros((), dtype=torch.bool, device=world.device)
+        self._forward: Any = torch.compile(model) if config.compile else model
+        if world.size > 1:
+            where = [world.device.index] if world.device.type == "cuda" else None
+            if world.device.type == "cuda":
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            self._forward = nn.parallel.DistributedDataParallel(self._forward, where, find_unused_parameters=True)
+
+    def advance(self, batches: Sequence[Batch], *, measure: bool) -> Losses:
+        """One step on `batches`, whose gradients are averaged; the losses of the last one.
+
+        With `measure`, `gradient_norm` is set to the norms of each teacher's own gradient at the student's features.
+        """
+        self.schedule.step_update(self.step)
+        self.model.train()
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            hold = self._forward.no_sync() if self.world.size > 1 and not last else nullcontext()
+            with hold:
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.precision == "bf16"):
+                    losses: Losses = self._forward(batch)
+                if measure and last:
+                    self.gradient_norm = _norms_by_teacher(losses)
+                if losses.total.requires_grad:
+                    (losses.total / len(batches)).backward()
+            self._bad |= ~torch.isfinite(losses.total.detach())
+        norm = clip_gradients(self.model.parameters(), self.config.optim.clip)
+        self._bad |= ~torch.isfinite(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
+        self.step += 1
+        return losses
+
+    def check_finite(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            TrainingError: a loss or a gradient since the last check was not finite.
+        """
+        if self._bad:
+            raise TrainingError(
+                f"step {self.step}: expected a finite loss and gradient, found NaN or infinity; lower optim.lr, set "
+                "optim.clip, or use precision fp32, and start a new run; --resume goes on from the last checkpoint"
+            )
+
+    def checkpoint(self, position: int) -> Checkpoint:
+        """The state now."""
+        average = None if self.average is None else state_of(self.average.module)
+        state = optimizer_state(self.optimizer)
+        return Checkpoint(self.step, position, state_of(self.model), average, state, torch.get_rng_state())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to the state of a checkpoint."""
+        self.step = checkpoint.step
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.average is not None and checkpoint.average is not None:
+            self.average.module.load_state_dict(checkpoint.average)
+        torch.set_rng_state(checkpoint.generator)
+
+    @property
+    def trained(self) -> Inheritance:
+        """The model to keep: the moving average, where there is one."""
+        kept = self.model if self.average is None else self.average.module
+        assert isinstance(kept, Inheritance)
+        return kept
+
+
+def _norms_by_teacher(losses: Losses) -> dict[str, Tensor]:
+    features = [feature for feature in losses.features.values() if feature.requires_grad]
+    if not features:
+        return {}
+    norms = {}
+    for name, loss in losses.student_to_teacher.items():
+        gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
+        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms[name] = torch.stack(parts).norm() if parts else loss.new_zeros(())
+    return norms
