@@ -1,16 +1,19 @@
 """`kpu-train`: train students from feature caches, measure and export them."""
 
+import json
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cli.console import console, escape_unprintable
+from cli.console import console, escape_unprintable, progress_bar
 from cli.failures import reported
 
 if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage errors should not wait for it
     from trainer.config import TrainConfig
+    from trainer.loop import Live
 
 app = typer.Typer(
     help="Train one student that inherits what all teachers of a feature cache know; no teacher is loaded.",
@@ -53,21 +56,137 @@ def fit(
     try:
         summary = _fit(loaded, out.absolute(), resume, ray_address)
     except KeyboardInterrupt:
-        console(stderr=True).print("stopped: the last checkpoint is safe; the same command with --resume goes on")
+        begun = (out / "config.yaml").exists()
+        advice = "the last checkpoint is safe; the same command with --resume goes on" if begun else "no run was begun"
+        console(stderr=True).print(f"stopped: {advice}")
         raise typer.Exit(1) from None
-    from cli.training import show_summary
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
+        from cli.training import show_summary
 
-    show_summary(console(), out, summary)
+        show_summary(console(), out, summary)
+
+
+@app.command()
+@reported
+def ablate(
+    sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Stands in for `out` of the file.")] = None,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train one student for every cell of a grid and every seed, by Ray Tune; trainings that ended are not repeated.
+
+    Ends with a table of paired differences from the first cell.
+    """
+    from cli.training import show_ablation
+    from trainer.ablate import ablate as run_sweep
+    from trainer.sweeps import load_sweep
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    loaded = load_sweep(sweep, out)
+    say = console(stderr=True)
+    try:
+        found = run_sweep(loaded, address=ray_address, tell=lambda line: say.print(line, markup=False, soft_wrap=True))
+    except KeyboardInterrupt:
+        say.print("stopped: trainings that ended are kept; the same command goes on")
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        show_ablation(console(), found)
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that ended.")]
+Images = Annotated[
+    str | None, typer.Option("--images", metavar="PATH", help="Where the images of the cache are now, if they moved.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(name="eval")
+@reported
+def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json: AsJson = False) -> None:
+    """Measure a student beside the frozen base and each teacher; by default on the validation rows of its own caches.
+
+    The result is kept with the run, for `compare`.
+    """
+    from trainer.evaluate import evaluate as measure
+
+    with progress_bar("rows") as progress:
+        found = measure(run, cache or (), images=images, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from cli.evaluation import show_evaluation
+
+    show_evaluation(console(), found)
+
+
+@app.command()
+@reported
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder that does not exist yet.")],
+    bundle: Annotated[
+        bool | None, typer.Option("--bundle/--no-bundle", help="Put the base's weights in; by default below 2 GB.")
+    ] = None,
+    images: Images = None,
+    program: Annotated[bool, typer.Option("--program/--no-program", help="Write student.pt2, by torch.export.")] = True,
+) -> None:
+    """Write the student as its user runs it, on images; first its features are compared with those from the cache."""
+    from cli.evaluation import show_export
+    from trainer.export import export as write
+
+    show_export(console(), write(run, out, bundle=bundle, images=images, program=program))
+
+
+@app.command()
+@reported
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that ended.")],
+    cache: Caches = None,
+    plot: Annotated[Path, typer.Option("--plot", help="Where to draw them.")] = Path("compare.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side: a table, and a plot. With --cache, what `eval` found on that cache."""
+    from trainer.compare import compare as read
+    from trainer.compare import plot as draw
+
+    found = read(runs, cache or ())
+    if as_json:
+        typer.echo(json.dumps([each.as_json() for each in found], ensure_ascii=False))
+    else:
+        from cli.evaluation import show_comparison
+
+        show_comparison(console(), found)
+    draw(found, plot)
+    if not as_json:
+        console().print(f"drawn: {plot}", markup=False, soft_wrap=True)
 
 
 def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None) -> dict[str, Any]:
     from cli.training import watching
 
     with watching(console()) as watch:
+        from trainer.world import under_launcher
+
+        live: Live | None = None
+        if config.targets.source == "live":
+            from cli.live import run_teachers  # the only way by which teachers come into a training
+
+            live = run_teachers
+        if (config.workers > 1 or ray_address) and not under_launcher():
+            from trainer.ray_train import fit_with_ray
+
+            return fit_with_ray(config, out, resume=resume, address=ray_address, watch=watch, live=live)
         from trainer.loop import fit as run_fit
 
-        return run_fit(config, out, resume=resume, watch=watch).summary
+        return run_fit(config, out, resume=resume, watch=watch, live=live).summary
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+if __name__ == "__main__":  # torchrun -m cli.train
+    app()

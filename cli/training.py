@@ -1,13 +1,18 @@
 """How a training looks: a line every few seconds, and a table at the end."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # it loads torch
+    from trainer.ablate import Ablation
 
 PLAIN_EVERY_SECONDS = 5.0
 
@@ -40,10 +45,9 @@ def describe_scores(scores: dict[str, Any]) -> str:
 
 def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     """What was trained, and how close it is to each teacher on the validation rows."""
-    rate = summary["rows"] / summary["seconds"] if summary["seconds"] else 0.0
     console.print(
         f"trained: {summary['steps']:,} steps on {summary['train_rows']:,} rows, {summary['seconds']:.1f} s, "
-        f"{rate:,.0f} rows/s, {summary['parameters']:,} parameters",
+        f"{summary['rows_per_second']:,.0f} rows/s, {summary['parameters']:,} parameters",
         markup=False,
         soft_wrap=True,
     )
@@ -54,9 +58,28 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     for key in outputs:
         table.add_column(key.removeprefix("r2_"), justify="right")
     for name, values in [*scores["teachers"].items(), ("the base itself", scores["base"])]:
-        table.add_row(name, *(f"{values[key]:.3f}" for key in outputs))
+        table.add_row(name, *(_figure(values[key]) for key in outputs))
     console.print(table)
     console.print(f"kept in {out}", markup=False, soft_wrap=True)
+
+
+def show_ablation(console: Console, found: "Ablation") -> None:
+    """Means over seeds, and differences from the first cell with their intervals."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("R2 on validation rows")
+    table.add_column("cell")
+    for heading in ("mean", "difference", "95% interval"):
+        table.add_column(heading, justify="right")
+    for row in found.rows:
+        difference = "" if row.difference is None else f"{row.difference:+.4f}"
+        interval = "" if row.low is None or row.high is None else f"{row.low:+.4f} to {row.high:+.4f}"
+        table.add_row(Text(row.figure), Text(row.cell), _figure(row.mean), difference, interval)
+    console.print(table)
+    console.print(f"kept in {found.out}", markup=False, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _describe(line: dict[str, Any]) -> str:

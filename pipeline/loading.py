@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.digests import DIGEST_BYTES, digest_bytes
 from cache.pixels.decode import decode_image
@@ -93,9 +94,10 @@ class Loader:
 
 
 def _groups(part: pa.Table) -> list[range]:
-    """Runs of rows that are views of one sample: they are neighbours, and their view numbers rise."""
-    views = part["view"].to_numpy()
-    starts = [0, *(np.flatnonzero(np.diff(views) <= 0) + 1).tolist(), len(views)]
+    """Runs of neighbouring rows that are views of one sample."""
+    keys = part["key"].combine_chunks()
+    changes = pc.not_equal(keys.slice(1), keys.slice(0, max(0, len(keys) - 1))).to_numpy(zero_copy_only=False)
+    starts = [0, *(np.flatnonzero(changes) + 1).tolist(), len(keys)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 

@@ -31,7 +31,8 @@ _MODEL, _AVERAGE, _STATE, _SEAL = "model.safetensors", "average.safetensors", "s
 class Checkpoint:
     """A state of training after `step` steps; `position` is where the next batch begins (see `trainer.data.Stream`).
 
-    `average` is the moving average of the model's weights, None where none is kept.
+    `average` is the moving average of the model's weights, None where none is kept; `generators` are the states of
+    torch's random generators by kind of device.
     """
 
     step: int
@@ -39,11 +40,14 @@ class Checkpoint:
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None
     optimizer: dict[str, Any]
-    generator: Tensor
+    generators: dict[str, Tensor]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Publish a checkpoint below `folder`, then remove all but the last ones.
+
+    Those of later steps go, too: a run that passed over a damaged one comes to its step again. So does what a killed
+    process left half written.
 
     Raises:
         FullDiskError: no space is left; the checkpoints that stand stay.
@@ -55,7 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             "step": checkpoint.step,
             "position": checkpoint.position,
             "optimizer": checkpoint.optimizer,
-            "generator": checkpoint.generator,
+            "generators": checkpoint.generators,
         },
         state,
     )
@@ -67,7 +71,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     failpoint("train.checkpoint")
     publish_folder(path, files)
     failpoint("train.checkpointed")
-    for old in _all(folder)[:-KEPT]:
+    standing = _all(folder)
+    last = standing.index(path) + 1
+    for old in [*standing[: max(0, last - KEPT)], *standing[last:], *folder.glob(".step-*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -116,7 +122,7 @@ def _load(path: Path) -> Checkpoint:
         average = load_tensors(files[_AVERAGE]) if _AVERAGE in files else None
         return Checkpoint(
             state["step"], state["position"], load_tensors(files[_MODEL]), average, state["optimizer"],
-            state["generator"],
+            state["generators"],
         )  # fmt: skip
     except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise CorruptError(str(path), f"holds no checkpoint ({error})") from None

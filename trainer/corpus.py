@@ -132,11 +132,11 @@ class Corpus:
         tables = (table for cache in self.caches for table in cache.samples.iter_batches(["label"]))
         return np.concatenate([table["label"].fill_null(-1).to_numpy() for table in tables]).astype(np.int64)
 
-    def standardisers(self) -> dict[tuple[int, str, str], Standardiser]:
-        """By cache, teacher and output."""
+    def standardisers(self, *, raw: bool = False) -> dict[tuple[int, str, str], Standardiser]:
+        """By cache, teacher and output; with `raw`, of features as the teacher emits them instead of stored ones."""
         return {
             (number, name, output): _standardiser(
-                cache.teachers[name].grid(output), self.sources[name].statistics[output]
+                None if raw else cache.teachers[name].grid(output), self.sources[name].statistics[output]
             )
             for number, cache in enumerate(self.caches)
             for name in self.teachers_of(cache)
@@ -221,9 +221,11 @@ def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     return wanted
 
 
-def _standardiser(grid: Grid, statistics: Statistics) -> Standardiser:
+def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
     """Where the cache's own grid is that of the statistics, a stored integer times `step` is the target."""
     std = statistics.std
+    if grid is None:
+        return Standardiser(*(torch.from_numpy(a.astype(np.float32)) for a in (1 / std, -statistics.centre / std)))
     step = grid.codec.step
     if step is not None and np.array_equal(grid.centre, statistics.centre.astype(np.float32)):
         expected = np.maximum(step * std, np.finfo(np.float32).tiny).astype(np.float32)

@@ -61,6 +61,7 @@ class Stream:
     def __init__(self, order: Order, held_back: npt.NDArray[np.bool_]) -> None:
         self._order, self._kept = order, ~held_back
         self.rows = int(np.count_nonzero(self._kept))
+        self.held_back = np.flatnonzero(held_back)
 
     def draw(self, position: int, size: int) -> Drawn:
         """The next `size` rows from `position` on."""
@@ -117,20 +118,26 @@ class Loader:
 class Upload:
     """Brings batches to the training device, and standardises targets and normalises images there.
 
-    `pixels` says how the student wants its images.
+    `pixels` says how the student wants its images; `raw` that batches hold features as teachers emit them.
     """
 
-    def __init__(self, corpus: Corpus, device: torch.device, pixels: InputSpec | None = None) -> None:
+    def __init__(
+        self, corpus: Corpus, device: torch.device, pixels: InputSpec | None = None, *, raw: bool = False
+    ) -> None:
         self.corpus, self._device, self._pixels = corpus, device, pixels
-        self._standardisers = corpus.standardisers()
+        self._standardisers = corpus.standardisers(raw=raw)
         self._shapes = {name: source.shapes for name, source in corpus.sources.items()}
 
     def __call__(self, host: HostBatch) -> Batch:
         """One batch, every tensor on the device."""
-        targets = {
-            name: {output: self._output(host, name, output) for output in self.corpus.wanted[name]}
-            for name in self.corpus.wanted
-        }
+        targets = {}
+        for name, outputs in self.corpus.wanted.items():
+            # Zero as stored is not zero once standardised, unless the codec counts steps from the centre.
+            masked = torch.nonzero(host.weights[name] == 0).flatten().to(self._device)
+            targets[name] = {output: self._output(host, name, output) for output in outputs}
+            if len(masked):
+                for values in targets[name].values():
+                    values.index_fill_(0, masked, 0)
         weights = {name: self._move(weight) for name, weight in host.weights.items()}
         images = None
         if host.images is not None and self._pixels is not None:
@@ -154,6 +161,6 @@ class Upload:
         return whole
 
     def _move(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" or tensor.device == self._device:
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)

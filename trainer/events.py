@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.losses import over_workers, worker_count
 from trainer.model import Losses
 from trainer.runs import RunFolder
 from trainer.training import Training
@@ -45,11 +46,7 @@ class Events:
             "step": training.step,
             "rows": training.step * training.config.batch_size * training.config.optim.accumulate,
             "lr": training.optimizer.param_groups[0]["lr"],
-            "loss": losses.total.item(),
-            "preserve": losses.preserve.item(),
-            "s2t": _floats(losses.student_to_teacher),
-            "t2s": _floats(losses.teacher_to_student),
-            "space": _floats(losses.space),
+            **_figures(losses),
             "gradient_norm": _floats(training.gradient_norm),
             "rows_per_second": round(rows / seconds, 1),
             "data_wait": round((waited - self._waited) / seconds, 4),
@@ -75,8 +72,25 @@ class Events:
             self._watch(line)
 
 
+def _figures(losses: Losses) -> dict[str, Any]:
+    """The terms of the whole batch: the means over the processes that share it."""
+    found = _floats({name: over_workers(term) / worker_count() for name, term in losses.terms().items()})
+    nested: dict[str, Any] = {"loss": 0.0, "preserve": 0.0, "s2t": {}, "t2s": {}, "space": {}}
+    for name, value in found.items():
+        section, _, key = name.partition("/")
+        if key:
+            nested[section][key] = value
+        else:
+            nested[section] = value
+    return nested
+
+
 def _floats(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(tensor) for name, tensor in tensors.items()}
+    """Their values, fetched from the device at once."""
+    if not tensors:
+        return {}
+    values = torch.stack([tensor.detach().float() for tensor in tensors.values()]).tolist()
+    return dict(zip(tensors, values, strict=True))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

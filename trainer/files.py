@@ -27,16 +27,20 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder with all `files` in it, or none. Raises as `replace_file`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Make a folder with all `files` in it, or none; one that stands there is replaced. Raises as `replace_file`."""
+    beside, former = (path.with_name(f".{path.name}.{end}") for end in (os.getpid(), "former"))
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for folder in (beside, former):
+            shutil.rmtree(folder, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, data in files.items():
             _write(beside / name, data)
         sync_folder(beside)
+        if path.exists():
+            path.rename(former)
         beside.rename(path)
         sync_folder(path.parent)
+        shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise write_error(error, path) from error

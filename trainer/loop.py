@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from cache.errors import ConfigError
@@ -20,7 +19,7 @@ from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
 from trainer.events import Events
 from trainer.model import Inheritance
 from trainer.order import make_order
-from trainer.prepare import prepare_space
+from trainer.prepare import check_student, prepare_space
 from trainer.resident import Rows, free_memory
 from trainer.runs import RunFolder
 from trainer.scores import batches_of, score
@@ -56,40 +55,49 @@ def fit(
         TrainingError: the loss is not finite, or a part of the model collapsed.
     """
     world = join_world(config)
-    corpus = open_corpus(config)
+    watch = watch if world.leads else None
+    config = settle_teachers(config, out, resume=resume)
+    corpus = open_corpus(config, world)
     torch.manual_seed(config.seed)
     model = Inheritance(config, corpus.sources).to(world.device)
-    held_back = corpus.validation(config.validation)
-    stream = Stream(make_order(config.order, corpus.units(), corpus.digest, config.seed), held_back)
+    stream = open_stream(config, corpus)
     steps = count_steps(config, stream.rows)
 
     with ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, corpus, model, live))
+        upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
+        check_student(model, corpus.sources[config.base].spec, batches_from(stream, config, loader, upload))
         run = open_run(config, out, corpus, world, resume=resume)
-        upload = Upload(corpus, world.device, model.student.input)
+        finished = run.summary()
+        if finished is not None:
+            world.leave()
+            return Fitted(out, finished)
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
             prepare_space(model, batches_from(stream, config, loader, upload), watch)
+        else:
+            model.settle_space()
         training = Training(config, model, world, steps)
         position = 0
         if checkpoint is not None:
-            model.settle_space()
             training.restore(checkpoint)
             position = checkpoint.position
         events = stack.enter_context(Events(run, world, training.step, watch))
-        validation = np.flatnonzero(held_back)
+        validation, begun_at = stream.held_back, training.step
 
         seconds = perf_counter()
         position = train(training, stream, loader, upload, position, run, events, validation)
         seconds = perf_counter() - seconds
 
         final = score(training.trained, batches_of(validation, config.batch_size, loader, upload))
+    rows_per_step = config.batch_size * config.optim.accumulate
     summary = {
         "steps": training.step,
-        "rows": training.step * config.batch_size * config.optim.accumulate,
+        "rows": training.step * rows_per_step,
         "train_rows": stream.rows,
         "validation_rows": len(validation),
         "seconds": round(seconds, 3),
+        "rows_per_second": round((training.step - begun_at) * rows_per_step / seconds, 1),
         "parameters": sum(p.numel() for p in training.model.student.parameters() if p.requires_grad),
         "position": position,
         "validation": final,
@@ -98,6 +106,7 @@ def fit(
         run.write_model(pack_tensors(training.trained.state_dict()))
         run.write_summary(summary)
     world.wait()
+    world.leave()
     return Fitted(out, summary)
 
 
@@ -137,21 +146,41 @@ def train(
     return position
 
 
-def open_corpus(config: TrainConfig) -> Corpus:
+def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:
+    """Name the teachers where `teachers` is null: those of the caches now, or of the run when it was begun.
+
+    Raises:
+        ConfigError: there is no run to resume.
+    """
+    names = config.teachers
+    if names is None and resume:
+        names = RunFolder(out).config().teachers
+    return config.model_copy(update={"teachers": names or tuple(choose_outputs(config))})
+
+
+def open_corpus(config: TrainConfig, world: World) -> Corpus:
     """The caches of a run, checked."""
-    memory = free_memory() if config.loader.memory == "auto" else config.loader.memory
+    memory = free_memory(world.local_size) if config.loader.memory == "auto" else config.loader.memory
     return Corpus(config.caches, choose_outputs(config), config.base, memory=memory)
 
 
 def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool) -> RunFolder:
     """The run's folder, which the leading process makes."""
-    if world.leads:
+
+    def begin() -> None:
         run = RunFolder.resume(out, config, corpus) if resume else RunFolder.create(out, config, corpus)
         run.write_environment(
             {"device": str(world.device), "threads": torch.get_num_threads(), "precision": world.precision}
         )
-    world.wait()
+
+    world.lead(begin)
     return RunFolder(out)
+
+
+def open_stream(config: TrainConfig, corpus: Corpus) -> Stream:
+    """The training rows of the caches, in the order that the configuration names."""
+    order = make_order(config.order, corpus.units(), corpus.digest, config.seed)
+    return Stream(order, corpus.validation(config.validation))
 
 
 def count_steps(config: TrainConfig, rows: int) -> int:

@@ -65,9 +65,13 @@ def row_loss(p: Tensor, q: Tensor, weights: LossConfig) -> Tensor:
 
 
 def weighted_mean(loss_B: Tensor, weight_B: Tensor) -> Tensor:
-    """Sum of `loss_B * weight_B` over the sum of the weights, float32 []; 0 where all weights are 0."""
+    """Sum of `loss_B * weight_B` over the sum of the weights, float32 []; 0 where all weights are 0.
+
+    In a distributed run over the mean of the workers' sums: the mean over workers of what each gets, and of its
+    gradient, is then that of the whole batch, however its masked rows are spread.
+    """
     weight_B = weight_B.to(loss_B.dtype)
-    total = weight_B.sum()
+    total = over_workers(weight_B.sum()) / worker_count()
     return (loss_B * weight_B).sum() / torch.where(total > 0, total, 1.0)
 
 
@@ -164,9 +168,14 @@ def _tokens(x: Tensor) -> Tensor:
     return x.float() if x.dim() == 3 else x.float()[:, None]
 
 
+def worker_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def over_workers(x: Tensor) -> Tensor:
     """Sum over the workers of a distributed run, gradients included; x itself in any other."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if worker_count() == 1:
         return x
     summed: Tensor = _Sum.apply(x)
     return summed

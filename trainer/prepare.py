@@ -1,4 +1,4 @@
-"""Making the shared space ready before the student begins: learned, fitted, or only normalised; then gated."""
+"""Before the student begins: its base is checked, and the shared space learned, fitted or normalised, then gated."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 
+from cache.spec import TeacherSpec
 from trainer.data import Batch
 from trainer.gates import check_gates, measure_gates
 from trainer.model import Inheritance
@@ -14,8 +15,38 @@ from trainer.pca import PcaSpace
 _NORMALISED_BY: Final = 50  # batches that a placebo's statistics are taken from
 _GATED_BY: Final = 8  # batches that the gates look at
 _LR: Final = 1e-3
+_CHECKED_ROWS: Final = 32  # at most, that a base is computed again for
+# Root mean square differences of a row, in channel standard deviations, beside half a step of the codec. Another crop
+# or interpolation gives some tenths, other weights about 1.
+_TOLERANCE: Final = {"fp32": 0.05}
+_REDUCED_TOLERANCE: Final = 0.2
 
 Watch = Callable[[dict[str, Any]], None]
+
+
+def check_student(model: Inheritance, spec: TeacherSpec, batches: Iterator[Batch]) -> None:
+    """Hold a student that computes the base by itself against the cached base, on some rows of the first batch.
+
+    Args:
+        model: whose student it is.
+        spec: the base's.
+        batches: where the rows come from.
+
+    Raises:
+        MismatchError: they differ: another model, other weights, or other images.
+    """
+    if model.config.student.kind != "parallel":
+        return
+    from trainer.students.parallel import ParallelStudent  # timm takes seconds to import
+
+    student, batch = model.student, next(batches)
+    assert isinstance(student, ParallelStudent)
+    kept = (batch.weights[model.base] > 0).nonzero().flatten()[:_CHECKED_ROWS]
+    if len(kept):
+        assert batch.images is not None
+        cached = {output: batch.targets[model.base][output][kept] for output in model.config.outputs}
+        tolerance = _TOLERANCE.get(spec.precision, _REDUCED_TOLERANCE) + (spec.codec.step or 0.0) / 2
+        student.check_against(cached, batch.images[kept], tolerance)
 
 
 def prepare_space(model: Inheritance, batches: Iterator[Batch], watch: Watch | None = None) -> dict[str, float] | None:
@@ -64,7 +95,7 @@ def _learn(model: Inheritance, batches: Iterator[Batch], watch: Watch | None) ->
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if watch is not None and (step % model.config.log.every == 0 or step == config.steps):
-            watch({"space_step": step, "space": {name: float(term) for name, term in terms.items()}})
+            watch({"space_step": step, "space": {name: term.item() for name, term in terms.items()}})
 
 
 def _targets(model: Inheritance, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:

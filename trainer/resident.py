@@ -1,9 +1,9 @@
 """Rows that were read once, kept as stored in memory while there is room: every further epoch is a gather."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ from cache import Cache
 Rows = npt.NDArray[np.int64]
 
 _SHARE: Final = 0.4  # of the memory that is free when a run begins
+_MEMORY: Final = Path("/proc/meminfo")
+_GROUP: Final = Path("/sys/fs/cgroup")
 
 
 class Shelf:
@@ -69,10 +71,28 @@ class _Room:
         return self.values[rows]
 
 
-def free_memory() -> int:
-    """Bytes that rows may take: a share of what the machine has free now, 0 where it does not say."""
+def free_memory(processes: int = 1) -> int:
+    """Bytes that rows may take in each of so many processes of this machine: a share of what is free now.
+
+    A container's limit counts where it is lower; 0 where the system does not say.
+    """
+    found = [_available(_MEMORY), _left(_GROUP / "memory.max", _GROUP / "memory.current")]
+    known = [value for value in found if value is not None]
+    return int(_SHARE * min(known) / processes) if known else 0
+
+
+def _available(file: Path) -> int | None:
+    """What Linux can give without swapping, caches of files included."""
     try:
-        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
-    return int(_SHARE * pages * size)
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left(limit: Path, used: Path) -> int | None:
+    """What a control group (version 2) may still take; None without a limit."""
+    try:
+        return max(0, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no group, or the limit "max"
+        return None

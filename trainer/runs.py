@@ -14,6 +14,7 @@ my-run/
 """
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 """Keys that a run may be resumed with other values of: none of them decides what is learned."""
 
 _CONFIG, _SOURCES, _STATISTICS, _HEADS = "config.yaml", "sources.json", "statistics.safetensors", "heads.safetensors"
+_FIRST: Final = (_SOURCES, _STATISTICS, _HEADS)
 _METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
 MODEL: Final = "model.safetensors"
 _PACKAGES = ("kpu", "torch", "timm", "numpy", "zarr", "ray")
@@ -53,6 +55,11 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to resume: the configuration is the last file that `create` writes."""
+        return (self.path / _CONFIG).exists()
+
     @staticmethod
     def create(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
         """Begin a run.
@@ -62,9 +69,9 @@ class RunFolder:
             StorageError: it cannot be written there.
         """
         run = RunFolder(path)
-        if (path / _CONFIG).exists():
+        if run.begun:
             raise ConfigError(f"out: {path}: a run stands there; continue it with --resume, or choose another folder")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not _begins(file) for file in path.iterdir())):
             raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -96,11 +103,9 @@ class RunFolder:
             MismatchError: it was begun with another configuration or other caches.
         """
         run = RunFolder(path)
-        begun = run.config().model_dump(mode="json")
-        asked = config.model_dump(mode="json")
-        changed = [key for key in asked if asked[key] != begun[key] and key not in MAY_CHANGE]
+        changed = run.changes(config)
         if changed:
-            differences = "; ".join(f"{key}: begun with {begun[key]!r}, now {asked[key]!r}" for key in changed)
+            differences = "; ".join(f"{key}: begun with {was!r}, now {now!r}" for key, (was, now) in changed.items())
             raise MismatchError(f"{path}: expected the configuration of the run, found {differences}; start a new run")
         then = [{**cache, "path": ""} for cache in run._sources()["caches"]]
         now = [{**cache, "path": ""} for cache in corpus.fingerprints()]
@@ -110,6 +115,16 @@ class RunFolder:
                 "teachers); give the same caches, or start a new run"
             )
         return run
+
+    def changes(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Where `config` would train something else than the run's: by key, what the run has and what `config` has.
+
+        Raises:
+            ConfigError: there is no run here.
+        """
+        begun, asked = (each.model_dump(mode="json") for each in (self.config(), config))
+        deciding = [key for key in asked if key not in MAY_CHANGE and not (key == "teachers" and asked[key] is None)]
+        return {key: (begun[key], asked[key]) for key in deciding if begun[key] != asked[key]}
 
     def config(self) -> TrainConfig:
         """The resolved configuration.
@@ -170,12 +185,12 @@ class RunFolder:
         """Append one object."""
         try:
             with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(_plain(line)) + "\n")
         except OSError as error:
             raise write_error(error, self.path / _METRICS) from error
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Keep how the run ended."""
+        """Keep how the run ended; a figure that is not a number becomes null."""
         self._write(_SUMMARY, _json(values))
 
     def summary(self) -> dict[str, Any] | None:
@@ -222,5 +237,21 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _begins(file: Path) -> bool:
+    """Whether a file is one that a run which never began may have left."""
+    if file.name == "checkpoints":
+        return file.is_dir() and not any(file.iterdir())
+    return file.name in _FIRST or file.name.startswith(tuple(f".{name}." for name in (*_FIRST, _CONFIG)))
+
+
 def _json(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ from cache.errors import TrainingError
 from trainer.checkpoint import Checkpoint, state_of
 from trainer.config import TrainConfig
 from trainer.data import Batch
+from trainer.losses import over_workers, worker_count
 from trainer.model import Inheritance, Losses
 from trainer.optim import clip_gradients, make_average, make_optimizer, make_schedule, optimizer_state
 from trainer.world import World
@@ -77,7 +78,7 @@ class Training:
         """The state now."""
         average = None if self.average is None else state_of(self.average.module)
         state = optimizer_state(self.optimizer)
-        return Checkpoint(self.step, position, state_of(self.model), average, state, torch.get_rng_state())
+        return Checkpoint(self.step, position, state_of(self.model), average, state, self._generators())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to the state of a checkpoint."""
@@ -86,7 +87,15 @@ class Training:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.average is not None and checkpoint.average is not None:
             self.average.module.load_state_dict(checkpoint.average)
-        torch.set_rng_state(checkpoint.generator)
+        torch.set_rng_state(checkpoint.generators["cpu"])
+        if self.world.device.type == "cuda" and "cuda" in checkpoint.generators:
+            torch.cuda.set_rng_state(checkpoint.generators["cuda"], self.world.device)
+
+    def _generators(self) -> dict[str, Tensor]:
+        found = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            found["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return found
 
     @property
     def trained(self) -> Inheritance:
@@ -103,6 +112,7 @@ def _norms_by_teacher(losses: Losses) -> dict[str, Tensor]:
     norms = {}
     for name, loss in losses.student_to_teacher.items():
         gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norms[name] = torch.stack(parts).norm() if parts else loss.new_zeros(())
+        squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
+        own = torch.stack(squares).sum() if squares else loss.new_zeros(())
+        norms[name] = over_workers(own).sqrt() / worker_count()
     return norms

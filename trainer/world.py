@@ -1,23 +1,29 @@
 """The processes that train together, and the device that each uses."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, KpuError
 from trainer.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` of them; the one of rank 0 writes."""
+    """This process among `size` of them, `local_size` on this machine; the one of rank 0 writes.
+
+    `joined` says that this process met the others by itself, and must take its leave of them.
+    """
 
     rank: int
     size: int
     device: torch.device
     precision: str
+    local_size: int = 1
+    joined: bool = False
 
     @property
     def leads(self) -> bool:
@@ -34,6 +40,28 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def lead(self, work: Callable[[], None]) -> None:
+        """Do `work` in the leading process while the others wait.
+
+        Raises:
+            KpuError: in every process, what `work` raised.
+        """
+        raised: list[KpuError | None] = [None]
+        if self.leads:
+            try:
+                work()
+            except KpuError as error:
+                raised = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(raised, src=0)
+        if raised[0] is not None:
+            raise raised[0]
+
+    def leave(self) -> None:
+        """End a meeting that `join_world` began."""
+        if self.joined:
+            dist.destroy_process_group()
+
 
 def join_world(config: TrainConfig) -> World:
     """Choose the device, fix the number of threads, and meet the other processes, where there are some.
@@ -46,9 +74,8 @@ def join_world(config: TrainConfig) -> World:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected a GPU, found none that PyTorch can use; use --set device=cpu")
     cuda = torch.cuda.is_available() and config.device != "cpu"
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    joins = under_launcher() and not dist.is_initialized()
+    size = int(os.environ["WORLD_SIZE"]) if joins else dist.get_world_size() if dist.is_initialized() else 1
     if size != config.workers:
         raise ConfigError(
             f"workers: expected as many as there are processes, {size}, found {config.workers}; set workers={size}, or "
@@ -56,7 +83,18 @@ def join_world(config: TrainConfig) -> World:
         )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    threads = config.threads if config.threads != "auto" else max(1, len(os.sched_getaffinity(0)) // size)
+    if cuda:
+        torch.cuda.set_device(device)
+    if joins:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size > 1 else 1
+    threads = config.threads if config.threads != "auto" else max(1, len(os.sched_getaffinity(0)) // beside)
     torch.set_num_threads(threads)
     precision = config.precision if config.precision != "auto" else ("bf16" if cuda else "fp32")
-    return World(rank, size, device, precision)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return World(rank, size, device, precision, beside, joins)
+
+
+def under_launcher() -> bool:
+    """Whether `torchrun`, or something like it, started this process among others."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()

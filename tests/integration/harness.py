@@ -1,4 +1,4 @@
-"""Running `kpu-cache` in processes that can be held, interrupted and killed, and judging what they leave behind.
+"""Running commands in processes that can be held, interrupted and killed, and judging what they leave behind.
 
 Importing torch takes seconds. A fork server imports everything once, and each command is a fork of it, with a session
 of its own: whatever Ray starts for it belongs to that session, also after its parents have died. Linux only.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import ClassVar, TypeVar
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples/demo"
 PRELOADED = ("cli.cache", "cli.show", "cli.progress", "pipeline.deep", "pipeline.dry_run", "pipeline.extract",
-             "pipeline.executors.inline", "pipeline.executors.ray_actors", "safetensors.torch")  # fmt: skip
+             "pipeline.executors.inline", "pipeline.executors.ray_actors", "safetensors.torch", "cli.train",
+             "cli.training", "trainer.loop")  # fmt: skip
 PATIENCE = 240.0  # seconds; only a test that fails waits so long
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _main(arguments: Sequence[str], variables: Mapping[str, str], folder: str, log: str) -> None:
+def _main(program: str, arguments: Sequence[str], variables: Mapping[str, str], folder: str, log: str) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.environ.update(variables, PYTHONPATH=str(ROOT))  # Ray's workers, too, import what is tested
@@ -43,10 +45,8 @@ def _main(arguments: Sequence[str], variables: Mapping[str, str], folder: str, l
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    from cli.cache import app
-
-    sys.argv = ["kpu-cache", *arguments]
-    app()
+    sys.argv = [program, *arguments]
+    import_module(program.replace("kpu-", "cli.")).app()
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Ended:
 class Command:
     """One `kpu-cache` command, running. `started` are all of them."""
 
+    program: ClassVar = "kpu-cache"
     started: ClassVar[list["Command"]] = []
 
     def __init__(self, folder: Path, *arguments: object, **variables: object) -> None:
@@ -67,7 +68,8 @@ class Command:
         self.log = folder / f"command-{len(self.started)}.log"
         values = {name: str(value) for name, value in variables.items()}
         self._process = _context().Process(
-            target=_main, args=([str(argument) for argument in arguments], values, str(folder), str(self.log))
+            target=_main,
+            args=(self.program, [str(argument) for argument in arguments], values, str(folder), str(self.log)),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -124,6 +126,12 @@ class Command:
     def workers(self) -> list[int]:
         """Process numbers of its Ray actors."""
         return sorted(pid for pid, title in session(self.pid).items() if title.startswith("ray::ActorWorker"))
+
+
+class Training(Command):
+    """One `kpu-train` command, running."""
+
+    program = "kpu-train"
 
 
 def session(leader: int) -> dict[int, str]:

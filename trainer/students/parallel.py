@@ -17,7 +17,7 @@ from trainer.adapters import Beside, Bottleneck
 from trainer.config import StudentConfig
 from trainer.shapes import Grid
 from trainer.students.base import BaseInfo, Student
-from trainer.students.full import as_tokens, build_model, probe
+from trainer.students.models import as_tokens, build_model, probe
 
 _CONTAINER = re.compile(r"(^|\.)(blocks|layers|stages|layer\d+)$")  # how timm and torchvision name lists of blocks
 
@@ -80,7 +80,7 @@ class ParallelStudent(Student):
         Raises:
             MismatchError: a row of an output differs by more.
         """
-        with torch.no_grad(), self._bare():
+        with torch.no_grad(), self.bare():
             found = self({}, images)
         for output, z in found.items():
             error_B = (z - cached[output].float()).square().flatten(1).mean(dim=1).sqrt()
@@ -94,7 +94,7 @@ class ParallelStudent(Student):
                 )
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
+    def bare(self) -> Iterator[None]:
         besides = [part for part in self.model.modules() if isinstance(part, Beside)]
         for part in besides:
             part.active = False

@@ -1,0 +1,156 @@
+"""A training step on cached targets against one on resident targets, and against one that runs the teachers.
+
+    python benchmarks/train.py                      # three ViT-S teachers, a ViT-Ti student and two side students
+    python benchmarks/train.py --device cuda --batch 256
+
+Each variant runs in a process of its own, in rounds, so that a machine that drifts in speed drifts for all of them; the
+figures are medians over rounds. `resident` repeats batches that are on the device already: what the model alone costs.
+Peak memory is that of the process (of the GPU, where there is one). Real images come from KPU_TEST_DATA (default
+../shared, see CONTRIBUTING.md); weights are random, which changes no timing.
+"""
+
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Final
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY: Final = Path(__file__).parents[1]
+DATA: Final = Path(os.environ.get("KPU_TEST_DATA", REPOSITORY.parent / "shared")).resolve()
+HOME: Final = REPOSITORY / "build/benchmark-train"
+TEACHERS: Final = {"dino": "vit_small_patch16_dinov3", "sup": "vit_small_patch16_224", "deit": "deit_small_patch16_224"}
+STUDENTS: Final[dict[str, dict[str, Any]]] = {
+    "full": {"student": {"kind": "full", "model": "timm:vit_tiny_patch16_224", "weights": "random"}},
+    "side": {"student": {"kind": "side"}},
+    "side, global": {"student": {"kind": "side"}, "outputs": ["global"]},
+}
+SOURCES: Final = ("resident", "cached", "live")
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Option(help="Where the cache lies.")] = HOME,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 32,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, after two that are not.")] = 6,
+    rounds: Annotated[int, typer.Option(help="How often every variant runs.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    one: Annotated[str, typer.Option(help="One variant, as this script calls itself.", hidden=True)] = "",
+) -> None:
+    """Make the cache where it is missing, time every variant, and print the ratios."""
+    if one:
+        student, source = one.split("|")
+        print(json.dumps(_time(folder, student, source, batch, steps, device)))
+        return
+    _extract(folder)
+    variants = [(student, source) for student in STUDENTS for source in SOURCES]
+    found: dict[tuple[str, str], list[dict[str, float]]] = {variant: [] for variant in variants}
+    for _, (student, source) in itertools.product(range(rounds), variants):
+        command = [sys.executable, __file__, "--folder", str(folder), "--batch", str(batch), "--steps", str(steps)]
+        command += ["--device", device, "--one", f"{student}|{source}"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[student, source].append(json.loads(output.splitlines()[-1]))
+        print(f"{student}, {source}: {found[student, source][-1]}", flush=True)
+    _show(found, batch)
+
+
+def _show(found: dict[tuple[str, str], list[dict[str, float]]], batch: int) -> None:
+    median = {
+        variant: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+    table = Table(title=f"batch {batch}; ratios of medians")
+    for column in ("student", "targets", "s/step", "of resident", "of live full step", "peak memory, MiB"):
+        table.add_column(column, justify="left" if column in ("student", "targets") else "right")
+    live = median["full", "live"]["seconds"]
+    for (student, source), figures in median.items():
+        own = median[student, "resident"]["seconds"]
+        seconds = figures["seconds"]
+        table.add_row(
+            student,
+            source,
+            f"{seconds:.4f}",
+            f"{seconds / own:.3f}",
+            f"{seconds / live:.4f}",
+            f"{figures['peak_mib']:,.0f}",
+        )
+    Console(width=120).print(table)
+
+
+def _extract(folder: Path) -> None:
+    from pipeline.config import validate_config
+    from pipeline.extract import extract
+
+    teachers = {name: {"model": f"timm:{model}", "weights": "random"} for name, model in TEACHERS.items()}
+    source = {"source": str(DATA / "data/imagenet-sample/*.tar")}
+    extract(validate_config({"data": source, "out": str(folder / "cache.kpu"), "teachers": teachers}, "benchmark"))
+
+
+def _time(folder: Path, student: str, source: str, batch: int, steps: int, device: str) -> dict[str, float]:
+    from trainer.config import validate_config
+    from trainer.data import Upload
+    from trainer.loop import draw_batches, open_corpus, open_loader, open_stream
+    from trainer.model import Inheritance
+    from trainer.training import Training
+    from trainer.world import join_world
+
+    values = {
+        "caches": [str(folder / "cache.kpu")],
+        "base": "dino",
+        "batch_size": batch,
+        "device": device,
+        "validation": 0.0,
+        "targets": {"source": "live" if source == "live" else "cache"},
+        "loader": {"memory": 0},
+        **STUDENTS[student],
+    }
+    config = validate_config(values, "benchmark")
+    world = join_world(config)
+    corpus = open_corpus(config)
+    model = Inheritance(config, corpus.sources).to(world.device)
+    stream = open_stream(config, corpus)
+    training = Training(config, model, world, steps + 2)
+    live: Callable[..., Any] | None = None
+    if source == "live":
+        from cli.live import run_teachers
+
+        live = run_teachers
+    with open_loader(config, corpus, model, live) as loader:
+        upload = Upload(corpus, world.device, model.student.input)
+        loaded: Iterator[Any] = loader.load(draw_batches(stream, config, 0))
+        ready = (upload(host) for _, host in loaded)
+        if source == "resident":
+            ready = itertools.cycle([next(ready) for _ in range(4)])
+        for _ in range(2):
+            training.advance([next(ready)], measure=False)
+        _settle(world.device)
+        begun = perf_counter()
+        for _ in range(steps):
+            training.advance([next(ready)], measure=False)
+        _settle(world.device)
+        seconds = (perf_counter() - begun) / steps
+    if world.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"seconds": seconds, "peak_mib": peak}
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,114 @@
+"""Targets from teachers that run beside the training are the cached ones, within the codec's bound."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from cache import open_cache
+from cache.errors import MismatchError
+from cli.live import run_teachers
+from tests.toys import TOY, kpu, write_images, write_teacher
+from trainer.config import validate_config
+from trainer.corpus import Corpus, choose_outputs
+from trainer.data import Upload
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two caches of 3 views an image, the second one without the teacher `shy`; one broken image, one for which
+    `shy` gives NaN.
+    """
+    place = tmp_path_factory.mktemp("live")
+    model = write_teacher(place)
+    for name, teachers in (
+        ("one", ["general=toy", "big=wider", "shy=poisoned"]),
+        ("two", ["general=toy", "big=wider"]),
+    ):
+        images = write_images(place / name, 30)
+        (images / "003.png").write_bytes(b"not an image")
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "005.png")
+        chosen = [f"--teacher={teacher.replace('=', f'={model}:')}" for teacher in teachers]
+        options = ["views=3", "unit_rows=64", "executor.threads=1", "allow_nonfinite=true"]
+        result = kpu("extract", images, *chosen, *(f"--set={o}" for o in options), "-o", place / f"{name}.kpu")
+        assert result.exit_code == 0, result.output
+    return place
+
+
+def values(place: Path) -> dict[str, Any]:
+    return {
+        "caches": [str(place / "one.kpu"), str(place / "two.kpu")],
+        "base": "general",
+        "student": {"width": 8, "depth": 1},
+        "projector": {"hidden": 8},
+        "targets": {"source": "live"},
+        "optim": {"epochs": 1},
+        "log": {"every": 1},
+        "batch_size": 16,
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_live_targets_are_the_cached_ones_within_half_a_step(place: Path) -> None:
+    config = validate_config(values(place), "test")
+    corpus = Corpus(config.caches, choose_outputs(config), config.base)
+    fetch = run_teachers(corpus, config, corpus.fetch)
+    cached, raw = Upload(corpus, CPU), Upload(corpus, CPU, raw=True)
+    rows = np.random.default_rng(0).permutation(corpus.rows)
+    largest = 0.0
+    for part in np.array_split(rows, 6):
+        epochs = np.zeros_like(part)
+        a, b = cached(corpus.fetch(part, epochs)), raw(fetch(part, epochs))
+        for name in corpus.wanted:
+            assert torch.equal(a.weights[name], b.weights[name])
+            for output in corpus.wanted[name]:
+                # Of the first cache's standard deviations, which those of the second may be wider than.
+                bound = 0.5 * _coarsest(corpus, name, output) + 1e-4
+                apart = (a.targets[name][output] - b.targets[name][output]).abs()
+                assert (apart <= torch.from_numpy(bound)).all()
+                assert torch.isfinite(b.targets[name][output]).all()
+                largest = max(largest, float(apart.max()))
+    assert largest > 1e-3  # else both came from the cache
+
+
+def _coarsest(corpus: Corpus, name: str, output: str) -> np.ndarray:
+    std = corpus.sources[name].statistics[output].std
+    grids = [cache.teachers[name].grid(output) for cache in corpus.caches if name in cache.teachers]
+    return np.max([grid.scale / std for grid in grids], axis=0).astype(np.float32)
+
+
+def test_a_training_on_live_targets_goes_as_on_cached_ones(place: Path, tmp_path: Path) -> None:
+    from cli.train import app
+
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values(place)))
+    losses = {}
+    for source in ("live", "cache"):
+        out = tmp_path / source
+        command = ["fit", "-c", str(tmp_path / "train.yaml"), "-o", str(out), "--set", f"targets.source={source}"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        lines = [yaml.safe_load(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[source] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["live"] == pytest.approx(losses["cache"], rel=0.05)
+    assert losses["live"] != losses["cache"]
+
+
+def test_another_teacher_than_the_extracted_one_is_refused(place: Path) -> None:
+    file = place / "toy.py"
+    config = validate_config(values(place), "test")
+    corpus = Corpus(config.caches, choose_outputs(config), config.base)
+    file.write_text(TOY.replace("manual_seed(0)", "manual_seed(1)"))
+    try:
+        with pytest.raises(MismatchError, match=r"weights_digest|source_digest"):
+            run_teachers(corpus, config, corpus.fetch)
+    finally:
+        file.write_text(TOY)
+    assert open_cache(config.caches[0]).teachers.keys() >= {"general"}

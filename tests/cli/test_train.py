@@ -1,0 +1,82 @@
+"""`kpu-train eval`, `export` and `compare`: what they print, write and refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.train import app
+from tests.toys import assert_refused
+from tests.trained import labelled_cache, small_run
+from trainer import load_student
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    return small_run(place)
+
+
+def kpu_train(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_eval(run: Path) -> None:
+    found = json.loads(kpu_train("eval", run, "--json").stdout)
+    assert set(found["teachers"]) == {"general", "big"}
+    lines = kpu_train("eval", run).stdout.splitlines()
+    row = next(line.split() for line in lines if line.startswith("big") and "student" in line)
+    big = found["teachers"]["big"]
+    keys = ("agreement", "kappa", "majority", "accuracy", "r2_global", "r2_patch")
+    assert row == ["big", "student", *(f"{big[key]:.3f}" for key in keys)]
+    student = next(line.split() for line in lines if line.startswith("student"))
+    assert student[1:3] == [f"{found['linear_probe']:.3f}", f"{found['knn']:.3f}"]
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    result = kpu_train("export", run, "--out", tmp_path / "out", "--no-program")
+    assert result.exit_code == 0, result.output
+    assert "images against cache, 32 rows, base: global 0.0" in result.stdout
+    assert f"exported: {tmp_path / 'out'}" in result.stdout
+    assert load_student(tmp_path / "out").description.outputs == ("global", "patch")
+    assert_refused(kpu_train("export", run, "--out", tmp_path / "out"), "expected a path where nothing stands")
+    moved = kpu_train("export", run, "--out", tmp_path / "other", "--images", tmp_path / "nowhere")
+    assert_refused(moved, "images.root", "nowhere")
+    assert not (tmp_path / "other").exists()
+
+
+def test_compare(run: Path, place: Path, tmp_path: Path) -> None:
+    kpu_train("eval", run, "--json")
+    result = kpu_train("compare", run, run, "--plot", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    assert sum(line.startswith("run ") for line in result.stdout.splitlines()) == 3  # heading and two runs
+    assert (tmp_path / "p.png").exists()
+    values = json.loads(kpu_train("compare", run, "--plot", tmp_path / "p.png", "--json").stdout)
+    assert values[0]["evaluation"]["linear_probe"] is not None
+    other = labelled_cache(place, "other", 1, ())
+    kpu_train("eval", run, "--cache", other)
+    values = json.loads(kpu_train("compare", run, "--cache", other, "--plot", tmp_path / "p.png", "--json").stdout)
+    assert values[0]["evaluation"]["caches"] == [str(other)]
+    lacking = small_run(place, "run-frozen", student=(("kind", "frozen"),))
+    refused = kpu_train("compare", lacking, "--cache", other, "--plot", tmp_path / "q.png")
+    assert_refused(refused, "expected an evaluation on this cache")
+
+
+def test_a_run_that_is_none(tmp_path: Path) -> None:
+    for command in (("eval",), ("export", "--out", tmp_path / "out"), ("compare",)):
+        assert_refused(kpu_train(*command, tmp_path), "expected a run of kpu-train")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, cli.train, cli.evaluation, trainer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

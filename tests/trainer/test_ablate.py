@@ -1,0 +1,145 @@
+"""Sweeps: their cells, their table against a worked example, and trainings that are done once."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+from typer.testing import CliRunner
+
+from cache.errors import ConfigError, IncompleteError
+from tests.toys import snapshot
+from tests.trainer.conftest import small_config
+from trainer import ablate as ablation
+from trainer.ablate import ablate, compare
+from trainer.sweeps import Sweep, load_sweep
+
+
+def write_sweep(folder: Path, toys: Path, **changes: Any) -> Path:
+    values = {
+        "config": small_config(toys, optim={"epochs": 1}, log={"every": 2, "checkpoint": 2}),
+        "grid": {"unify.mode": ["off", "untrained"]},
+        "seeds": [0, 4],
+        "out": str(folder / "sweep"),
+        "executor": "inline",
+        **changes,
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_the_grid_is_a_product_and_lies_over_the_configuration(toys: Path, tmp_path: Path) -> None:
+    grid = {"optim.lr": [0.1, 0.2], "teachers": [["general"], None]}
+    sweep = load_sweep(write_sweep(tmp_path, toys, grid=grid))
+    assert [tuple(cell.values()) for cell in sweep.cells] == [
+        (0.1, ["general"]),
+        (0.1, None),
+        (0.2, ["general"]),
+        (0.2, None),
+    ]
+    assert [(trial.name, trial.config.optim.lr, trial.config.seed) for trial in sweep.trials][2:5] == [
+        ("001-seed0", 0.1, 0),
+        ("001-seed4", 0.1, 4),
+        ("002-seed0", 0.2, 0),
+    ]
+    assert all(trial.config.optim.epochs == 1 for trial in sweep.trials)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"grid": {"optim.rate": [1]}}, "optim.rate"),
+        ({"grid": {"optim.lr": [0.1, -1]}}, "optim.lr"),
+        ({"grid": {"optim.lr": []}}, "grid"),
+        ({"grid": {"seed": [1, 2]}}, "as seeds"),
+        ({"grid": {"optim.lr": [0.1, 0.1]}}, "optim.lr=0.1"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": []}, "seeds"),
+        ({"cells": 3}, "cells"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(
+    toys: Path, tmp_path: Path, changes: dict[str, Any], fragment: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_sweep(write_sweep(tmp_path, toys, **changes))
+    assert fragment in str(raised.value)
+
+
+def test_paired_differences_against_a_worked_example(toys: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, toys, seeds=[0, 1, 2, 3], grid={"optim.lr": [0.1, 0.2, 0.3]})
+    sweep = load_sweep(file)
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    figures = [{"a": float(values[trial.cell, trial.seed])} for trial in sweep.trials]
+    rows = compare(sweep, figures)
+    assert [row.cell for row in rows] == ["optim.lr=0.1", "optim.lr=0.2", "optim.lr=0.3"]
+    assert rows[0].difference is None
+    for cell in (1, 2):
+        expected = ttest_rel(values[cell], values[0]).confidence_interval(0.95)
+        assert rows[cell].difference == pytest.approx((values[cell] - values[0]).mean())
+        assert (rows[cell].low, rows[cell].high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_seed_has_no_interval(toys: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys, seeds=[3]))
+    row = compare(sweep, [{"a": 1.0}, {"a": 3.0}])[1]
+    assert (row.difference, row.low, row.high) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("executor", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_every_training_is_done_once(toys: Path, tmp_path: Path, executor: str) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys, executor=executor))
+    found = ablate(sweep)
+    names = [trial.name for trial in sweep.trials]
+    assert {path.name for path in sweep.out.iterdir()} == {*names, "ablation.json"}
+    for trial in sweep.trials:
+        summary = json.loads((sweep.out / trial.name / "summary.json").read_text())
+        assert summary["steps"] > 0
+    general = [row for row in found.rows if row.figure == "general global"]
+    scores = [
+        json.loads((sweep.out / name / "summary.json").read_text())["validation"]["teachers"]["general"]["r2_global"]
+        for name in names
+    ]
+    assert general[0].mean == pytest.approx(np.mean(scores[:2]))
+    assert general[1].difference == pytest.approx(np.mean(scores[2:]) - np.mean(scores[:2]))
+    assert json.loads((sweep.out / "ablation.json").read_text()) == found.as_json()
+    before = snapshot(sweep.out)
+    assert ablate(sweep) == found
+    changed = {name for name, value in snapshot(sweep.out).items() if value != before[name]}
+    assert changed == {"ablation.json"}
+
+
+def test_a_training_that_fails_leaves_the_others(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys))
+    run = ablation.run_trial
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "run_trial", lambda trials, n: "broke" if n == 1 else run(trials, n))
+        with pytest.raises(IncompleteError, match=r"1 of 4 trainings failed: 000-seed4 \(unify.mode=off\): broke"):
+            ablate(sweep)
+    assert (sweep.out / "001-seed4/summary.json").exists()
+    assert len(ablate(sweep).rows) > 0
+
+
+def test_a_sweep_that_cannot_work_is_bad_input(toys: Path, tmp_path: Path) -> None:
+    sweep: Sweep = load_sweep(write_sweep(tmp_path, toys, grid={"base": ["none"]}))
+    with pytest.raises(ConfigError, match="2 of 2 trainings failed"):
+        ablate(sweep)
+
+
+def test_the_command_prints_the_table(toys: Path, tmp_path: Path) -> None:
+    from cli.train import app
+
+    file = write_sweep(tmp_path, toys)
+    result = CliRunner().invoke(app, ["ablate", "-c", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "unify.mode=untrained" in result.stdout
+    assert "95% interval" in result.stdout
+    again = CliRunner().invoke(app, ["ablate", "-c", str(file), "--json"])
+    rows = json.loads(again.stdout)["rows"]
+    assert all(math.isfinite(row["mean"]) for row in rows)

@@ -1,0 +1,100 @@
+"""Runs side by side, on evaluations whose figures are set by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cache.errors import ConfigError, CorruptError
+from trainer.compare import compare, mean_r2, plot
+from trainer.config import validate_config
+
+
+def scores_of(**r2: float) -> dict[str, Any]:
+    """An evaluation in which each teacher has that R2, and 0.2 by the frozen base."""
+
+    def teachers(values: dict[str, float]) -> dict[str, Any]:
+        return {
+            name: {"kappa": 0.5, "r2_global": value + 0.1, "r2_patch": value - 0.1} for name, value in values.items()
+        }
+
+    return {
+        "teachers": teachers(r2),
+        "frozen_base": {"teachers": teachers(dict.fromkeys(r2, 0.2))},
+        "base": {"r2": 0.9, "kappa": 0.8},
+        "linear_probe": 0.7,
+        "knn": 0.6,
+        "effective_rank": 5.0,
+    }
+
+
+def write_run(folder: Path, evaluated: bool = True, **r2: float) -> Path:
+    folder.mkdir()
+    config = validate_config({"caches": ["c"], "base": "b", "teachers": list(r2)}, "test")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    scores = scores_of(**r2)
+    summary = {
+        "steps": 20, "rows": 2000, "seconds": 4.0, "parameters": 7, "validation_rows": 5,
+        "validation": {part: scores[part] for part in ("teachers", "base")},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    half = scores_of(**{name: value / 2 for name, value in r2.items()})
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 10, "validation": half}) + "\n")
+    if evaluated:
+        (folder / "eval.json").write_text(json.dumps(scores))
+    return folder
+
+
+def test_transfer_is_relative_to_a_run_for_that_teacher_alone(tmp_path: Path) -> None:
+    both = write_run(tmp_path / "both", b=1.0, s=0.5, t=0.3, u=0.4)
+    solo_s, solo_t = write_run(tmp_path / "s", b=1.0, s=0.6), write_run(tmp_path / "t", b=1.0, t=0.7)
+    hopeless = write_run(tmp_path / "u", b=1.0, u=0.21)
+    found = compare([both, solo_s, solo_t, hopeless])[0]
+    assert found.transfer == pytest.approx({"s": 0.3 / 0.4, "t": 0.1 / 0.5})  # nothing is divided by u's 0.01
+    values = found.as_json()
+    assert values["transfer_min"] == pytest.approx(0.2)
+    assert values["transfer_spread"] == pytest.approx(0.75 - 0.2)
+    assert values["rows_per_second"] == 500
+    assert compare([both, solo_s])[0].transfer.keys() == {"s"}
+
+
+def test_the_course_ends_with_the_summary(tmp_path: Path) -> None:
+    (found,) = compare([write_run(tmp_path / "run", b=0.8, s=0.4)])
+    assert found.curve == [(10, pytest.approx(0.3)), (20, pytest.approx(0.6))]
+
+
+def test_without_an_evaluation_the_summary_speaks(tmp_path: Path) -> None:
+    (found,) = compare([write_run(tmp_path / "run", False, b=0.8, s=0.4)])
+    assert found.scores is None
+    assert mean_r2(found.r2["s"]) == pytest.approx(0.4)
+    assert found.kept == {"r2": 0.9, "kappa": 0.8}
+
+
+def test_mean_needs_every_output() -> None:
+    assert mean_r2({"r2_global": 0.5, "r2_patch": 0.3}) == pytest.approx(0.4)
+    assert mean_r2({"r2_global": 0.5, "r2_patch": None}) is None
+    assert mean_r2({}) is None
+
+
+def test_the_plot(tmp_path: Path) -> None:
+    runs = compare([write_run(tmp_path / "one", b=0.8, s=0.4), write_run(tmp_path / "two", b=0.8)])
+    plot(runs, tmp_path / "pictures/p.png")
+    assert (tmp_path / "pictures/p.png").read_bytes().startswith(b"\x89PNG")
+    plot(runs, tmp_path / "p.svg")
+    assert all(name in (tmp_path / "p.svg").read_text() for name in ("one", "two"))
+    with pytest.raises(ConfigError, match=r"plot: .*give a path that ends in \.png or \.svg"):
+        plot(runs, tmp_path / "p.nothing")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found no config"):
+        compare([tmp_path])
+    run = write_run(tmp_path / "run", b=1.0)
+    (run / "eval.json").write_text("{")
+    with pytest.raises(CorruptError, match=r"eval\.json"):
+        compare([run])
+    (run / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="expected a run that ended"):
+        compare([run])

@@ -1,0 +1,67 @@
+"""Rows kept in memory, and how much memory there is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import Cache, open_cache
+from trainer import resident
+from trainer.resident import Shelf, free_memory
+
+
+def counting(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Notes how many rows are read from the cache, call by call."""
+    counts: list[int] = []
+    read = cache.read_encoded
+
+    def counted(teacher: str, output: str, rows: np.ndarray) -> object:
+        counts.append(len(rows))
+        return read(teacher, output, rows)
+
+    monkeypatch.setattr(cache, "read_encoded", counted)
+    return counts
+
+
+def test_a_row_is_read_once_where_there_is_room(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(toys)
+    expected = cache.read_encoded("big", "patch", slice(None)).values
+    counts = counting(cache, monkeypatch)
+    shelf = Shelf(2**20)
+    for rows in ([3, 1, 3], [1, 2, 69], [69, 3]):
+        np.testing.assert_array_equal(shelf.take(cache, "big", "patch", np.array(rows)), expected[rows])
+    assert counts == [2, 2]
+
+
+def test_what_is_given_out_is_the_callers_own(toys: Path) -> None:
+    shelf, cache = Shelf(2**20), open_cache(toys)
+    first = shelf.take(cache, "big", "patch", np.arange(3))
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(shelf.take(cache, "big", "patch", np.arange(3)), expected)
+
+
+def test_outputs_without_room_are_read_each_time(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(toys)
+    array = cache.teachers["big"].published.layouts["global"]
+    size = cache.rows * int(np.prod(array.item_shape)) * array.dtype.itemsize
+    counts = counting(cache, monkeypatch)
+    shelf = Shelf(size)
+    for _ in range(2):
+        for output in ("global", "patch"):
+            shelf.take(cache, "big", output, np.arange(5))
+    assert counts == [5, 5, 5]  # `global` once, `patch` twice
+
+
+def test_free_memory_is_a_share_of_the_lower_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(resident, "_GROUP", tmp_path)
+    assert free_memory() == 0
+    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable:   1000 kB\n")
+    assert free_memory() == int(0.4 * 1000 * 1024)
+    assert free_memory(4) == int(0.4 * 1000 * 1024 / 4)
+    (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == int(0.4 * 1000 * 1024)
+    (tmp_path / "memory.max").write_text("5100\n")
+    assert free_memory() == 2000

@@ -1,0 +1,173 @@
+"""Many trainings that differ in a few keys, and what the differences are worth.
+
+Every training is a plain `fit` into `<out>/<cell>-seed<seed>`. Cells are compared seed by seed: the same seed means the
+same batches and initial values, so that the differences vary less than the figures themselves.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from cache.errors import ConfigError, IncompleteError, KpuError
+from trainer.files import replace_file, write_error
+from trainer.loop import fit
+from trainer.runs import RunFolder
+from trainer.sweeps import Sweep, Trial, name_of
+
+LEVEL: Final = 0.95
+_TABLE: Final = "ablation.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of a cell: its mean over seeds and, but for the first cell, the paired difference from the first.
+
+    `low` and `high` bound the mean difference with a confidence of 95%, by Student's t distribution over the seeds;
+    None where there are fewer than two.
+    """
+
+    cell: str
+    figure: str
+    mean: float
+    seeds: int
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The table of a sweep; rows of one figure follow one another, cell after cell."""
+
+    out: Path
+    rows: tuple[Row, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, null where a number is none."""
+        rows = [
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
+            for row in map(asdict, self.rows)
+        ]
+        return {"out": str(self.out), "rows": rows}
+
+
+def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], None] | None = None) -> Ablation:
+    """Do every training that has not ended yet, and compare the cells; the table is kept as `ablation.json`, too.
+
+    Raises:
+        ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster.
+        IncompleteError: some trainings failed; those that ended are kept.
+    """
+    try:
+        sweep.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, sweep.out) from error
+    if sweep.executor == "ray":
+        sweep = replace(sweep, trials=tuple(map(_on_own_cores, sweep.trials)))
+    waiting = [trial for trial in sweep.trials if _summary(sweep, trial) is None]
+    say = tell or (lambda _: None)
+    say(f"{len(sweep.trials)} trainings: {len(sweep.cells)} cells, {len(sweep.seeds)} seeds, {len(waiting)} to do")
+    failures = _by_ray(sweep, waiting, address) if sweep.executor == "ray" else _inline(sweep, waiting, say)
+    if failures:
+        reasons = "; ".join(f"{trial.name} ({name_of(sweep.cells[trial.cell])}): {why}" for trial, why in failures)
+        kind = ConfigError if len(failures) == len(sweep.trials) else IncompleteError
+        raise kind(f"{len(failures)} of {len(sweep.trials)} trainings failed: {reasons}; the same command goes on")
+    found = Ablation(sweep.out, tuple(compare(sweep, [_figures(sweep, trial) for trial in sweep.trials])))
+    replace_file(sweep.out / _TABLE, (json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n").encode())
+    return found
+
+
+def compare(sweep: Sweep, figures: list[dict[str, float]]) -> list[Row]:
+    """The table of `figures`, one mapping for each of `sweep.trials`."""
+    rows = []
+    for figure in figures[0]:
+        values = np.full((len(sweep.cells), len(sweep.seeds)), np.nan)
+        for trial, found in zip(sweep.trials, figures, strict=True):
+            values[trial.cell, sweep.seeds.index(trial.seed)] = found.get(figure, np.nan)
+        for number, cell in enumerate(sweep.cells):
+            mean = float(values[number].mean())
+            row = Row(name_of(cell), figure, mean, len(sweep.seeds))
+            rows.append(row if number == 0 else _against(row, values[number] - values[0]))
+    return rows
+
+
+def _against(row: Row, differences: "np.ndarray[Any, Any]") -> Row:
+    """The row with the mean difference and its interval, mean +- t s / sqrt(n) with n - 1 degrees of freedom."""
+    count, mean = len(differences), float(differences.mean())
+    if count < 2:
+        return Row(row.cell, row.figure, row.mean, row.seeds, mean)
+    reach = student_t.ppf((1 + LEVEL) / 2, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
+    return Row(row.cell, row.figure, row.mean, row.seeds, mean, mean - float(reach), mean + float(reach))
+
+
+def run_trial(trials: list[tuple[Trial, Path]], number: int) -> str | None:
+    """Begin a training, or go on with it; why it failed, None where it did not."""
+    trial, path = trials[number]
+    try:
+        fit(trial.config, path, resume=RunFolder(path).begun)
+    except KpuError as error:
+        return str(error)
+    return None
+
+
+def _inline(sweep: Sweep, waiting: list[Trial], say: Callable[[str], None]) -> list[tuple[Trial, str]]:
+    failures = []
+    trials = [(trial, sweep.out / trial.name) for trial in waiting]
+    for number, trial in enumerate(waiting):
+        failure = run_trial(trials, number)
+        say(f"{trial.name}: {failure or 'done'}")
+        if failure is not None:
+            failures.append((trial, failure))
+    return failures
+
+
+def _by_ray(sweep: Sweep, waiting: list[Trial], address: str | None) -> list[tuple[Trial, str]]:
+    if not waiting:
+        return []
+    from trainer.ray_train import run_trials  # the one module that knows Ray
+
+    threads = max(int(trial.config.threads) for trial in waiting)
+    trials = [(trial, sweep.out / trial.name) for trial in waiting]
+    storage = sweep.out / ".ray"
+    found = run_trials(partial(run_trial, trials), len(trials), storage=storage, address=address, threads=threads)
+    shutil.rmtree(storage, ignore_errors=True)
+    return [(trial, why) for trial, why in zip(waiting, found, strict=True) if why is not None]
+
+
+def _on_own_cores(trial: Trial) -> Trial:
+    """Trainings side by side must not take all cores each."""
+    if trial.config.threads != "auto":
+        return trial
+    return replace(trial, config=trial.config.model_copy(update={"threads": 1}))
+
+
+def _summary(sweep: Sweep, trial: Trial) -> dict[str, Any] | None:
+    """How a training ended; None where it has not, or was done with another configuration."""
+    run = RunFolder(sweep.out / trial.name)
+    if not run.begun:
+        return None
+    return None if run.changes(trial.config) else run.summary()
+
+
+def _figures(sweep: Sweep, trial: Trial) -> dict[str, float]:
+    """The scores of a training on its validation rows, by flat names such as `general r2_global`."""
+    summary = RunFolder(sweep.out / trial.name).summary()
+    assert summary is not None
+    scores = summary["validation"]
+    sections = {**scores["teachers"], "base kept": {k: v for k, v in scores["base"].items() if k != "r2"}}
+    return {
+        f"{name} {key.removeprefix('r2_')}": math.nan if value is None else float(value)
+        for name, values in sections.items()
+        for key, value in values.items()
+    }

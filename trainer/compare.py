@@ -1,0 +1,180 @@
+"""Runs side by side: one line a run, the transfer balance where runs for one teacher are among them, and a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from cache import open_cache
+from cache.digests import digest_of
+from cache.errors import ConfigError, CorruptError
+from trainer.evaluate import evaluation_file
+from trainer.runs import RunFolder
+
+_DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run. `scores` is what `kpu-train eval` kept, None where it was not run: then R2 is the summary's.
+
+    `transfer` is by teacher rho = (R2 - R2_frozen) / (R2_solo - R2_frozen), R2 the mean over outputs, `solo` the run
+    for that teacher alone; None without such a run, or where even it gains nothing.
+    """
+
+    name: str
+    kind: str
+    teachers: tuple[str, ...]
+    base: str
+    summary: dict[str, Any]
+    scores: dict[str, Any] | None
+    curve: list[tuple[int, float]]
+    transfer: dict[str, float]
+
+    @property
+    def r2(self) -> dict[str, dict[str, float | None]]:
+        """By teacher and `r2_<output>`."""
+        teachers = (self.scores or self.summary["validation"])["teachers"]
+        return {name: {k: v for k, v in each.items() if k.startswith("r2_")} for name, each in teachers.items()}
+
+    @property
+    def kept(self) -> dict[str, float | None]:
+        """How much of the base is left: `r2` and, where measured, `kappa`."""
+        base: dict[str, float | None] = (self.scores or self.summary["validation"])["base"]
+        return base
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "run": self.name,
+            "kind": self.kind,
+            "base": self.base,
+            "parameters": self.summary["parameters"],
+            "steps": self.summary["steps"],
+            "seconds": self.summary["seconds"],
+            "rows_per_second": rate(self.summary),
+            "r2": self.r2,
+            "kept": self.kept,
+            "evaluation": self.scores,
+            "transfer": self.transfer,
+            "transfer_min": min(self.transfer.values(), default=None),
+            "transfer_spread": np.ptp(list(self.transfer.values())) if self.transfer else None,
+        }
+
+
+def compare(paths: Sequence[Path], caches: Sequence[str] = ()) -> list[Compared]:
+    """Read what finished runs say of themselves and what `kpu-train eval` kept.
+
+    Args:
+        paths: folders of runs.
+        caches: take the evaluation on these; none: the one on each run's own validation rows.
+
+    Raises:
+        ConfigError: there is no finished run, or it was not evaluated on `caches`.
+        CorruptError: an evaluation is damaged.
+    """
+    digest = digest_of([open_cache(path).plan.digest for path in caches]) if caches else None
+    found = [_read(path, evaluation_file(digest), required=bool(caches)) for path in paths]
+    for run in found:
+        run.transfer.update(_transfer(run, found))
+    return found
+
+
+def mean_r2(values: Mapping[str, float | None]) -> float | None:
+    """Mean over outputs; None where one is missing."""
+    numbers = [value for value in values.values() if value is not None]
+    return float(np.mean(numbers)) if numbers and len(numbers) == len(values) else None
+
+
+def rate(summary: Mapping[str, Any]) -> float:
+    """Training rows a second."""
+    stated: float | None = summary.get("rows_per_second")
+    return stated if stated is not None else round(summary["rows"] / max(summary["seconds"], 1e-3), 1)
+
+
+def plot(runs: Sequence[Compared], file: Path) -> None:
+    """R2 by teacher, base preservation and the course of the validation R2, as an image.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the kind of the file is unknown.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plot: needs matplotlib, which is not installed; pip install 'kpu[bench]'") from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    bars, course = figure.subplots(1, 2, width_ratios=[3, 2])
+    names = list(dict.fromkeys(name for run in runs for name in run.r2))
+    groups = [*names, "the base, kept"]
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        heights = [mean_r2(run.r2.get(name, {})) for name in names]
+        heights = [np.nan if height is None else height for height in [*heights, run.kept["r2"]]]
+        bars.bar(np.arange(len(groups)) + (number - (len(runs) - 1) / 2) * width, heights, width, label=run.name)
+        if run.curve:
+            course.plot(*zip(*run.curve, strict=True), marker=".", label=run.name)
+    bars.set_xticks(range(len(groups)), groups)
+    bars.set(title="R2, mean over outputs", ylabel="R2")
+    bars.axhline(0, color="black", linewidth=0.8)
+    course.set(title="mean R2 over teachers, on validation rows", xlabel="step")
+    bars.legend(fontsize="small")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"plot: {file}: cannot write it ({error}); give a path that ends in .png or .svg") from None
+
+
+def _read(path: Path, name: str, *, required: bool) -> Compared:
+    run = RunFolder(path)
+    config, summary = run.config(), run.summary()
+    if summary is None:
+        raise ConfigError(
+            f"{path}: expected a run that ended, found no summary; finish it with `kpu-train fit --resume`"
+        )
+    scores: dict[str, Any] | None = None
+    file = path / name
+    if file.exists():
+        try:
+            scores = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise CorruptError(str(file), f"is not JSON ({error})") from None
+    elif required:
+        raise ConfigError(
+            f"{path}: expected an evaluation on this cache, found none; run `kpu-train eval` with --cache"
+        )
+    curve = [(line["step"], _overall(line["validation"])) for line in run.metrics() if "validation" in line]
+    if summary["validation_rows"]:
+        curve.append((summary["steps"], _overall(summary["validation"])))
+    teachers = tuple(summary["validation"]["teachers"])
+    label = path.name or str(path.resolve())
+    return Compared(label, config.student.kind, teachers, config.base, summary, scores, curve, {})
+
+
+def _overall(scores: Mapping[str, Any]) -> float:
+    """Mean R2 over teachers and outputs."""
+    values = [v for each in scores["teachers"].values() for k, v in each.items() if k.startswith("r2_")]
+    return float(np.mean([np.nan if value is None else value for value in values]))
+
+
+def _transfer(run: Compared, others: Sequence[Compared]) -> dict[str, float]:
+    """Rho by teacher, for the teachers that have a run of their own among `others` (DESIGN section 7)."""
+    found: dict[str, float] = {}
+    if run.scores is None:
+        return found
+    for name in run.teachers:
+        solo = next((o for o in others if set(o.teachers) == {o.base, name} and o.base == run.base != name), None)
+        if solo is None or solo.scores is None or name not in run.r2:
+            continue
+        frozen = mean_r2(_r2_of(run.scores["frozen_base"]["teachers"].get(name, {})))
+        own, best = mean_r2(run.r2[name]), mean_r2(solo.r2.get(name, {}))
+        if frozen is not None and own is not None and best is not None and best - frozen > _DISTINCT:
+            found[name] = (own - frozen) / (best - frozen)
+    return found
+
+
+def _r2_of(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    return {key: value for key, value in scores.items() if key.startswith("r2_")}

@@ -1,0 +1,207 @@
+"""`kpu-train eval`, from top to bottom: what a finished run knows, measured on any cache, beside two controls."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.errors import StorageError
+from trainer.controls import LinearMaps
+from trainer.corpus import Corpus
+from trainer.data import Batch, Fetch, Loader, Upload
+from trainer.files import replace_file
+from trainer.heldout import FITTED_ROWS, open_training, rows_to_measure, some_of, split_training
+from trainer.measured import open_measured
+from trainer.measures import OwnHead, TeacherMeasures, mean_of
+from trainer.probing import Vectors, add_vectors, probe_all
+from trainer.resident import Rows
+from trainer.scores import batches_of
+from trainer.trained import Trained, load_trained
+
+_THREADS: Final = 2
+_AHEAD: Final = 4
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Someone to measure: the student, or the frozen base with linear maps. None: nobody predicts that teacher."""
+
+    features: Callable[[Batch], dict[str, Tensor]]
+    predict: Callable[[dict[str, Tensor], str], dict[str, Tensor] | None]
+
+
+def evaluate(
+    path: Path,
+    caches: Sequence[str] = (),
+    *,
+    controls: bool = True,
+    images: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a finished run on caches, by default on the validation rows of its own; the result is kept with the run.
+
+    Args:
+        path: the folder of the run.
+        caches: where to measure; the base must be there, and other teachers may be.
+        controls: whether to measure the frozen base and each teacher alone, too, which takes most of the time.
+        images: stands in for the root that the caches remember, for students that need images.
+        progress: is told of rows, (done, total).
+
+    Returns:
+        `{"teachers": {name: {agreement, kappa, majority, accuracy, r2_<output>}}, "base": {r2, r2_<output>, agreement,
+        kappa, majority}, "linear_probe", "knn", "effective_rank", "frozen_base": {the same}, "teacher_alone": {name:
+        {accuracy, linear_probe, knn, effective_rank}}, "run", "caches", "rows", "fitted_rows", "notes"}`; None for what
+        cannot be measured, of which `notes` says why.
+
+    Raises:
+        ConfigError: there is no finished run, or a cache lacks what is needed, or no row is there to measure on.
+        MismatchError: a cache was made with another base or other teachers.
+    """
+    trained = load_trained(path)
+    notes: list[str] = []
+    device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
+    trained.model.to(device)
+    corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
+    training = open_training(trained, corpus, notes)
+    rows, unseen = rows_to_measure(trained, corpus, bool(caches), training)
+    shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
+    reading = _Reading(trained, device, images, progress)
+    maps = LinearMaps(trained.config.base, shapes) if controls else None
+    fitted, chosen, count = Vectors(), Vectors(), 0
+    with torch.no_grad():
+        if training is not None:
+            split = split_training(trained, training, unseen)
+            count = len(split.fitted)
+            fitted = _gather(reading, training, split.fitted, maps)
+            chosen = _gather(reading, training, split.chosen)
+            if maps is not None:
+                maps.solve()
+        found, tested = _measure(reading, corpus, rows, maps)
+    names = tuple(corpus.sources) if controls else ()
+    student, alone = probe_all(names, corpus, training, fitted, chosen, tested, notes)
+    found |= student
+    if controls:
+        found["frozen_base"] |= alone[trained.config.base]
+    for name, probed in alone.items():
+        found["teacher_alone"][name] |= probed
+    found |= {
+        "run": str(path),
+        "caches": [cache.path for cache in corpus.caches],
+        "rows": len(rows),
+        "fitted_rows": count,
+        "notes": notes,
+    }
+    _keep(path, evaluation_file(corpus.digest if caches else None), found)
+    return found
+
+
+def evaluation_file(digest: str | None) -> str:
+    """The name, in a run's folder, of what was measured on caches with this `Corpus.digest`; None: on its own."""
+    return "eval.json" if digest is None else f"eval-{digest[:12]}.json"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How batches come: on which device, with which images, and who is told of it."""
+
+    trained: Trained
+    device: torch.device
+    images: str | None
+    progress: Progress | None
+
+    def batches(self, corpus: Corpus, rows: Rows) -> Iterator[Batch]:
+        """Rows of a corpus in order."""
+        student, config = self.trained.model.student, self.trained.config
+        fetch: Fetch = corpus.fetch
+        if student.needs_images:
+            from trainer.pictures import with_images  # decoding is loaded only where it is needed
+
+            place = config.images if self.images is None else config.images.model_copy(update={"root": self.images})
+            fetch = with_images(corpus, student, config.model_copy(update={"images": place}))
+        upload, done = Upload(corpus, self.device, student.input), 0
+        with Loader(fetch, _THREADS, _AHEAD) as loader:
+            for batch in batches_of(rows, config.batch_size, loader, upload):
+                yield batch
+                done += len(batch)
+                if self.progress is not None:
+                    self.progress(done, len(rows))
+
+
+def _gather(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | None = None) -> Vectors:
+    """Collect what probes and, with `maps`, linear maps are fitted on."""
+    model, labels, into = reading.trained.model, torch.from_numpy(corpus.labels()), Vectors()
+    for batch in reading.batches(corpus, rows):
+        if maps is not None:
+            maps.update(batch)
+        truth = labels[torch.from_numpy(batch.rows)]
+        add_vectors(into, model.base, batch, model.encode(batch), truth, torch.ones(len(batch), dtype=torch.bool))
+    return into
+
+
+def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | None) -> tuple[dict[str, Any], Vectors]:
+    """The student and, with `maps`, the frozen base over the rows, which are read once."""
+    config, model, device = reading.trained.config, reading.trained.model, reading.device
+    base, outputs = config.base, config.outputs
+    subjects = {"student": _Subject(model.encode, model.predict)}
+    if maps is not None:
+        subjects["frozen_base"] = _Subject(
+            lambda batch: {o: batch.targets[base][o] for o in outputs},
+            lambda features, name: maps.predict(features, name) if name in maps else None,
+        )
+    heads = {
+        n: OwnHead(s, device) if s.head is not None and "global" in outputs else None for n, s in corpus.sources.items()
+    }
+    meanings = {name: _labels_of(corpus, name) for name in corpus.sources}
+    teachers = {s: {n: TeacherMeasures(outputs, heads[n], meanings[n]) for n in corpus.sources} for s in subjects}
+    kept = {subject: TeacherMeasures(outputs, heads[base], None) for subject in subjects}
+    tested, labels = Vectors(), corpus.labels()
+    probed = np.isin(np.arange(corpus.rows), some_of(rows, FITTED_ROWS, config.seed))
+    for batch in reading.batches(corpus, rows):
+        truth, have_base = labels[batch.rows], batch.weights[base] > 0
+        for key, subject in subjects.items():
+            features = subject.features(batch)
+            own = {o: features[o][..., : batch.targets[base][o].shape[-1]] for o in outputs}
+            kept[key].update(own, batch.targets[base], have_base, truth)
+            for name in corpus.sources:
+                predicted = subject.predict(features, name)
+                if predicted is not None:
+                    valid = have_base & (batch.weights[name] > 0)
+                    teachers[key][name].update(predicted, batch.targets[name], valid, truth)
+            if key == "student":
+                mask = torch.from_numpy(probed[batch.rows])
+                add_vectors(tested, base, batch, features, torch.from_numpy(truth), mask)
+    found = {
+        key: {
+            "teachers": {name: measured.as_json() for name, measured in teachers[key].items()},
+            "base": _base_json(kept[key]),
+        }
+        for key in subjects
+    }
+    alone = {n: {"accuracy": teachers["student"][n].head.own_accuracy()} for n in corpus.sources}
+    if maps is None:
+        return found["student"], tested
+    return {**found["student"], "frozen_base": found["frozen_base"], "teacher_alone": alone}, tested
+
+
+def _labels_of(corpus: Corpus, name: str) -> tuple[int, ...] | None:
+    """What the outputs of a teacher's head stand for in these caches."""
+    return next((c.teachers[name].spec.labels for c in corpus.caches if name in c.teachers), None)
+
+
+def _base_json(measured: TeacherMeasures) -> dict[str, float | None]:
+    r2, said = measured.r2(), measured.head.as_json()
+    return {"r2": mean_of(r2), **r2, **{key: said[key] for key in ("agreement", "kappa", "majority")}}
+
+
+def _keep(path: Path, name: str, found: dict[str, Any]) -> None:
+    try:
+        replace_file(path / name, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    except StorageError as error:  # what was measured is worth more than the copy
+        found["notes"].append(f"not kept with the run: {error}")
