@@ -23,6 +23,11 @@ demo: $(STAMP)
 	$(BIN)/kpu-cache info $(DEMO)/digits.kpu
 	$(BIN)/kpu-cache verify $(DEMO)/digits.kpu
 	$(BIN)/python examples/demo/look.py $(DEMO)/digits.kpu
+	rm -rf $(DEMO)/student $(DEMO)/exported
+	$(BIN)/kpu-train fit -c examples/demo/train.yaml -o $(DEMO)/student
+	$(BIN)/kpu-train eval $(DEMO)/student
+	$(BIN)/kpu-train export $(DEMO)/student -o $(DEMO)/exported
+	$(BIN)/python examples/demo/use.py $(DEMO)/exported $(DEMO)/digits
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -71,7 +71,15 @@ def _tier_a() -> Tier:
     cells = {name: keys for name, keys in cells.items() if "student.solo" not in keys}
     for name in THREE[1:]:
         cells[f"solo {name}"] = {"teachers": ["general", name]}
-    common = {"outputs": ["global"], "batch_size": 1024, "optim.epochs": 10, "optim.lr": 2e-3, "threads": 1}
+    common = {
+        "outputs": ["global"],
+        "student.width": 64,
+        "projector.hidden": 128,
+        "batch_size": 1024,
+        "optim.epochs": 10,
+        "optim.lr": 2e-3,
+        "threads": 1,
+    }
     return Tier(common, cells, seeds=10, processes=2)
 
 

@@ -102,6 +102,11 @@ class UnifyConfig(Section):
     lowest_rank: Share = Field(default=0.02, description=_SHARE)
     lowest_reconstruction: float = Field(default=0.1, description="a number")
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a plain off
+
 
 class PreserveConfig(Section):
     """The pull that keeps the student at the base."""

@@ -19,7 +19,7 @@ from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
 from trainer.events import Events
 from trainer.model import Inheritance
 from trainer.order import make_order
-from trainer.prepare import check_student, prepare_space
+from trainer.prepare import check_student, gate_space, prepare_space
 from trainer.resident import Rows, free_memory
 from trainer.runs import RunFolder
 from trainer.scores import batches_of, score
@@ -27,6 +27,7 @@ from trainer.training import Training
 from trainer.world import World, join_world
 
 VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the end
+GATED_ROWS: Final = 2048
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with each object that is logged."""
@@ -136,6 +137,7 @@ def train(
         failpoint("train.step")
         if training.step % config.log.checkpoint == 0 or training.step == training.steps:
             training.check_finite()
+            gate_joint_space(training, stream, loader, upload)
             some = validation[:VALIDATION_ROWS]
             if len(some) and training.step < training.steps:
                 batches = batches_of(some, config.batch_size, loader, upload)
@@ -144,6 +146,18 @@ def train(
                 save_checkpoint(run.checkpoints, training.checkpoint(position))
             world.wait()
     return position
+
+
+def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload: Upload) -> None:
+    """Refuse a space that learns along with the student and has collapsed; nothing of it is saved then.
+
+    Raises:
+        MismatchError: naming the teacher and the figure.
+    """
+    config = training.config
+    if config.unify.mode == "joint":
+        rows = stream.draw(0, min(GATED_ROWS, stream.rows)).rows
+        gate_space(training.model, batches_of(rows, config.batch_size, loader, upload))
 
 
 def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:

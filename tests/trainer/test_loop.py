@@ -165,6 +165,14 @@ def test_a_collapsed_space_is_refused(configure: Configure, tmp_path: Path) -> N
         fit(configure(unify={"mode": "pretrained", "steps": 1}), tmp_path / "run")
 
 
+def test_a_joint_space_is_gated_before_anything_is_kept(configure: Configure, tmp_path: Path) -> None:
+    config = configure(unify={"mode": "joint", "lowest_rank": 1.0})  # all directions alike: no space has that
+    with pytest.raises(MismatchError, match=r"'big'.*effective rank of at least"):
+        fit(config, tmp_path / "run")
+    assert not any((tmp_path / "run/checkpoints").iterdir())
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_training_and_no_checkpoint_is_made_of_it(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
