@@ -192,57 +192,78 @@ def _one(tier: str, cell: str, seed: int, folder: Path, keep: bool) -> dict[str,
 
 @app.command()
 def table(tier: Annotated[str, typer.Option(help="A or B.")], folder: Folder = HOME) -> None:
-    """Means over seeds, and paired differences to the first cell with 95% intervals."""
+    """Means over seeds, then paired differences to the first cell with 95% intervals (t distribution)."""
     results = _results(folder, tier)
     chosen = TIERS[tier]()
+    runs = {cell: {r["seed"]: _figures(r["scores"]) for r in results if r["cell"] == cell} for cell in chosen.cells}
+    _add_balance(runs)
+    runs = {cell: found for cell, found in runs.items() if found}
+    names = list(dict.fromkeys(name for found in runs.values() for figures in found.values() for name in figures))
     reference = next(iter(chosen.cells))
-    figures = {cell: {r["seed"]: _figures(r["scores"]) for r in results if r["cell"] == cell} for cell in chosen.cells}
-    names = list(dict.fromkeys(name for runs in figures.values() for run in runs.values() for name in run))
-    console = Console(width=200)
-    shown = Table(title=f"Tier {tier}: mean over seeds; in brackets the paired difference to '{reference}', 95%")
-    shown.add_column("cell")
-    shown.add_column("seeds", justify="right")
-    for name in names:
-        shown.add_column(name, justify="right")
-    for cell, runs in figures.items():
-        if runs:
-            columns = [
-                _cell([run.get(name) for run in runs.values()], _paired(runs, figures[reference], name))
-                for name in names
-            ]
-            shown.add_row(cell, str(len(runs)), *columns)
-    console.print(shown)
+    means = {
+        cell: [_mean([f[name] for f in found.values() if name in f]) for name in names] for cell, found in runs.items()
+    }
+    paired = {
+        cell: [_difference(found, runs[reference], name) for name in names]
+        for cell, found in runs.items()
+        if cell != reference
+    }
+    _print(f"Tier {tier}: means", names, means, {cell: len(found) for cell, found in runs.items()})
+    _print(f"Tier {tier}: differences to '{reference}', 95%", names, paired, {cell: len(runs[cell]) for cell in paired})
+
+
+def _print(title: str, names: list[str], rows: Mapping[str, list[str]], seeds: Mapping[str, int]) -> None:
+    shown = Table(title=title, box=None, pad_edge=False)
+    for column in ("cell", "seeds", *names):
+        shown.add_column(column, justify="left" if column == "cell" else "right")
+    for cell, values in rows.items():
+        shown.add_row(cell, str(seeds[cell]), *values)
+    Console(width=250).print(shown)
 
 
 def _figures(scores: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    """The figures of one run under short names; R2 is the mean over outputs."""
+    found: dict[str, float | None] = {}
     for name, values in scores["teachers"].items():
         short = name.partition("_")[0]
+        r2 = [value for key, value in values.items() if key.startswith("r2_") and value is not None]
         found |= {
-            f"{short} {key}": values[key]
-            for key in ("r2_global", "r2_patch", "agreement", "kappa")
-            if values.get(key) is not None
+            f"{short} R2": float(np.mean(r2)),
+            f"{short} agree": values["agreement"],
+            f"{short} kappa": values["kappa"],
         }
-    found |= {"base r2": scores["base"]["r2"], "base kappa": scores["base"].get("kappa")}
-    found |= {key: scores[key] for key in ("linear_probe", "knn", "effective_rank") if scores.get(key) is not None}
+    found |= {"base R2": scores["base"]["r2"], "base kappa": scores["base"]["kappa"]}
+    found |= {"probe": scores["linear_probe"], "knn": scores["knn"]}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _paired(runs: Mapping[int, Any], others: Mapping[int, Any], name: str) -> list[float]:
-    return [runs[s][name] - others[s][name] for s in runs if s in others and name in runs[s] and name in others[s]]
+def _add_balance(runs: Mapping[str, dict[int, dict[str, float]]]) -> None:
+    """Add the least rho of the specialists: R2 from that of the frozen base (0) to that of a student of its own (1)."""
+    frozen = runs.get("frozen base", {})
+    for found in runs.values():
+        for seed, figures in found.items():
+            rho = []
+            for name in ("animals", "vehicles"):
+                key = f"{name} R2"
+                solo = runs.get(f"solo {name}", {}).get(seed, {}).get(key)
+                zero = frozen.get(seed, {}).get(key)
+                if solo is not None and zero is not None and key in figures:
+                    rho.append((figures[key] - zero) / (solo - zero))
+            if len(rho) == 2:
+                figures["min rho"] = min(rho)
 
 
-def _cell(values: list[float | None], differences: list[float]) -> str:
-    present = [value for value in values if value is not None]
-    if not present:
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def _difference(runs: Mapping[int, Any], others: Mapping[int, Any], name: str) -> str:
+    shared = [seed for seed in runs if seed in others and name in runs[seed] and name in others[seed]]
+    found = [runs[seed][name] - others[seed][name] for seed in shared]
+    if not found:
         return ""
-    text = f"{np.mean(present):.3f}"
-    if any(differences):
-        half = (
-            stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences) if len(differences) > 1 else float("nan")
-        )
-        text += f"\n[{np.mean(differences):+.3f} ± {half:.3f}]"
-    return text
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found) if len(found) > 1 else float("nan")
+    return f"{np.mean(found):+.3f}±{half:.3f}"
 
 
 def _results(folder: Path, tier: str) -> list[dict[str, Any]]:
