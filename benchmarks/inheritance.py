@@ -162,7 +162,7 @@ def run(
 
 def _one(tier: str, cell: str, seed: int, folder: Path, keep: bool) -> dict[str, Any]:
     from trainer.config import validate_config
-    from trainer.evaluate import evaluate
+    from trainer.evaluation.evaluate import evaluate
     from trainer.loop import fit
 
     chosen = TIERS[tier]()

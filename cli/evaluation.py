@@ -11,8 +11,8 @@ from rich.table import Table
 from cli.units import human_bytes
 
 if TYPE_CHECKING:  # these load torch
-    from trainer.compare import Compared
-    from trainer.export import Export
+    from trainer.evaluation.compare import Compared
+    from trainer.exporting.export import Export
 
 _TEACHER_KEYS = ("agreement", "kappa", "majority", "accuracy", "r2_global", "r2_patch")
 

@@ -110,7 +110,7 @@ def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json:
 
     The result is kept with the run, for `compare`.
     """
-    from trainer.evaluate import evaluate as measure
+    from trainer.evaluation.evaluate import evaluate as measure
 
     with progress_bar("rows") as progress:
         found = measure(run, cache or (), images=images, progress=progress)
@@ -135,7 +135,7 @@ def export(
 ) -> None:
     """Write the student as its user runs it, on images; first its features are compared with those from the cache."""
     from cli.evaluation import show_export
-    from trainer.export import export as write
+    from trainer.exporting.export import export as write
 
     show_export(console(), write(run, out, bundle=bundle, images=images, program=program))
 
@@ -149,8 +149,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Put runs side by side: a table, and a plot. With --cache, what `eval` found on that cache."""
-    from trainer.compare import compare as read
-    from trainer.compare import plot as draw
+    from trainer.evaluation.compare import compare as read
+    from trainer.evaluation.compare import plot as draw
 
     found = read(runs, cache or ())
     if as_json:

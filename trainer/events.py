@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.losses import over_workers, worker_count
 from trainer.model import Losses
+from trainer.objective.losses import over_workers, worker_count
 from trainer.runs import RunFolder
 from trainer.training import Training
 from trainer.world import World

@@ -16,13 +16,13 @@ from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
+from trainer.evaluation.scores import batches_of, score
 from trainer.events import Events
 from trainer.model import Inheritance
 from trainer.order import make_order
 from trainer.prepare import check_student, gate_space, prepare_space
 from trainer.resident import Rows, free_memory
 from trainer.runs import RunFolder
-from trainer.scores import batches_of, score
 from trainer.training import Training
 from trainer.world import World, join_world
 

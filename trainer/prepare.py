@@ -8,9 +8,9 @@ import torch
 
 from cache.spec import TeacherSpec
 from trainer.data import Batch
-from trainer.gates import check_gates, measure_gates
 from trainer.model import Inheritance
-from trainer.pca import PcaSpace
+from trainer.objective.gates import check_gates, measure_gates
+from trainer.objective.pca import PcaSpace
 
 _NORMALISED_BY: Final = 50  # batches that a placebo's statistics are taken from
 _GATED_BY: Final = 8  # batches that the gates look at

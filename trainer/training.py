@@ -11,8 +11,8 @@ from cache.errors import TrainingError
 from trainer.checkpoint import Checkpoint, state_of
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.losses import over_workers, worker_count
 from trainer.model import Inheritance, Losses
+from trainer.objective.losses import over_workers, worker_count
 from trainer.optim import clip_gradients, make_average, make_optimizer, make_schedule, optimizer_state
 from trainer.world import World
 

@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.adapters import Beside, Bottleneck, ConvolutionBlock, Entry, MapAdapter, VectorAdapter, map_of, tokens_of
 from trainer.shapes import OutputShape
+from trainer.students.adapters import (
+    Beside,
+    Bottleneck,
+    ConvolutionBlock,
+    Entry,
+    MapAdapter,
+    VectorAdapter,
+    map_of,
+    tokens_of,
+)
 
 SHAPES = {
     "global": OutputShape(5),

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from cache.errors import ConfigError, CorruptError
-from trainer.compare import compare, mean_r2, plot
 from trainer.config import validate_config
+from trainer.evaluation.compare import compare, mean_r2, plot
 
 
 def scores_of(**r2: float) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from cache import open_cache
 from cache.errors import ConfigError, MismatchError
 from tests.toys import kpu, write_images
 from tests.trained import labelled_cache, small_run
-from trainer.controls import PENALTY, LinearMaps
 from trainer.data import Batch
-from trainer.evaluate import evaluate, evaluation_file
-from trainer.losses import resize_map
-from trainer.measures import mapped_accuracy
+from trainer.evaluation.controls import PENALTY, LinearMaps
+from trainer.evaluation.evaluate import evaluate, evaluation_file
+from trainer.evaluation.measures import mapped_accuracy
+from trainer.evaluation.trained import load_trained
+from trainer.objective.losses import resize_map
 from trainer.runs import RunFolder
 from trainer.shapes import OutputShape
 from trainer.split import validation_mask
-from trainer.trained import load_trained
 
 KEYS = {"agreement", "kappa", "majority", "accuracy", "r2_global", "r2_patch"}
 

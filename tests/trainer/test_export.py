@@ -19,12 +19,12 @@ from cache import open_cache
 from cache.errors import ConfigError, CorruptError, MismatchError
 from tests.trained import blocks_cache, labelled_cache, labelled_images, small_run, timm_cache
 from trainer import load_student
-from trainer.description import BASE, CONFIG, STUDENT
-from trainer.export import export
-from trainer.exported import Affine
-from trainer.normalize import make_normalizer
-from trainer.program import PROGRAM
-from trainer.trained import load_trained
+from trainer.evaluation.trained import load_trained
+from trainer.exporting.description import BASE, CONFIG, STUDENT
+from trainer.exporting.export import export
+from trainer.exporting.exported import Affine
+from trainer.exporting.program import PROGRAM
+from trainer.objective.normalize import make_normalizer
 
 SIDE = (("width", 8), ("depth", 1))
 
@@ -182,7 +182,7 @@ def test_a_timm_base_with_layers(model: str, place: Path, tmp_path: Path) -> Non
 def test_other_images_or_another_base_are_refused_before_anything_is_written(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer import export as module
+    from trainer.exporting import export as module
 
     pixels = module._pixels
     monkeypatch.setattr(module, "_pixels", lambda *arguments: pixels(*arguments).flip(1))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cache.errors import MismatchError
 from trainer.config import LossConfig
-from trainer.losses import (
+from trainer.objective.losses import (
     covariance_term,
     pair_loss,
     resize_map,

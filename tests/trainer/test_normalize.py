@@ -8,7 +8,7 @@ import torch
 
 from cache.errors import ConfigError
 from cache.statistics import Accumulator, Statistics
-from trainer.normalize import UnitVariance, hadamard, make_normalizer, random_orthogonal
+from trainer.objective.normalize import UnitVariance, hadamard, make_normalizer, random_orthogonal
 
 
 def sample(channels: int, rows: int = 4000, dead: bool = False) -> tuple[np.ndarray, Statistics]:

@@ -8,8 +8,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from cache.errors import MismatchError
-from trainer import probes
-from trainer.probes import knn, linear_probe
+from trainer.evaluation import probes
+from trainer.evaluation.probes import knn, linear_probe
 
 Split = tuple[Tensor, Tensor]
 

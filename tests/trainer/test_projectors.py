@@ -6,8 +6,8 @@ import torch
 
 from cache.errors import MismatchError
 from trainer.config import ProjectorConfig
-from trainer.losses import resize_map
-from trainer.projectors import PcaProjector, Projector, Projectors, slot
+from trainer.objective.losses import resize_map
+from trainer.objective.projectors import PcaProjector, Projector, Projectors, slot
 from trainer.shapes import OutputShape
 
 STUDENT = {"global": OutputShape(6), "patch": OutputShape(6, (4, 4))}

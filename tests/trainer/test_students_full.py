@@ -9,7 +9,7 @@ from timm.data.config import resolve_model_data_config
 
 from cache.errors import ConfigError, MismatchError
 from trainer.config import StudentConfig
-from trainer.losses import resize_map
+from trainer.objective.losses import resize_map
 from trainer.shapes import OutputShape
 from trainer.students import BaseInfo, Student, make_student
 

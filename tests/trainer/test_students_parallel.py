@@ -11,10 +11,10 @@ from cache.spec import CodecSpec
 from cache.statistics import Accumulator, Statistics
 from pipeline.config import TeacherConfig
 from pipeline.teachers import build_teacher
-from trainer.adapters import Beside
 from trainer.config import StudentConfig
 from trainer.shapes import shape_of
 from trainer.students import BaseInfo
+from trainer.students.adapters import Beside
 from trainer.students.parallel import ParallelStudent
 
 RESNET = f"torch:{Path(__file__).parents[2] / 'examples/cifar_resnet.py'}:resnet20"

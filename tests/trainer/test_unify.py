@@ -9,10 +9,11 @@ from torch import Tensor
 
 from cache.errors import ConfigError, MismatchError
 from trainer.config import LossConfig, UnifyConfig
-from trainer.losses import covariance_term, resize_map, row_loss, variance_term
-from trainer.pca import PcaSpace
+from trainer.objective.losses import covariance_term, resize_map, row_loss, variance_term
+from trainer.objective.pca import PcaSpace
+from trainer.objective.spaces import make_space
+from trainer.objective.unify import LearnedSpace
 from trainer.shapes import OutputShape
-from trainer.unify import LearnedSpace, make_space
 
 SHAPES = {
     "base": {"global": OutputShape(6), "patch": OutputShape(6, (3, 3))},

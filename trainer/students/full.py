@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from trainer.config import StudentConfig
-from trainer.losses import resize_map
+from trainer.objective.losses import resize_map
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe
 

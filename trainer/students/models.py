@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cache.digests import digest
 from cache.errors import ConfigError, MismatchError
 from cache.spec import InputSpec, TeacherSpec
-from trainer.adapters import tokens_of
 from trainer.shapes import Grid, OutputShape, shape_of
+from trainer.students.adapters import tokens_of
 from trainer.students.factories import data_config, from_factory, source_of
 from trainer.students.timm_models import TimmOutputs, from_timm
 from trainer.students.weights import Weights, weights_digest

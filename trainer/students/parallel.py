@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cache.errors import ConfigError, MismatchError
-from trainer.adapters import Beside, Bottleneck
 from trainer.config import StudentConfig
 from trainer.shapes import Grid
+from trainer.students.adapters import Beside, Bottleneck
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe
 

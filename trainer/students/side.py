@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cache.errors import ConfigError
-from trainer.adapters import MapAdapter, VectorAdapter
 from trainer.config import StudentConfig
 from trainer.shapes import OutputShape
+from trainer.students.adapters import MapAdapter, VectorAdapter
 from trainer.students.base import BaseInfo, Student
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer.data import Batch, Drawn, Loader, Upload
-from trainer.metrics import R2
+from trainer.evaluation.metrics import R2
 from trainer.model import Inheritance
 from trainer.resident import Rows
 

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from cache.spec import TeacherSpec
 from trainer.checkpoint import pack_tensors
-from trainer.description import BASE, Description
-from trainer.exported import Affine, ExportedStudent
-from trainer.measured import wanted_outputs
-from trainer.normalize import PhiNormalizer
-from trainer.projectors import slot
+from trainer.evaluation.measured import wanted_outputs
+from trainer.evaluation.trained import Trained
+from trainer.exporting.description import BASE, Description
+from trainer.exporting.exported import Affine, ExportedStudent
+from trainer.objective.normalize import PhiNormalizer
+from trainer.objective.projectors import slot
 from trainer.students.factories import source_of, split_place
 from trainer.students.full import FullStudent
 from trainer.students.models import build_base
 from trainer.students.timm_models import TimmOutputs
-from trainer.trained import Trained
 
 TIMM: Final = "timm.safetensors"
 BUNDLED_BYTES: Final = 2 * 10**9

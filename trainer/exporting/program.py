@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cache.errors import MismatchError
-from trainer.exported import ExportedStudent
+from trainer.exporting.exported import ExportedStudent
 
 PROGRAM: Final = "student.pt2"
 SAME: Final = 1e-3

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cache.errors import ConfigError
 from cache.statistics import Accumulator
 from trainer.config import UnifyConfig
-from trainer.projectors import PcaProjector, Shapes, onto_grid, slot
-from trainer.unify import Outputs, Restorations, SharedSpace, Targets, Weights
+from trainer.objective.projectors import PcaProjector, Shapes, onto_grid, slot
+from trainer.objective.unify import Outputs, Restorations, SharedSpace, Targets, Weights
 
 
 class PcaSpace(SharedSpace):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data import Batch
-from trainer.projectors import onto_grid
+from trainer.objective.projectors import onto_grid
 from trainer.shapes import OutputShape
 
 PENALTY: Final = 1e-4

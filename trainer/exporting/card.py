@@ -1,14 +1,12 @@
 """The model card of an exported student."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainer.assemble import TIMM
-from trainer.description import BASE, Description
-from trainer.trained import Trained
-
-if TYPE_CHECKING:
-    from trainer.export import Checked
+from trainer.evaluation.trained import Trained
+from trainer.exporting.assemble import TIMM
+from trainer.exporting.checked import Checked
+from trainer.exporting.description import BASE, Description
 
 _CARD = """# Student of {names}
 
@@ -41,7 +39,7 @@ them, and whoever passes this folder on must.
 {notes}"""
 
 
-def write_card(trained: Trained, description: Description, checked: "Checked", notes: list[str]) -> str:
+def write_card(trained: Trained, description: Description, checked: Checked, notes: list[str]) -> str:
     """Markdown: what it is, how to run it, how it was checked, how close it is to its teachers, whose weights."""
     spec, size = description.base, description.input.size
     return _CARD.format(
@@ -101,7 +99,7 @@ def _extra(description: Description) -> str:
     )
 
 
-def _checked(checked: "Checked") -> str:
+def _checked(checked: Checked) -> str:
     parts = [f"{name} of the base {value:.4f} (limit {checked.base_limit:.4f})" for name, value in checked.base.items()]
     parts += [
         f"{name} of the student {value:.4f} (limit {checked.student_limit:.4f})"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses import resize_map
+from trainer.objective.losses import resize_map
 from trainer.shapes import Grid, OutputShape
 
 _GROUPS = 8

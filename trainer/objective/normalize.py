@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cache.errors import ConfigError
 from cache.statistics import ALL_DEAD, Statistics
-from trainer.losses import over_workers, weighted_moments
+from trainer.objective.losses import over_workers, weighted_moments
 
 F64 = npt.NDArray[np.float64]
 Kind = Literal["standardize", "phi-s", "raw"]

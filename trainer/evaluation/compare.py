@@ -11,7 +11,7 @@ import numpy as np
 from cache import open_cache
 from cache.digests import digest_of
 from cache.errors import ConfigError, CorruptError
-from trainer.evaluate import evaluation_file
+from trainer.evaluation.evaluate import evaluation_file
 from trainer.runs import RunFolder
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by

@@ -12,9 +12,9 @@ from torch import Tensor
 from cache.statistics import Accumulator
 from trainer.corpus import Corpus
 from trainer.data import Batch
-from trainer.measures import NO_LABEL, Features
-from trainer.metrics import covariance_rank
-from trainer.probes import knn, linear_probe
+from trainer.evaluation.measures import NO_LABEL, Features
+from trainer.evaluation.metrics import covariance_rank
+from trainer.evaluation.probes import knn, linear_probe
 
 STUDENT: Final = "/student"  # a name that no teacher can have
 

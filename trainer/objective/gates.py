@@ -15,9 +15,9 @@ from torch import Tensor
 from cache.errors import MismatchError
 from cache.statistics import Accumulator
 from trainer.config import LossConfig, UnifyConfig
-from trainer.losses import row_loss
-from trainer.metrics import R2, covariance_rank
-from trainer.unify import SharedSpace, Targets, Weights
+from trainer.evaluation.metrics import R2, covariance_rank
+from trainer.objective.losses import row_loss
+from trainer.objective.unify import SharedSpace, Targets, Weights
 
 
 @dataclass(frozen=True)

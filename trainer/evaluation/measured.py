@@ -8,7 +8,7 @@ from cache.errors import ConfigError, MismatchError
 from cache.opened import Teacher
 from cache.spec import TeacherSpec
 from trainer.corpus import Corpus
-from trainer.trained import Trained
+from trainer.evaluation.trained import Trained
 
 _NOT_COMPARED: Final = "outputs"  # a cache may have more of them than the run reads
 

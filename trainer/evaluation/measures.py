@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.corpus import Source
-from trainer.metrics import R2, agreement, cohens_kappa
+from trainer.evaluation.metrics import R2, agreement, cohens_kappa
 from trainer.resident import Rows
 
 Features = Mapping[str, Tensor]

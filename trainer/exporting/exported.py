@@ -19,9 +19,9 @@ from cache.pixels.decode import decode_image
 from cache.pixels.resize import geometry, resize_image
 from cache.spec import ImageStatus
 from cache.statistics import Statistics
-from trainer.description import BASE, STUDENT, Description, read_bytes, read_description
-from trainer.normalize import Normalizer
-from trainer.projectors import Projectors, slot
+from trainer.exporting.description import BASE, STUDENT, Description, read_bytes, read_description
+from trainer.objective.normalize import Normalizer
+from trainer.objective.projectors import Projectors, slot
 from trainer.students import BaseInfo, Student, make_student
 from trainer.students.models import BaseModel, build_base
 from trainer.students.weights import RANDOM, load_strictly

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cache.errors import MismatchError
 from trainer.config import ProjectorConfig
-from trainer.losses import resize_map
+from trainer.objective.losses import resize_map
 from trainer.shapes import OutputShape
 
 Shapes = Mapping[str, OutputShape]

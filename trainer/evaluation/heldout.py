@@ -8,10 +8,10 @@ import numpy as np
 from cache import Cache
 from cache.errors import ConfigError, KpuError
 from trainer.corpus import Corpus
-from trainer.measured import open_measured
+from trainer.evaluation.measured import open_measured
+from trainer.evaluation.trained import Trained
 from trainer.resident import Rows
 from trainer.split import validation_mask
-from trainer.trained import Trained
 
 FITTED_ROWS: Final = 2**16
 """Probes and linear maps are fitted on as many training rows, at most; probes are measured on as many, at most."""

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from cache.errors import StorageError
-from trainer.controls import LinearMaps
 from trainer.corpus import Corpus
 from trainer.data import Batch, Fetch, Loader, Upload
+from trainer.evaluation.controls import LinearMaps
+from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, some_of, split_training
+from trainer.evaluation.measured import open_measured
+from trainer.evaluation.measures import OwnHead, TeacherMeasures, mean_of
+from trainer.evaluation.probing import Vectors, add_vectors, probe_all
+from trainer.evaluation.scores import batches_of
+from trainer.evaluation.trained import Trained, load_trained
 from trainer.files import replace_file
-from trainer.heldout import FITTED_ROWS, open_training, rows_to_measure, some_of, split_training
-from trainer.measured import open_measured
-from trainer.measures import OwnHead, TeacherMeasures, mean_of
-from trainer.probing import Vectors, add_vectors, probe_all
 from trainer.resident import Rows
-from trainer.scores import batches_of
-from trainer.trained import Trained, load_trained
 
 _THREADS: Final = 2
 _AHEAD: Final = 4

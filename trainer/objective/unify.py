@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig, UnifyConfig
-from trainer.losses import covariance_term, row_loss, variance_term, weighted_mean
-from trainer.normalize import UnitVariance
-from trainer.projectors import Projector, Shapes, check_outputs, onto_grid, slot
+from trainer.objective.losses import covariance_term, row_loss, variance_term, weighted_mean
+from trainer.objective.normalize import UnitVariance
+from trainer.objective.projectors import Projector, Shapes, check_outputs, onto_grid, slot
 
 Targets = Mapping[str, Mapping[str, Tensor]]
 Weights = Mapping[str, Tensor]
@@ -190,32 +190,6 @@ class LearnedSpace(SharedSpace):
         if self.base in targets:
             placed[self.base] = {o: targets[self.base][o].float() for o in self.shapes[self.base]}
         return placed
-
-
-def make_space(
-    config: UnifyConfig, base: str, shapes: Mapping[str, Shapes], seed: int, *, loss: LossConfig | None = None
-) -> SharedSpace | None:
-    """The space that `unify.mode` names, its maps drawn from `seed` alone; None for `off`.
-
-    Args:
-        config: the section `unify`.
-        base: name of the base, which is in `shapes`.
-        shapes: shapes of the targets by teacher and output; each output is one of the base's.
-        seed: of the initial maps.
-        loss: weights of the pair loss within the maps' own objective; None for the default.
-
-    Raises:
-        MismatchError: a specialist has an output that the base lacks, or one is a map and the other a vector.
-    """
-    if config.mode == "off":
-        return None
-    if config.mode == "pca":
-        from trainer.pca import PcaSpace  # which builds on this module
-
-        return PcaSpace(config, base, shapes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LearnedSpace(config, base, shapes, loss or LossConfig())
 
 
 def _restore_frozen(space: nn.Module, _: Any) -> None:

@@ -1,0 +1,1 @@
+"""What a trained student knows: measures, probes, controls, runs side by side."""

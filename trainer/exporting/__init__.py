@@ -1,0 +1,1 @@
+"""A trained student as its user runs it, on images."""
