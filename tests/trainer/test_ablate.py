@@ -136,7 +136,7 @@ def test_the_command_prints_the_table(toys: Path, tmp_path: Path) -> None:
     from cli.train import app
 
     file = write_sweep(tmp_path, toys)
-    result = CliRunner().invoke(app, ["ablate", "-c", str(file)])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", "-c", str(file)])
     assert result.exit_code == 0, result.output
     assert "unify.mode=untrained" in result.stdout
     assert "95% interval" in result.stdout
