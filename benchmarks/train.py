@@ -117,7 +117,7 @@ def _time(folder: Path, student: str, source: str, batch: int, steps: int, devic
     }
     config = validate_config(values, "benchmark")
     world = join_world(config)
-    corpus = open_corpus(config)
+    corpus = open_corpus(config, world)
     model = Inheritance(config, corpus.sources).to(world.device)
     stream = open_stream(config, corpus)
     training = Training(config, model, world, steps + 2)
@@ -127,7 +127,7 @@ def _time(folder: Path, student: str, source: str, batch: int, steps: int, devic
 
         live = run_teachers
     with open_loader(config, corpus, model, live) as loader:
-        upload = Upload(corpus, world.device, model.student.input)
+        upload = Upload(corpus, world.device, model.student.input, raw=source == "live")
         loaded: Iterator[Any] = loader.load(draw_batches(stream, config, 0))
         ready = (upload(host) for _, host in loaded)
         if source == "resident":

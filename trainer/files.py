@@ -1,11 +1,13 @@
 """Writing files so that a crash leaves the old one or the new one, never a part."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from cache.errors import FullDiskError, StorageError
+from cache.errors import ConfigError, FullDiskError, StorageError
 from cache.localstore import FULL
 
 
@@ -44,6 +46,34 @@ def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise write_error(error, path) from error
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which stays, while this process lives.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: it cannot be made.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise write_error(error, path) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"{path.parent}: expected nobody else at work there, found another process; wait for its end, or choose "
+            "another folder"
+        ) from None
+    except OSError:  # a file system without locks: nobody can be told apart
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_error(error: OSError, path: Path) -> StorageError:

@@ -18,6 +18,7 @@ from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
 from trainer.evaluation.scores import batches_of, score
 from trainer.events import Events
+from trainer.files import held
 from trainer.model import Inheritance
 from trainer.order import make_order
 from trainer.prepare import check_student, gate_space, prepare_space
@@ -73,6 +74,7 @@ def fit(
         if finished is not None:
             world.leave()
             return Fitted(out, finished)
+        world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
             prepare_space(model, batches_from(stream, config, loader, upload), watch)

@@ -240,3 +240,19 @@ def test_images_that_changed_are_refused(
     config = configure(student=images_student(place, "full"), images={"root": str(moved)})
     with pytest.raises(error, match=r"images\.root|expected the image"):
         fit(config, tmp_path / "run")
+
+
+def test_two_trainings_at_once_in_one_folder(configure: Configure, tmp_path: Path) -> None:
+    config = configure(log={"every": 1, "checkpoint": 1})
+    refused: list[str] = []
+
+    def again(_: dict[str, Any]) -> None:
+        if not refused:
+            with pytest.raises(ConfigError, match="nobody else at work") as caught:
+                fit(config, tmp_path / "run", resume=True)
+            refused.append(str(caught.value))
+
+    fit(config, tmp_path / "run", watch=again)
+    fit(config, tmp_path / "whole")
+    assert refused
+    assert_same(tmp_path / "run", tmp_path / "whole")
