@@ -326,7 +326,14 @@ def patchy(config: Path, digits: Path) -> Path:
 
 MODES = {
     "plain": [],
-    "joint": ["unify.mode=joint", "preserve.weight=1.0", "unify.lowest_reconstruction=-9", "unify.lowest_rank=0"],
+    "joint": [
+        "unify.mode=joint",
+        "preserve.weight=1.0",
+        "optim.lr=0.01",
+        "log.checkpoint=100",
+        "unify.lowest_reconstruction=-9",
+        "unify.lowest_rank=0",
+    ],
 }
 
 
