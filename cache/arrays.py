@@ -25,7 +25,9 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
 
 
 def array_metadata(layout: ArrayLayout, attributes: Mapping[str, Any]) -> bytes:
-    """The `zarr.json` of an array of this layout."""
+    """The `zarr.json` of an array of this layout; of a group, with an attribute `tar`, where it is kept in tars."""
+    if layout.member is not None:
+        return group_metadata({**attributes, "tar": _tar_attributes(layout)})
     blosc = BloscCodec(
         typesize=layout.dtype.itemsize,
         cname=BLOSC_CNAME,
@@ -68,10 +70,39 @@ def array_layout(raw: bytes, file: str) -> tuple[ArrayLayout, dict[str, Any]]:
     """
     document = _parse(raw, file)
     try:
-        layout = _layout(document, file)
+        tars = document["node_type"] == "group"
+        layout = _tar_layout(document["attributes"]["tar"]) if tars else _layout(document, file)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptError(file, f"is not the metadata of an array of a cache ({error!r})") from None
     return layout, _attributes(document, file)
+
+
+def _tar_attributes(layout: ArrayLayout) -> dict[str, Any]:
+    return {
+        "shape": list(layout.shape),
+        "dtype": layout.dtype.name,
+        "fill": None if np.isnan(layout.fill) else layout.fill,
+        "rows_per_tar": layout.unit_rows,
+        "member": layout.member,
+        "gzip": layout.compressed,
+    }
+
+
+def _tar_layout(attributes: dict[str, Any]) -> ArrayLayout:
+    rows, *item_shape = attributes["shape"]
+    if attributes["dtype"] not in _DTYPES or not isinstance(attributes["member"], str):
+        raise ValueError(f"tar: expected a dtype among {_DTYPES} and the name of members, found {attributes}")
+    fill = attributes["fill"]
+    return ArrayLayout(
+        rows=int(rows),
+        unit_rows=int(attributes["rows_per_tar"]),
+        chunk_rows=1,
+        item_shape=tuple(int(length) for length in item_shape),
+        dtype=np.dtype(attributes["dtype"]),
+        fill=float("nan") if fill is None else int(fill),
+        compressed=bool(attributes["gzip"]),
+        member=attributes["member"],
+    )
 
 
 def _layout(document: dict[str, Any], file: str) -> ArrayLayout:

@@ -50,7 +50,7 @@ __all__ = [
 LOSSLESS_TOLERANCE: Final = 1e-2
 FORMAT_STEP: Final = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 Remeasure = Callable[[str, npt.NDArray[Any]], RowFidelity]
-Encode = Callable[[npt.NDArray[Any], ArrayLayout], Shard]
+Encode = Callable[[npt.NDArray[Any], ArrayLayout, int], Shard]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def _restored(shards: UnitShards, teacher: PublishedTeacher, record: UnitRecord)
 
 def output_shard(teacher: PublishedTeacher, output: OutputSpec, unit: int) -> str:
     """Key of the object that holds one unit of one output."""
-    return layout.shard(f"{layout.teacher(teacher.spec.name)}/{output.name}", unit, len(output.shape))
+    folder = f"{layout.teacher(teacher.spec.name)}/{output.name}"
+    return teacher.layouts[output.name].key(folder, unit)
 
 
 def _publish_output(
@@ -160,7 +161,7 @@ def _publish_output(
     def agree(standing: npt.NDArray[Any]) -> bool:
         return _agree(teacher, output.name, standing, stored, valid)
 
-    settled = shards.publish(output_shard(teacher, output, unit), array, lambda: encode(stored, array), agree)
+    settled = shards.publish(output_shard(teacher, output, unit), array, lambda: encode(stored, array, unit), agree)
     if settled is None:
         return None
     rows = ours.rows if settled.values is None else remeasure(output.name, settled.values)

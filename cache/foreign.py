@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from cache import layout
 from cache.published import GROUP, TeacherFiles
+from cache.shardwriter import ArrayLayout
 from cache.spec import Plan
 from cache.storage import Storage
 
@@ -25,13 +26,15 @@ def foreign_files(storage: Storage, plan: Plan, teachers: Mapping[str, TeacherFi
         outputs = [output.name for output in teacher.spec.outputs]
         files = {file for file in teacher.files if "/" not in file}
         yield from _others(storage, folder, {*files, "commits", *outputs})
-        yield from _foreign_units(storage, plan, folder, outputs)
+        yield from _foreign_units(storage, plan, folder, outputs, tars=teacher.spec.format == "webdataset")
 
 
-def foreign_beside_shard(storage: Storage, array: str, unit: int, item_dims: int) -> Iterator[str]:
-    """Names in the folders that a shard's key makes, other than those on the way to the shard."""
+def foreign_beside_shard(storage: Storage, array: str, unit: int, shape: ArrayLayout) -> Iterator[str]:
+    """Names in the folders that a shard's key makes, other than those on the way to the shard; a tar's makes none."""
+    if shape.member is not None:
+        return
     folder = f"{array}/c/{unit}"
-    for _ in range(item_dims):
+    for _ in shape.item_shape:
         yield from _others(storage, folder, {"0"})
         folder += "/0"
 
@@ -42,16 +45,28 @@ def _others(storage: Storage, folder: str, known: Collection[str]) -> Iterator[s
             yield f"{folder}/{name}"
 
 
-def _foreign_units(storage: Storage, plan: Plan, folder: str, arrays: Collection[str]) -> Iterator[str]:
+def _foreign_units(
+    storage: Storage, plan: Plan, folder: str, arrays: Collection[str], *, tars: bool = False
+) -> Iterator[str]:
     for name in storage.names(f"{folder}/commits"):
         number = name.removesuffix(".json")
         if not _is_unit(number, plan) or layout.commit(folder, int(number)) != f"{folder}/commits/{name}":
             yield f"{folder}/commits/{name}"
     for array in arrays:
+        if tars:
+            yield from _foreign_tars(storage, plan, f"{folder}/{array}")
+            continue
         yield from _others(storage, f"{folder}/{array}", {GROUP, "c"})
         for name in storage.names(f"{folder}/{array}/c"):
             if not _is_unit(name, plan) or name != str(int(name)):
                 yield f"{folder}/{array}/c/{name}"
+
+
+def _foreign_tars(storage: Storage, plan: Plan, folder: str) -> Iterator[str]:
+    for name in storage.names(folder):
+        number = name.removesuffix(".tar")
+        if name != GROUP and (not _is_unit(number, plan) or layout.tar(folder, int(number)) != f"{folder}/{name}"):
+            yield f"{folder}/{name}"
 
 
 def _is_unit(digits: str, plan: Plan) -> bool:

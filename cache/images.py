@@ -50,7 +50,7 @@ def publish_images(
         values = getattr(images, name).astype(array.dtype, copy=False)
 
         def encode(values: npt.NDArray[Any] = values, array: ArrayLayout = array) -> Shard:
-            return encode_shard(values, array)
+            return encode_shard(values, array, unit)
 
         def agree(standing: npt.NDArray[Any], values: npt.NDArray[Any] = values) -> bool:
             return np.array_equal(standing, values)
@@ -83,7 +83,7 @@ def _restore(storage: Storage, plan: Plan, unit: int, shards: UnitShards) -> Non
 
 
 def _shard(name: str, unit: int, array: ArrayLayout) -> str:
-    return layout.shard(f"{layout.IMAGES}/{name}", unit, len(array.item_shape))
+    return array.key(f"{layout.IMAGES}/{name}", unit)
 
 
 def _compare(storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str) -> ImagesRecord:

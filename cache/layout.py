@@ -55,5 +55,10 @@ def commit(folder: str, unit: int) -> str:
 
 
 def shard(array: str, unit: int, item_dims: int) -> str:
-    """The one object that holds `unit` of the array in folder `array`; `item_dims` is the rank of one row."""
+    """The one object that holds `unit` of the Zarr array in folder `array`; `item_dims` is the rank of one row."""
     return "/".join([array, "c", str(unit), *["0"] * item_dims])
+
+
+def tar(array: str, unit: int) -> str:
+    """The one object that holds `unit` of the column of tars in folder `array`."""
+    return f"{array}/{unit:06d}.tar"

@@ -18,7 +18,7 @@ from cache.digests import DIGEST_BYTES, digest, digest_of
 from cache.errors import CorruptError
 from cache.plans import chunk_rows, read_checked
 from cache.shards import ArrayLayout
-from cache.spec import OutputSpec, Plan, TeacherSpec
+from cache.spec import OutputSpec, Plan, ShardFormat, TeacherSpec
 from cache.statistics import Statistics, load_statistics
 from cache.storage import Storage
 
@@ -59,16 +59,25 @@ class PublishedTeacher(TeacherFiles):
     head: Head | None
 
 
-def output_layout(plan: Plan, output: OutputSpec, grid: Grid) -> ArrayLayout:
-    """Layout of one output's array: a chunk is one row of a map, 64 rows of vectors."""
+def output_layout(plan: Plan, spec: TeacherSpec, output: OutputSpec, grid: Grid) -> ArrayLayout:
+    """Layout of one output's array: in Zarr a chunk is one row of a map, 64 rows of vectors; in tars one row."""
+    return shard_layout(plan.rows, plan.unit_rows, spec.name, spec.format, output, grid)
+
+
+def shard_layout(
+    rows: int, unit_rows: int, teacher: str, shards: ShardFormat, output: OutputSpec, grid: Grid
+) -> ArrayLayout:
+    """As `output_layout`, from its parts."""
+    tar = shards == "webdataset"
     return ArrayLayout(
-        rows=plan.rows,
-        unit_rows=plan.unit_rows,
-        chunk_rows=1 if len(output.shape) > 1 else chunk_rows(plan.unit_rows),
+        rows=rows,
+        unit_rows=unit_rows,
+        chunk_rows=1 if tar or len(output.shape) > 1 else chunk_rows(unit_rows),
         item_shape=output.shape,
         dtype=grid.dtype,
         fill=grid.fill,
         compressed=grid.compressed,
+        member=f"{teacher}.{output.name}" if tar else None,
     )
 
 
@@ -157,7 +166,7 @@ def load_teacher(storage: Storage, plan: Plan, name: str) -> PublishedTeacher:
         file = f"{folder}/{output.name}/zarr.json"
         array, attributes = array_layout(raw[f"{output.name}/zarr.json"], file)
         grid, tokens = Grid.from_attributes(attributes.get("kpu", {}), file)
-        if not _same_layout(array, output_layout(plan, output, grid)) or tokens != output.grid:
+        if not _same_layout(array, output_layout(plan, teacher.spec, output, grid)) or tokens != output.grid:
             raise CorruptError(file, f"does not fit the plan and the spec: found {array}", teacher=name)
         grids[output.name], layouts[output.name] = grid, array
     return PublishedTeacher(

@@ -1,28 +1,37 @@
-"""One unit of one array as the bytes of one Zarr v3 `sharding_indexed` object, and fast checked reads of its rows.
+"""One unit of one array as the bytes of one object, and fast checked reads of its rows.
+
+As a Zarr v3 `sharding_indexed` object:
 
     chunk 0 | chunk 1 | ... | seal (16 bytes) | index (16 bytes a chunk) | crc32c of the index (4 bytes)
 
-Each chunk ends with its own crc32c. The seal is BLAKE2b-128 of all chunk bytes and the index. To Zarr it is
-unreferenced space inside the shard, which the format allows; to us it binds the shard to the commit record that
-repeats it: two shards with chunks of equal sizes have equal indices, and only the seal tells them apart.
+Each chunk ends with its own crc32c; its 16 bytes in the index are its offset and size. The seal is BLAKE2b-128 of all
+chunk bytes and the index. To Zarr it is unreferenced space inside the shard, which the format allows; to us it binds
+the shard to the commit record that repeats it: two shards with chunks of equal sizes have equal indices, and only the
+seal tells them apart.
+
+As a tar:
+
+    header | row, padded to 512 bytes | header | row | ... | two blocks of zeros | seal | index | crc32c of the index
+
+To a tar's reader the file ends with the zeros. The 16 bytes of a row in the index are the offset of its bytes, their
+number (4 bytes) and their crc32c (4 bytes); all bits are set for a masked row, which has no member.
 """
 
 import os
-from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cache.chunks import CRC_BYTES, decode_chunk, is_intact, use_one_thread
+from cache.chunks import CRC_BYTES, is_intact, use_one_thread
 from cache.digests import DIGEST_BYTES, digest
 from cache.errors import CorruptError
-from cache.shardwriter import ABSENT, ArrayLayout, Shard, encode_shard
+from cache.shardindex import Index, parse_index
+from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.spec import ShardRecord
 from cache.storage import Handle
 
@@ -75,7 +84,7 @@ class ShardReader:
         self._file, self._unit, self._teacher = file, unit, teacher
         self.rows: Final = layout.valid_rows(unit)
         """Valid rows of this unit."""
-        self._bounds = self._load_index()
+        self._index = self._load_index()
 
     def read(
         self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], *, at: npt.NDArray[np.int64] | None = None
@@ -104,8 +113,8 @@ class ShardReader:
         pairs = sorted(zip(wanted, targets, strict=True))
         if pairs[0][0] < 0 or pairs[-1][0] >= self.rows:
             raise IndexError(f"{self._file}: rows {pairs[0][0]} to {pairs[-1][0]} of a unit that has {self.rows}")
-        spans = self._spans(pairs)
-        threads = 1 if len(spans) == 1 else self._threads(len(spans), len(pairs) * layout.row_bytes)
+        spans = self._spans(pairs, out)
+        threads = 1 if len(spans) < 2 else self._threads(len(spans), len(pairs) * layout.row_bytes)
         if threads == 1:
             self._read_spans(spans, out)
         else:
@@ -120,53 +129,54 @@ class ShardReader:
         Raises:
             CorruptError: any byte is not the one that was written.
         """
-        data = self._fetch(0, self._handle.size)
-        bounds = self._bounds
-        for chunk, (start, end) in enumerate(pairwise(bounds)):
-            if not is_intact(data[start:end]):
+        data, index = self._fetch(0, self._handle.size), self._index
+        for chunk, (start, end) in enumerate(zip(index.starts, index.ends, strict=True)):
+            if start >= 0 and not index.is_intact(chunk, data[start:end]):
                 raise self._corrupt(f"chunk {chunk} does not match its crc32c")
-        if self._check_tail(data[bounds[-1] :]) != bounds:
+        payload = self._handle.size - self._tail_bytes
+        if self._check_tail(data[payload:]) != index:
             raise self._corrupt("changed while it was read")
         view = memoryview(data)
-        if digest(view[: bounds[-1]], view[bounds[-1] + DIGEST_BYTES : -CRC_BYTES]) != self._seal:
+        if digest(view[:payload], view[payload + DIGEST_BYTES : -CRC_BYTES]) != self._seal:
             raise self._corrupt("does not match its seal")
 
-    def _load_index(self) -> "array[int]":
-        tail_bytes = DIGEST_BYTES + 16 * self._layout.chunks_per_shard + CRC_BYTES
-        if self._handle.size < tail_bytes:
-            raise self._corrupt(f"holds {self._handle.size} bytes, too few for its index")
-        return self._check_tail(self._fetch(self._handle.size - tail_bytes, tail_bytes))
+    @property
+    def _tail_bytes(self) -> int:
+        return DIGEST_BYTES + 16 * self._layout.chunks_per_shard + CRC_BYTES
 
-    def _check_tail(self, tail: bytes) -> "array[int]":
-        """Check the seal and the index; return the bounds between the chunks, chunks + 1 of them."""
-        layout = self._layout
+    def _load_index(self) -> Index:
+        if self._handle.size < self._tail_bytes:
+            raise self._corrupt(f"holds {self._handle.size} bytes, too few for its index")
+        return self._check_tail(self._fetch(self._handle.size - self._tail_bytes, self._tail_bytes))
+
+    def _check_tail(self, tail: bytes) -> Index:
+        """Check the seal and the index."""
         if not is_intact(tail[DIGEST_BYTES:]):
             raise self._corrupt("the index does not match its crc32c")
         if tail[:DIGEST_BYTES].hex() != self._seal:
             raise self._corrupt("is not the shard that was committed (its seal differs)")
-        index = np.frombuffer(tail[DIGEST_BYTES:-CRC_BYTES], dtype="<u8").reshape(-1, 2)
-        present = -(-self.rows // layout.chunk_rows)
-        offsets, sizes = index[:present].T.astype(np.int64)  # an absurd size turns negative here
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        if not (
-            (index[present:] == ABSENT).all()
-            and (sizes > CRC_BYTES).all()
-            and (offsets == bounds[:-1]).all()
-            and bounds[-1] == self._handle.size - len(tail)
-            and (layout.compressed or (sizes == layout.chunk_bytes + CRC_BYTES).all())
-        ):
+        raw, payload = tail[DIGEST_BYTES:-CRC_BYTES], self._handle.size - len(tail)
+        index = parse_index(raw, self._layout, self.rows, payload)
+        if index is None:
             raise self._corrupt("the index does not describe the chunks of this unit")
-        return array("q", bounds.tobytes())  # compact, and gives plain integers
+        return index
 
-    def _spans(self, pairs: list[tuple[int, int]]) -> list[_Span]:
-        """Group sorted (row, target) by chunk, and chunks that lie close together into spans to be fetched at once."""
-        chunk_rows, bounds, longest = self._layout.chunk_rows, self._bounds, self._handle.fetch_bytes
+    def _spans(self, pairs: list[tuple[int, int]], out: npt.NDArray[Any]) -> list[_Span]:
+        """Group sorted (row, target) by chunk, and chunks that lie close together into spans to be fetched at once.
+
+        Rows without a chunk are filled here.
+        """
+        chunk_rows, index, longest = self._layout.chunk_rows, self._index, self._handle.fetch_bytes
+        starts, ends = index.starts, index.ends
         spans: list[_Span] = []
         current = end = -1
         for row, target in pairs:
             chunk = row // chunk_rows
+            if starts[chunk] < 0:
+                out[target] = self._layout.fill
+                continue
             if chunk != current:
-                current, start, previous, end = chunk, bounds[chunk], end, bounds[chunk + 1]
+                current, start, previous, end = chunk, starts[chunk], end, ends[chunk]
                 if not spans or end - spans[-1].start > longest or start - previous > longest // 16:
                     spans.append(_Span(start, end, []))
                 spans[-1].end = end
@@ -189,7 +199,7 @@ class ShardReader:
             data = self._fetch(span.start, span.end - span.start)
             for chunk, start, end, wanted in span.chunks:
                 raw = data if len(span.chunks) == 1 else data[start - span.start : end - span.start]
-                if not is_intact(raw):
+                if not self._index.is_intact(chunk, raw):
                     raise self._corrupt(f"chunk {chunk} does not match its crc32c")
                 if one_row:
                     first = wanted[0][1]
@@ -206,7 +216,7 @@ class ShardReader:
 
     def _decode(self, chunk: int, raw: bytes, target: npt.NDArray[Any]) -> None:
         try:
-            decode_chunk(raw, target, compressed=self._layout.compressed)
+            self._index.decode(raw, target)
         except ValueError as error:
             raise self._corrupt(f"chunk {chunk} cannot be decoded ({error})") from None
 

@@ -1,4 +1,4 @@
-"""The layout of an array, and one unit of it as the bytes of one shard; `cache.shards` says what is in those."""
+"""The layout of an array, and one unit of it as the bytes of one object; `cache.shards` says what is in those."""
 
 import hashlib
 from concurrent.futures import Executor
@@ -10,8 +10,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cache import layout as keys
 from cache.chunks import crc, encode_chunk, use_one_thread
 from cache.digests import DIGEST_BYTES
+from cache.members import TAR_BLOCK, TAR_CRC_SHIFT, TAR_END, encode_member, is_fill, member_name, tar_header
 
 ABSENT: Final = 2**64 - 1  # offset and size of a chunk that is not there
 _BATCH_BYTES: Final = 1 << 20  # decoded bytes of chunks that one task encodes
@@ -19,7 +21,10 @@ _BATCH_BYTES: Final = 1 << 20  # decoded bytes of chunks that one task encodes
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """Shape and storage of one array: [rows, *item_shape], one shard a unit, `chunk_rows` rows an inner chunk."""
+    """Shape and storage of one array: [rows, *item_shape], one shard a unit, `chunk_rows` rows an inner chunk.
+
+    With `member` a shard is a tar instead, of one file `<row>.<member>` a row; a chunk is one row then.
+    """
 
     rows: int
     unit_rows: int
@@ -28,9 +33,12 @@ class ArrayLayout:
     dtype: np.dtype[Any]
     fill: int | float
     compressed: bool
+    member: str | None = None
 
     def __post_init__(self) -> None:
         smallest = min(self.rows, self.unit_rows, self.chunk_rows, *self.item_shape)
+        if self.member is not None and self.chunk_rows != 1:
+            raise ValueError(f"a tar holds one row a member: {self}")
         if smallest < 1 or self.unit_rows % self.chunk_rows:
             raise ValueError(f"unit_rows must be a multiple of chunk_rows, and no dimension empty: {self}")
 
@@ -60,6 +68,10 @@ class ArrayLayout:
         """Bytes of one decoded row."""
         return prod(self.item_shape) * self.dtype.itemsize
 
+    def key(self, folder: str, unit: int) -> str:
+        """The object that holds `unit` of the array in `folder`."""
+        return keys.shard(folder, unit, len(self.item_shape)) if self.member is None else keys.tar(folder, unit)
+
     def valid_rows(self, unit: int) -> int:
         """Rows of the array that lie in `unit`."""
         return max(0, min(self.unit_rows, self.rows - unit * self.unit_rows))
@@ -73,12 +85,13 @@ class Shard:
     seal: str
 
 
-def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, *, pool: Executor | None = None) -> Shard:
+def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, unit: int, *, pool: Executor | None = None) -> Shard:
     """Encode one unit.
 
     Args:
         values: [n, *item_shape] of the layout's dtype, 1 <= n <= unit_rows.
         layout: of the array. A partial last chunk is padded with its fill.
+        unit: its number, of which only tars make use: they name their rows.
         pool: compresses chunks in its threads; the bytes are the same without.
 
     Raises:
@@ -87,6 +100,8 @@ def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, *, pool: Executo
     rows = len(values) if values.ndim else 0
     if values.shape[1:] != layout.item_shape or values.dtype != layout.dtype or not 1 <= rows <= layout.unit_rows:
         raise ValueError(f"values {values.dtype}{list(values.shape)} do not fit {layout}")
+    if layout.member is not None:
+        return encode_tar(values, layout, unit, pool)
     use_one_thread()
     step = layout.chunk_rows
     if rows % step:
@@ -106,9 +121,38 @@ def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, *, pool: Executo
     sizes = np.fromiter(map(len, encoded), dtype="<u8", count=len(encoded))
     index[: len(encoded), 1] = sizes
     index[: len(encoded), 0] = np.cumsum(sizes) - sizes
+    return _seal(seal, encoded, index)
+
+
+def encode_tar(values: npt.NDArray[Any], layout: ArrayLayout, unit: int, pool: Executor | None) -> Shard:
+    """Encode one unit as a tar; see `encode_shard`. Rows that hold nothing but the fill have no member."""
+    assert layout.member is not None
+    first = unit * layout.unit_rows
+    present = [row for row in range(len(values)) if not is_fill(values[row], layout.fill)]
+    payloads = (pool.map if pool else map)(
+        partial(encode_member, compressed=layout.compressed), (values[row] for row in present)
+    )
+    parts: list[bytes] = []
+    index = np.full((layout.chunks_per_shard, 2), ABSENT, dtype="<u8")
+    offset = 0
+    for row, payload in zip(present, payloads, strict=True):
+        header = tar_header(member_name(first + row, layout.member, compressed=layout.compressed), len(payload))
+        padding = bytes(-len(payload) % TAR_BLOCK)
+        parts += [header, payload, padding]
+        index[row] = offset + len(header), len(payload) | int.from_bytes(crc(payload), "little") << TAR_CRC_SHIFT
+        offset += len(header) + len(payload) + len(padding)
+    parts.append(TAR_END)
+    seal = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        seal.update(part)
+    return _seal(seal, parts, index)
+
+
+def _seal(seal: "hashlib.blake2b", parts: list[bytes], index: npt.NDArray[np.uint64]) -> Shard:
+    """Append the tail; `seal` has seen the parts."""
     raw_index = index.tobytes()
     seal.update(raw_index)
-    return Shard(b"".join([*encoded, seal.digest(), raw_index, crc(raw_index)]), seal.hexdigest())
+    return Shard(b"".join([*parts, seal.digest(), raw_index, crc(raw_index)]), seal.hexdigest())
 
 
 def _encode_chunks(chunks: npt.NDArray[Any], *, compressed: bool) -> list[bytes]:

@@ -11,6 +11,7 @@ from cache.digests import digest_of
 FORMAT = "kpu-cache"
 VERSION = 1
 DEFAULT_STEP = 0.05
+ShardFormat = Literal["zarr", "webdataset"]
 
 
 class Frozen(BaseModel):
@@ -91,7 +92,7 @@ class TeacherSpec(Frozen):
 
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
     the Python file that defines a `torch:` model. `labels` says which data label each output of the head stands for
-    (-1: none). `outputs` are in stored order.
+    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value.
     """
 
     name: str
@@ -105,6 +106,7 @@ class TeacherSpec(Frozen):
     labels: tuple[int, ...] | None = None
     has_head: bool = False
     codec: CodecSpec
+    format: ShardFormat = "zarr"
 
     @property
     def held_bytes_per_row(self) -> int:
@@ -114,7 +116,7 @@ class TeacherSpec(Frozen):
     @property
     def model_part(self) -> dict[str, Any]:
         """What decides the features, without how they are stored nor where the weights were read from."""
-        parts = self.model_dump(mode="json", exclude={"name", "weights", "codec", "labels", "has_head"})
+        parts = self.model_dump(mode="json", exclude={"name", "weights", "codec", "labels", "has_head", "format"})
         kind, _, rest = self.model.partition(":")
         if kind == "torch":  # the file may move; its content is in source_digest
             parts["model"] = f"torch:{rest.rpartition(':')[2]}"

@@ -91,7 +91,8 @@ def publish_teacher(
     for output in spec.outputs:
         layout.check_name("output", output.name)
         grid = grids[output.name]
-        metadata = array_metadata(output_layout(plan, output, grid), {"kpu": grid.attributes(output.grid)})
+        array = output_layout(plan, spec, output, grid)
+        metadata = array_metadata(array, {"kpu": grid.attributes(output.grid)})
         files[f"{output.name}/zarr.json"] = settle(f"{output.name}/zarr.json", metadata)
     failpoint("teacher.arrays")
 

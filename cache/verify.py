@@ -114,7 +114,7 @@ class _Units:
         none = np.empty(0, np.float32)
         self._outputs = {
             name: {
-                output.name: output_layout(plan, output, Grid(teacher.spec.codec, none, none))
+                output.name: output_layout(plan, teacher.spec, output, Grid(teacher.spec.codec, none, none))
                 for output in teacher.spec.outputs
             }
             for name, teacher in teachers.items()
@@ -179,10 +179,9 @@ class _Units:
     def _check_shard(
         self, folder: str, array: ArrayLayout, record: ShardRecord, unit: int, teacher: str | None
     ) -> ShardReader | None:
-        dims = len(array.item_shape)
-        for foreign in foreign_beside_shard(self._storage, folder, unit, dims):
+        for foreign in foreign_beside_shard(self._storage, folder, unit, array):
             self._report.add_foreign(foreign, unit=unit, teacher=teacher)
-        key = layout.shard(folder, unit, dims)
+        key = array.key(folder, unit)
 
         def check() -> ShardReader:
             reader = open_committed(self._storage, key, array, record, unit=unit, teacher=teacher)

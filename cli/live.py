@@ -81,5 +81,5 @@ class _Live:
 def _load(cache: Cache, name: str, device: str) -> Teacher:
     spec = cache.teachers[name].spec
     teacher = build_teacher(name, teacher_config(spec), device=device, seed=cache.plan.seed)
-    check_same(spec, teacher.spec(spec.codec))
+    check_same(spec, teacher.spec(spec.codec, spec.format))
     return teacher

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from cache import layout
 from cache.errors import ConfigError
 from cache.settings import Section, override, read_yaml, section, split, validate
-from cache.spec import CodecSpec
+from cache.spec import CodecSpec, ShardFormat
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -124,6 +124,7 @@ class ExtractConfig(Section):
         default="auto", description="a power of two from 64 to 4096, or auto"
     )
     codec: CodecSpec = CodecSpec()
+    format: ShardFormat = Field(default="zarr", description="zarr or webdataset")
     calibration_rows: Positive | Auto = Field(default="auto", description=_COUNT_OR_AUTO)
     calibration_from: Text | None = Field(default=None, description="the path or URL of another cache, or null")
     allow_nonfinite: bool = Field(default=False, description="true or false")

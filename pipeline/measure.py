@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from cache.codecs import Grid
-from cache.shards import ArrayLayout, encode_shard
-from cache.spec import OutputSpec
+from cache.plans import MAX_CHUNK_ROWS
+from cache.published import shard_layout
+from cache.shards import encode_shard
+from cache.spec import OutputSpec, ShardFormat
 from pipeline.collect import UnitFeatures
 from pipeline.reports import Stopwatch
-
-GLOBAL_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,18 @@ def measurement(rows: int, started: float, watch: Stopwatch, sizes: dict[str, di
 
 
 def encoded_sizes(
-    features: UnitFeatures, outputs: tuple[OutputSpec, ...], grids: Mapping[str, Grid], pool: Executor | None = None
+    features: UnitFeatures,
+    outputs: tuple[OutputSpec, ...],
+    grids: Mapping[str, Grid],
+    shards: ShardFormat,
+    pool: Executor | None = None,
 ) -> dict[str, int]:
     """Bytes of each output's shard, as `extract` would write it; compressed in the threads of `pool`."""
     sizes = {}
     for output in outputs:
         stored = features.outputs[output.name].stored
         grid = grids[output.name]
-        layout = ArrayLayout(
-            rows=len(stored),
-            unit_rows=-(-len(stored) // GLOBAL_CHUNK_ROWS) * GLOBAL_CHUNK_ROWS,
-            chunk_rows=1 if output.grid is not None else GLOBAL_CHUNK_ROWS,
-            item_shape=output.shape,
-            dtype=grid.dtype,
-            fill=grid.fill,
-            compressed=grid.compressed,
-        )
-        sizes[output.name] = len(encode_shard(stored, layout, pool=pool).data)
+        unit_rows = -(-len(stored) // MAX_CHUNK_ROWS) * MAX_CHUNK_ROWS
+        layout = shard_layout(len(stored), unit_rows, "teacher", shards, output, grid)
+        sizes[output.name] = len(encode_shard(stored, layout, 0, pool=pool).data)
     return sizes

@@ -96,7 +96,7 @@ class Worker:
     def describe(self) -> list[Description]:
         """Say what was loaded, in the order of the configuration."""
         return [
-            Description(teacher.spec(self._config.codec_of(name)), teacher.head)
+            Description(teacher.spec(self._config.codec_of(name), self._config.format), teacher.head)
             for name, teacher in self._engine.teachers.items()
         ]
 
@@ -220,9 +220,9 @@ class Worker:
             )
         return sum(output.bytes for output in record.outputs.values())
 
-    def _encode(self, watch: Stopwatch, values: np.ndarray, layout: ArrayLayout) -> Shard:
+    def _encode(self, watch: Stopwatch, values: np.ndarray, layout: ArrayLayout, unit: int) -> Shard:
         with watch("encode"):
-            return encode_shard(values, layout, pool=self._pool)
+            return encode_shard(values, layout, unit, pool=self._pool)
 
     def _remeasure(self, unit: int, name: str, output: str, stored: np.ndarray) -> RowFidelity:
         """How well `stored`, which somebody else published, stands for the features of this unit."""
@@ -259,7 +259,9 @@ class Worker:
         computed = self._engine.compute(timed, names, device_grids, watch)
         with watch("encode"):
             sizes = {
-                name: encoded_sizes(features, self._engine.teachers[name].outputs, grids[name], self._pool)
+                name: encoded_sizes(
+                    features, self._engine.teachers[name].outputs, grids[name], self._config.format, self._pool
+                )
                 for name, features in computed.teachers.items()
             }
         return measurement(timed.num_rows, started, watch, sizes)

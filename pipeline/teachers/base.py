@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cache.errors import ConfigError, TeacherError
 from cache.layout import check_name
-from cache.spec import CodecSpec, OutputSpec, TeacherSpec
+from cache.spec import CodecSpec, OutputSpec, ShardFormat, TeacherSpec
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, reason
 from pipeline.teachers.weights import weights_digest
@@ -78,8 +78,8 @@ class Teacher:
                 result[output.name] = tensor.to(torch.float32).contiguous()
             return result
 
-    def spec(self, codec: CodecSpec) -> TeacherSpec:
-        """What the cache records of this teacher, stored with `codec`."""
+    def spec(self, codec: CodecSpec, shards: ShardFormat = "zarr") -> TeacherSpec:
+        """What the cache records of this teacher, stored with `codec` in shards of this format."""
         return TeacherSpec(
             name=self.name,
             model=self.model,
@@ -92,6 +92,7 @@ class Teacher:
             labels=self.labels,
             has_head=self.head is not None,
             codec=codec,
+            format=shards,
         )
 
     def _normalise(self, images_BHWC: Tensor) -> Tensor:

@@ -188,8 +188,13 @@ def commit_unit(
 def build(
     path: Path | str, *, codec: str = "uniform", run: str = "run", arm: tuple[str, str] | None = None
 ) -> SmallCache:
-    """Make the cache, or complete what stands; `arm` is a stage (plan, teacher or unit) and a failpoint armed in it."""
+    """Make the cache, or complete what stands; `arm` is a stage (plan, teacher or unit) and a failpoint armed in it.
+
+    `codec` is its name, or `<name> in tars`.
+    """
     storage = open_storage(path, create=True)
+    codec, _, tars = codec.partition(" in ")
+    shards = "webdataset" if tars else "zarr"
 
     def stage(name: str) -> None:
         if arm and arm[0] == name:
@@ -199,7 +204,9 @@ def build(
         stage("plan")
         plan = make_plan(storage, run)
         stage("teacher")
-        teachers = {name: make_teacher(storage, plan, teacher_spec(name, codec), run) for name in OUTPUTS}
+        teachers = {
+            name: make_teacher(storage, plan, teacher_spec(name, codec, format=shards), run) for name in OUTPUTS
+        }
         stage("unit")
         for unit in range(plan.units):
             for teacher in teachers.values():

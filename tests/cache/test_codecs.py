@@ -196,7 +196,7 @@ def test_heavy_tailed_features_are_small_and_close(kind: str, tail: float) -> No
     stored = grid.encode(features)
     rows = len(features)
     layout = ArrayLayout(rows, rows, chunk_rows, features.shape[1:], grid.dtype, MASKED, grid.compressed)
-    size = len(encode_shard(stored, layout).data) / (2 * features.size)
+    size = len(encode_shard(stored, layout, 0).data) / (2 * features.size)
     fidelity = measure(features, grid.decode(stored), grid.saturated(features), stats)
     assert size <= 0.45
     assert np.sqrt(fidelity.squared_error.mean()) <= 0.0145

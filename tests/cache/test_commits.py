@@ -158,14 +158,14 @@ def foreign(small: SmallCache, kind: str) -> bytes:
         return (small.path / "teachers/alpha/patch/c/0/0/0").read_bytes()
     if kind == "other mask":
         values[NONFINITE_ROW - 8] = 0
-        return encode_shard(values, array).data
+        return encode_shard(values, array, 0).data
     if kind == "masked too much":
         values[0] = array.fill
-        return encode_shard(values, array).data
+        return encode_shard(values, array, 0).data
     if kind == "one fill value":
         values[NONFINITE_ROW - 8] = array.fill
         values[1, 2, 3] = array.fill
-        return encode_shard(values, array).data
+        return encode_shard(values, array, 0).data
     return bytes(flipped)
 
 

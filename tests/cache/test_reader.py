@@ -34,12 +34,13 @@ def expected_mask(teacher: str | None) -> np.ndarray:
     return valid
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, *(f"{codec} in tars" for codec in CODECS)])
 @pytest.mark.parametrize(("teacher", "output"), ALL)
 def test_what_is_read_is_what_the_teacher_gave_within_the_codecs_bound(
     built_cache, codec: str, teacher: str, output: str
 ) -> None:
     cache = open_cache(built_cache(codec).path)
+    codec = codec.removesuffix(" in tars")
     features = features_of(teacher, cache.teachers[teacher].outputs[output])
     valid = expected_mask(teacher)
     values = cache.read(teacher, output, valid)
@@ -51,6 +52,34 @@ def test_what_is_read_is_what_the_teacher_gave_within_the_codecs_bound(
     assert error.max() <= bound
     if codec == "uniform":
         assert (values[features[valid] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("teacher", "output"), ALL)
+def test_both_formats_store_the_same(built_cache, codec: str, teacher: str, output: str) -> None:
+    one, other = (open_cache(built_cache(name).path) for name in (codec, f"{codec} in tars"))
+    rows = np.random.default_rng(0).permutation(ROWS)
+    here, there = (cache.read_encoded(teacher, output, rows) for cache in (one, other))
+    np.testing.assert_array_equal(here.values, there.values)
+    np.testing.assert_array_equal(here.scale, there.scale)
+    assert one.plan.digest == other.plan.digest
+    assert one.teachers[teacher].published.fingerprint == other.teachers[teacher].published.fingerprint
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_webdataset_reads_the_same(built_cache, codec: str) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    path = built_cache(f"{codec} in tars").path
+    cache = open_cache(path)
+    for teacher, output in ALL:
+        tars = sorted(map(str, path.glob(f"teachers/{teacher}/{output}/*.tar")))
+        stored = cache.read_encoded(teacher, output, slice(None)).values
+        rows = []
+        for sample in webdataset.WebDataset(tars, shardshuffle=False).decode():
+            rows.append(int(sample["__key__"]))
+            (name,) = [name for name in sample if name.startswith(f"{teacher}.{output}.npy")]
+            np.testing.assert_array_equal(sample[name], stored[rows[-1]])
+        assert rows == np.flatnonzero(expected_mask(teacher)).tolist()
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -149,7 +178,7 @@ def test_unknown_names_are_refused_by_name(built_cache) -> None:
         cache.read("alpha", "global", [0], masked="zero")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "uniform in tars", "fp32 in tars"])
 def test_masked_rows_raise_or_give_nan(built_cache, codec: str) -> None:
     cache = open_cache(built_cache(codec).path)
     for teacher, output in ALL:

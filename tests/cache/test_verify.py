@@ -23,7 +23,7 @@ def files_of(report: VerifyReport) -> set[str]:
     return {problem.file for problem in report.problems}
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", ["uniform", "fp32", "fp16", "bf16", "uniform in tars", "bf16 in tars"])
 def test_a_sound_cache_has_no_problem_and_every_file_is_read(built_cache, codec: str) -> None:
     path = built_cache(codec).path
     seen: list[tuple[int, int]] = []
@@ -34,7 +34,7 @@ def test_a_sound_cache_has_no_problem_and_every_file_is_read(built_cache, codec:
     assert report.as_json() == {"ok": True, "problems": [], "files": report.files, "bytes": report.bytes}
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32"])
+@pytest.mark.parametrize("codec", ["uniform", "fp32", "uniform in tars"])
 def test_a_flipped_byte_anywhere_is_reported_with_its_file(cache_of, codec: str) -> None:
     small = cache_of(codec)
     rng = random.Random(codec)
@@ -50,7 +50,7 @@ def test_a_flipped_byte_anywhere_is_reported_with_its_file(cache_of, codec: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["uniform", "fp32"])
+@pytest.mark.parametrize("codec", ["uniform", "fp32", "uniform in tars"])
 def test_flipped_bytes_all_through_every_file_are_reported(cache_of, codec: str) -> None:
     """With KPU_TEST_EVERY_BYTE=1 every single byte, else every 13th."""
     small = cache_of(codec)
@@ -92,6 +92,27 @@ def test_two_units_that_swapped_their_shards_are_reported_and_not_read(cache_of,
     for rows in ([0], [8], slice(None)):
         with pytest.raises(CorruptError):
             open_cache(small.path).read("beta", output, rows, masked="nan")
+
+
+@pytest.mark.parametrize("codec", ["uniform", "fp16"])
+def test_two_tars_that_were_swapped_cut_or_removed_are_reported_and_not_read(cache_of, codec: str) -> None:
+    small = cache_of(f"{codec} in tars")
+    one, other = (small.path / f"teachers/beta/layer6.patch/00000{unit}.tar" for unit in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    for damaged in (second, first[:-1], first + b"\0", None):
+        one.write_bytes(damaged) if damaged is not None else one.unlink()
+        (problem,) = verify(small.path).problems
+        assert (problem.file, problem.unit, problem.teacher) == ("teachers/beta/layer6.patch/000000.tar", 0, "beta")
+        with pytest.raises(CorruptError):
+            open_cache(small.path).read("beta", "layer6.patch", [0])
+
+
+@pytest.mark.parametrize("name", ["000003.tar", "0.tar", "000000.tar.part", "c", "notes.txt"])
+def test_what_does_not_belong_beside_tars_is_reported(cache_of, name: str) -> None:
+    path = cache_of("uniform in tars").path
+    (path / "teachers/alpha/patch" / name).write_bytes(b"x")
+    (problem,) = verify(path).problems
+    assert (problem.file, problem.reason) == (f"teachers/alpha/patch/{name}", "does not belong to the cache")
 
 
 @pytest.mark.parametrize("what", ["images/digest/c/{}/0", "images/size/c/{}/0", "images/commits/00000{}.json",
