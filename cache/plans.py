@@ -69,7 +69,7 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
     def settle(key: str, data: bytes) -> str:
         return settle_file(storage, key, data, marker=layout.PLAN, run=run)
 
-    _refuse_foreign(storage)
+    refuse_foreign(storage)
     metadata[layout.ROOT] = settle(layout.ROOT, group_metadata({"kpu": {"format": FORMAT, "version": VERSION}}))
     metadata[layout.TEACHERS] = settle(layout.TEACHERS, group_metadata({}))
     metadata[layout.group(layout.IMAGES)] = settle(layout.group(layout.IMAGES), group_metadata({}))
@@ -104,7 +104,7 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
     return plan
 
 
-def _refuse_foreign(storage: Storage) -> None:
+def refuse_foreign(storage: Storage) -> None:
     """Never move aside a Zarr hierarchy that is not a cache: somebody pointed `out` at their own data."""
     try:
         raw = storage.read(layout.ROOT)
@@ -123,7 +123,7 @@ def check_same_plan(standing: Plan, wanted: Plan) -> None:
     Raises:
         MismatchError: naming the first field that differs.
     """
-    for field in ("fingerprint", "samples", "views", "seed", "unit_rows", "classes"):
+    for field in ("fingerprint", "samples", "views", "crop", "seed", "unit_rows", "classes"):
         _compare(f"plan field {field!r}", getattr(standing, field), getattr(wanted, field))
     _compare("source kind", standing.source.kind, wanted.source.kind)
     _compare("source options", standing.source.options, wanted.source.options)

@@ -4,9 +4,10 @@ import math
 from enum import IntEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cache.digests import digest_of
+from cache.errors import ConfigError
 
 FORMAT = "kpu-cache"
 VERSION = 1
@@ -92,7 +93,8 @@ class TeacherSpec(Frozen):
 
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
     the Python file that defines a `torch:` model. `labels` says which data label each output of the head stands for
-    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value.
+    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value. `input` is
+    None for a teacher whose features were imported: it is not known, and the teacher cannot be run.
     """
 
     name: str
@@ -100,13 +102,28 @@ class TeacherSpec(Frozen):
     weights: str | None
     weights_digest: str
     source_digest: str | None = None
-    input: InputSpec
+    input: InputSpec | None
     precision: Literal["fp32", "bf16", "fp16"]
     outputs: tuple[OutputSpec, ...]
     labels: tuple[int, ...] | None = None
     has_head: bool = False
     codec: CodecSpec
     format: ShardFormat = "zarr"
+
+    @property
+    def known_input(self) -> InputSpec:
+        """The preprocessing, for whoever is to run the teacher on images.
+
+        Raises:
+            ConfigError: its features were imported.
+        """
+        if self.input is None:
+            raise ConfigError(
+                f"teacher {self.name!r} ({self.model}): expected a teacher that can be run on images, found one whose "
+                "features were imported: neither its model nor its preprocessing is known here, so it cannot be run "
+                "again; what reads cached features alone still works with it"
+            )
+        return self.input
 
     @property
     def held_bytes_per_row(self) -> int:
@@ -129,6 +146,22 @@ class TeacherSpec(Frozen):
         return digest_of(self.model_part)
 
 
+class CropSpec(Frozen):
+    """How views are cropped: RandomResizedCrop's `scale` and `ratio`, and the probability of a flip."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CropSpec":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"expected a scale [from, to] above 0, up to 1, found {list(self.scale)}")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"expected a ratio [from, to] above 0, found {list(self.ratio)}")
+        return self
+
+
 class SourceSpec(Frozen):
     """Where images come from, enough to read them again. `files` below `root` are named in the sample table."""
 
@@ -142,7 +175,8 @@ class Plan(Frozen):
 
     `fingerprint` digests the ordered sample table; `samples_digests` the raw bytes of its files; `metadata` those of
     the `zarr.json` files of the root, `teachers` and `images`. `threads` is the CPU thread count of the teachers:
-    results are bit-identical only at equal counts.
+    results are bit-identical only at equal counts. `crop` is that of several views, None for the plain full view, and
+    then left out of the document.
     """
 
     source: SourceSpec
@@ -155,6 +189,12 @@ class Plan(Frozen):
     threads: int
     samples_digests: tuple[str, ...]
     metadata: dict[str, str]
+    crop: CropSpec | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plainly(self)
+        return values if values["crop"] is not None else {key: values[key] for key in values if key != "crop"}
 
     @property
     def rows(self) -> int:

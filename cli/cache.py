@@ -2,7 +2,9 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -167,6 +169,25 @@ def verify(
 
 @app.command()
 @reported
+def bench(
+    cache: CachePath,
+    teacher: Annotated[
+        list[str] | None, typer.Option("-t", "--teacher", metavar="NAME", help="Only this one; may be repeated.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows are read.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast the cache reads here, and what other codecs would make of its features. Changes nothing."""
+    from cache.bench import bench as run_bench
+    from cli.bench import show_bench
+
+    with progress_bar("bench") as progress:
+        result = run_bench(cache, teachers=teacher or (), rows=rows, progress=progress)
+    _print(result.as_json(), as_json, lambda console: show_bench(console, result))
+
+
+@app.command()
+@reported
 def gc(cache: CachePath, as_json: Json = False) -> None:
     """Remove what dead runs left half written, and what was put into quarantine; never anything that was published."""
     from cache import layout
@@ -180,6 +201,76 @@ def gc(cache: CachePath, as_json: Json = False) -> None:
         raise NotACacheError(f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path")
     freed = collect_garbage(storage, quarantine=True)
     _print({"freed_bytes": freed}, as_json, lambda console: console.print(f"freed {human_bytes(freed)}"))
+
+
+@app.command("export")
+@reported
+def export_command(
+    cache: CachePath,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new cache; for theia the folder of datasets.")],
+    shards: Annotated[
+        str, typer.Option("--format", metavar="zarr|webdataset|theia", help="What to write.")
+    ] = "webdataset",
+    teacher: Annotated[
+        list[str] | None, typer.Option("-t", "--teacher", metavar="NAME", help="A teacher; may be repeated.")
+    ] = None,
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="Store decoded float32 values.")] = False,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="theia: its name; the cache's without this.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="theia: the split; train without this.")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="theia: where the images are, if they moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a complete cache in another format; all its teachers, or those named. The same command again resumes.
+
+    zarr and webdataset give a cache with the same plan, stored values and masks; theia gives a dataset for Theia.
+    """
+    from cli.convert import export_cache, show_export
+
+    with _interruptible():
+        done = export_cache(
+            cache,
+            out,
+            shards=shards,
+            teachers=teacher or [],
+            dequantise=dequantise,
+            dataset=dataset,
+            split=split,
+            images=images,
+        )
+    _print(asdict(done), as_json, lambda console: show_export(console, done))
+
+
+@app.command("import")
+@reported
+def import_command(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="The folder of Theia's datasets.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The cache to make.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Which dataset below ROOT.")],
+    split: Annotated[str, typer.Option("--split", help="Which of its splits.")],
+    codec: Annotated[str, typer.Option("--codec", metavar="uniform|bf16|fp16|fp32", help="How to store.")] = "uniform",
+    shards: Annotated[str, typer.Option("--format", metavar="zarr|webdataset", help="The cache's shards.")] = "zarr",
+    as_json: Json = False,
+) -> None:
+    """Take a feature dataset of Theia's in as a cache, with its images as the source. The same command again resumes.
+
+    Checks keys, shapes, files and values of every column first, and names the tar and member that is wrong.
+    """
+    from cli.convert import import_cache, show_import
+
+    with _interruptible():
+        done = import_cache(root, out, dataset=dataset, split=split, codec=codec, shards=shards)
+    _print(asdict(done), as_json, lambda console: show_import(console, done))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End by an interruption, or by SIGTERM, with a message and exit code 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console(stderr=True).print("stopped: what was committed is safe; run the same command again")
+        raise typer.Exit(1) from None
 
 
 def _extract(config: "ExtractConfig", units: frozenset[int] | None, as_json: bool) -> "RunSummary":

@@ -116,7 +116,8 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
         _say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")
     for name, teacher in described["teachers"].items():
         _say(console, f"\nteacher  {name}: {teacher['model']}")
-        _say(console, f"weights  {teacher['weights'] or 'its own'}, digest {teacher['weights_digest']}")
+        own = "its own" if teacher["input"] else "not known"
+        _say(console, f"weights  {teacher['weights'] or own}, digest {teacher['weights_digest']}")
         _say(console, f"input    {_input(teacher['input'])}, {teacher['precision']}")
         _say(console, f"codec    {_codec(teacher['codec'])}")
         for output in teacher["outputs"]:
@@ -126,7 +127,9 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
             _say(console, f"output   {output['name']}: {shape}{grid}, calibrated on {count:,} vectors")
 
 
-def _input(spec: dict[str, Any]) -> str:
+def _input(spec: dict[str, Any] | None) -> str:
+    if spec is None:
+        return "not known: features were imported"
     height, width = spec["size"]
     return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}"
 

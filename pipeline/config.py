@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from cache import layout
 from cache.errors import ConfigError
 from cache.settings import Section, override, read_yaml, section, split, validate
-from cache.spec import CodecSpec, ShardFormat
+from cache.spec import CodecSpec, CropSpec, ShardFormat
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -118,6 +118,7 @@ class ExtractConfig(Section):
 
     data: DataConfig
     views: Positive = Field(default=1, description=_COUNT)
+    crop: CropSpec = CropSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="a whole number from 0 to 2**63 - 1")
     out: Text = Field(description="the path or URL of the cache to make, continue or add to")
     unit_rows: Auto | Annotated[int, Field(ge=64, le=4096)] = Field(
@@ -149,6 +150,17 @@ class ExtractConfig(Section):
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _crops_belong_to_views(self) -> "ExtractConfig":
+        if self.views == 1 and self.crop != CropSpec():
+            raise ValueError("crop: expected views above 1 with it, found views 1, which is the plain full view")
+        return self
+
+    @property
+    def planned_crop(self) -> CropSpec | None:
+        """What the plan says of crops: None for the plain full view."""
+        return self.crop if self.views > 1 else None
 
     def codec_of(self, teacher: str) -> CodecSpec:
         """The codec of one teacher: its own, or the common one."""

@@ -10,7 +10,7 @@ from cache.locations import open_storage
 from cache.reader import Cache, open_cache
 from cache.runs import latest_run
 from cache.sources import open_source
-from cache.spec import DEFAULT_STEP, SourceSpec, TeacherSpec
+from cache.spec import DEFAULT_STEP, CropSpec, SourceSpec, TeacherSpec
 from cache.teachers import check_same
 from cache.verify import Problem, VerifyReport
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
@@ -39,7 +39,8 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
     worker = Worker(WorkerSetup(config, shipped, _source(cache), cache.plan.threads, "verify"))
     try:
         for description in worker.describe():
-            check_same(cache.teachers[description.spec.name].spec, description.spec)
+            standing = cache.teachers[description.spec.name].spec
+            check_same(standing, description.spec.model_copy(update={"format": standing.format}))
         picked = _sample(cache, rows, seed)
         for start in range(0, len(picked), BATCH):
             problems += _compare(cache, worker, picked[start : start + BATCH])
@@ -103,6 +104,7 @@ def _config(cache: Cache, path: str) -> ExtractConfig:
         data=DataConfig(source=plan.source.root),
         out=path,
         views=plan.views,
+        crop=plan.crop or CropSpec(),
         seed=plan.seed,
         allow_nonfinite=True,
         teachers={name: teacher_config(teacher.spec) for name, teacher in cache.teachers.items()},
@@ -118,7 +120,7 @@ def teacher_config(spec: TeacherSpec) -> TeacherConfig:
         outputs=tuple(name for name in ("global", "patch") if name in names),
         layers=tuple(_layers(spec)),
         labels=spec.labels,
-        input=InputConfig.model_validate(spec.input.model_dump(include=set(InputConfig.model_fields))),
+        input=InputConfig.model_validate(spec.known_input.model_dump(include=set(InputConfig.model_fields))),
         precision=spec.precision,
         codec=spec.codec,
     )

@@ -50,7 +50,8 @@ class Engine:
         self._batch_size = config.executor.batch_size
         self._device = Device(device, threads)
         # On the CPU decoding ahead would only compete with the teachers for the same cores.
-        self._loader = Loader(reader, pool, threads, DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0)
+        ahead = DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0
+        self._loader = Loader(reader, pool, threads, ahead, config.crop)
         self.stopping = Event()
         self.teachers: dict[str, Teacher] = {
             name: load_shipped(name, shipped, device=device, seed=config.seed) for name, shipped in teachers.items()

@@ -17,7 +17,7 @@ from cache.pixels.decode import decode_image
 from cache.pixels.resize import Geometry, resize_image
 from cache.pixels.views import resolve_view
 from cache.sources import SourceReader
-from cache.spec import ImageStatus
+from cache.spec import CropSpec, ImageStatus
 from pipeline.prefetch import prefetch
 from pipeline.reports import Stopwatch
 
@@ -45,8 +45,11 @@ class Batch:
 class Loader:
     """Loads batches with a pool of threads; `decode_ahead` batches are decoded before they are asked for."""
 
-    def __init__(self, reader: SourceReader, pool: Executor, threads: int, decode_ahead: int) -> None:
+    def __init__(
+        self, reader: SourceReader, pool: Executor, threads: int, decode_ahead: int, crop: CropSpec | None = None
+    ) -> None:
         self._reader = reader
+        self._crop = crop
         self._pool = pool
         self._threads = threads
         self._decode_ahead = decode_ahead
@@ -83,7 +86,7 @@ class Loader:
 
         def work(chunk: Sequence[tuple[range, bytes]]) -> None:
             for members, data in chunk:
-                _fill(batch, members, data, draws, geometries)
+                _fill(batch, members, data, draws, geometries, self._crop)
 
         pairs = list(zip(groups, encoded, strict=True))
         length = max(1, len(pairs) // (4 * self._threads))
@@ -112,6 +115,7 @@ def _fill(
     data: bytes,
     draws: Sequence[Sequence[float] | None],
     geometries: Sequence[Geometry],
+    crop: CropSpec | None,
 ) -> None:
     rows = slice(members.start, members.stop)
     batch.digest[rows] = np.frombuffer(digest_bytes(data), np.uint8)
@@ -121,6 +125,6 @@ def _fill(
         return
     batch.size[rows] = (image.height, image.width)
     for row in members:
-        view = resolve_view(draws[row], image.width, image.height)
+        view = resolve_view(draws[row], image.width, image.height, crop)
         for geometry in geometries:
             resize_image(image, geometry, view, out=batch.pixels[geometry][row])

@@ -93,6 +93,7 @@ def plan_cache(
             threads=threads,
             samples_digests=digests,
             metadata=metadata,
+            crop=config.planned_crop,
         )
 
     return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
@@ -104,7 +105,11 @@ def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
     Raises:
         MismatchError: naming the first setting that differs.
     """
-    pairs: list[tuple[str, object, object]] = [("views", plan.views, config.views), ("seed", plan.seed, config.seed)]
+    pairs: list[tuple[str, object, object]] = [
+        ("views", plan.views, config.views),
+        ("crop", plan.crop, config.planned_crop),
+        ("seed", plan.seed, config.seed),
+    ]
     if config.unit_rows != "auto":
         pairs.append(("unit_rows", plan.unit_rows, config.unit_rows))
     pairs.append(("data.source", f"a {plan.source.kind} source", f"a {source.spec.kind} source"))

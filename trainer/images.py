@@ -84,7 +84,7 @@ class ImageReader:
             for sample in chunk:
                 image = self._decode(encoded[sample], expected[sample].tobytes(), heads.slice(sample, 1))
                 for member in members[sample]:
-                    view = resolve_view(draws[member], image.width, image.height)
+                    view = resolve_view(draws[member], image.width, image.height, self._cache.plan.crop)
                     resize_image(image, self._geometry, view, out=pixels[wanted[member]])
 
         self._spread(work, len(samples))

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, KpuError
 from cache.failpoints import failpoint
 from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
 from trainer.config import TrainConfig
@@ -77,7 +77,12 @@ def fit(
         world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
-            prepare_space(model, batches_from(stream, config, loader, upload), watch)
+            try:
+                prepare_space(model, batches_from(stream, config, loader, upload), watch)
+            except KpuError:
+                if world.leads and not resume:
+                    run.discard()  # nothing was learned: the next attempt may have the same folder
+                raise
         else:
             model.settle_space()
         training = Training(config, model, world, steps)

@@ -16,6 +16,7 @@ my-run/
 import json
 import math
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -93,6 +94,10 @@ class RunFolder:
         run._write(_SOURCES, _json(document))
         run._write(_CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         return run
+
+    def discard(self) -> None:
+        """Take away what `create` made, as far as that is possible."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @staticmethod
     def resume(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":

@@ -7,6 +7,7 @@
   they are stretched from their least to their greatest value (floats within 0..1 are taken as they are).
 - Colour profiles are ignored and CMYK is converted plainly, as in the pipelines that vision models are trained with.
 - JPEG is decoded at full size, never in draft mode: every teacher must see the same pixels, whatever its input size.
+- NumPy's .npy files are images where they hold uint8 [H, W], [H, W, 3] or [H, W, 4] (grey, RGB, RGBA).
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import struct
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
@@ -36,6 +37,14 @@ _SIGNATURE: Final = re.compile(
 )
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
+
+_NPY_MAGIC: Final = b"\x93NUMPY"
+# The header that NumPy writes, and no other: it is Python's syntax, which is not to be run to look at an image.
+_NPY: Final = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|\x02\x00....)\{'descr': '\|u1', 'fortran_order': (False|True), "
+    rb"'shape': \((\d{1,9}), (\d{1,9})(?:, ([34]))?\), ?\} *\n",
+    re.DOTALL,
+)
 
 _QUIET: Final = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 _ORIENTATION: Final = 0x0112
@@ -63,6 +72,8 @@ def decode_image(data: bytes) -> Image.Image | ImageStatus:
     """
     if not data:
         return ImageStatus.EMPTY
+    if data.startswith(_NPY_MAGIC):
+        return _decode_npy(data)
     _settle()
     try:
         with _open(data) as image:
@@ -78,6 +89,26 @@ def decode_image(data: bytes) -> Image.Image | ImageStatus:
         return ImageStatus.TRUNCATED if _SIGNATURE.match(data) else ImageStatus.NOT_AN_IMAGE
     except Exception:  # decoders raise nearly anything at broken data: OSError, SyntaxError, struct.error, KeyError ...
         return ImageStatus.TRUNCATED
+
+
+def _decode_npy(data: bytes) -> Image.Image | ImageStatus:
+    """An RGB image from the bytes of an .npy file."""
+    header = _NPY.match(data)
+    if header is None:
+        whole = b"\n" in data[12:]  # the header ends with it
+        return ImageStatus.NOT_AN_IMAGE if whole else ImageStatus.TRUNCATED
+    height, width, channels = (int(number or 0) for number in header.groups()[1:])
+    size = height * width * max(channels, 1)
+    if not size:
+        return ImageStatus.NOT_AN_IMAGE
+    if height * width > MAX_PIXELS:
+        return ImageStatus.TOO_LARGE
+    if len(data) - header.end() < size:
+        return ImageStatus.TRUNCATED
+    shape = (height, width, channels) if channels else (height, width)
+    order: Literal["C", "F"] = "F" if header[1] == b"True" else "C"
+    values = np.frombuffer(data, np.uint8, size, header.end()).reshape(shape, order=order)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values)))
 
 
 def _settle() -> None:

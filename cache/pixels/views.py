@@ -14,10 +14,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cache.spec import CropSpec
+
 DRAWS: Final = 5
-SCALE: Final = (0.08, 1.0)
-RATIO: Final = (3 / 4, 4 / 3)
 TRIES: Final = 10
+_DEFAULT: Final = CropSpec()
 
 Box = tuple[int, int, int, int]
 """Left, upper, right, lower in pixels; right and lower are just outside."""
@@ -67,24 +68,21 @@ def _further(area: float, shape: float, attempt: int) -> tuple[float, float]:
     return first, second
 
 
-def resolve_view(
-    draws: Sequence[float] | None,
-    width: int,
-    height: int,
-    scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
-) -> View:
+def resolve_view(draws: Sequence[float] | None, width: int, height: int, crop: CropSpec | None = None) -> View:
     """The view that `draws` stand for in an image of this size.
 
     The box is that of torchvision's RandomResizedCrop: area uniform in `scale` times the image's, the logarithm of its
     width / height uniform in that of `ratio`, place uniform. Where the box does not fit, area and ratio are tried
     again, ten times in all, then the largest central box within `ratio` is taken. torchvision draws new numbers for
-    each try; here they are hashed from the first two, so that five are always enough.
+    each try; here they are hashed from the first two, so that five are always enough. `crop` None stands for its
+    defaults.
     """
     if draws is None:
         return FULL
+    crop = crop or _DEFAULT
+    scale, ratio = crop.scale, crop.ratio
     area, shape, across, down, mirror = draws
-    flip = mirror < 0.5
+    flip = mirror < crop.flip
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(TRIES):
         first, second = (area, shape) if attempt == 0 else _further(area, shape, attempt)

@@ -84,7 +84,7 @@ class TarListing:
     def _scan(self, tar: str) -> list[_Sample]:
         shard = tar.removesuffix(".tar")
         samples = []
-        for key, group in groupby(members(self._files, tar), key=lambda member: _split(member.name)[0]):
+        for key, group in groupby(members(self._files, tar), key=lambda member: split_name(member.name)[0]):
             parts = list(group)
             if key is None:
                 continue
@@ -94,7 +94,7 @@ class TarListing:
         return samples
 
     def _pick_image(self, tar: str, parts: list[Member]) -> Member | None:
-        names = [_split(part.name)[1] for part in parts]
+        names = [split_name(part.name)[1] for part in parts]
         self._seen.update(names if len(self._seen) < 100 else ())
         if self._image:
             chosen = [part for part, name in zip(parts, names, strict=True) if name in self._image]
@@ -111,7 +111,7 @@ class TarListing:
 
     def _pick_label(self, tar: str, parts: list[Member]) -> int | None:
         for part in parts:
-            if _split(part.name)[1] in self._label:
+            if split_name(part.name)[1] in self._label:
                 text = part.text() if part.length <= 64 else b"..."
                 try:
                     return int(text)
@@ -127,7 +127,7 @@ def _extensions(option: str | None) -> tuple[str, ...]:
     return tuple(part.strip().lstrip(".").lower() for part in (option or "").split(";") if part.strip(" ."))
 
 
-def _split(name: str) -> tuple[str | None, str]:
+def split_name(name: str) -> tuple[str | None, str]:
     """WebDataset's key and extension: up to, and after, the first dot of the file name. No key for hidden files."""
     folder, slash, file = name.rpartition("/")
     stem, dot, rest = file.partition(".")

@@ -240,3 +240,47 @@ def test_broken_files_print_nothing(tmp_path: Path, photo: Image.Image) -> None:
     command = [sys.executable, "-W", "error", "-c", script, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def npy(values: np.ndarray[Any, Any], **options: Any) -> bytes:
+    data = io.BytesIO()
+    np.save(data, values, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_is_an_image(photo: Image.Image, order: Any) -> None:
+    values = np.asarray(photo)
+    np.testing.assert_array_equal(pixels(npy(np.array(values, order=order))), values)
+    grey = np.array(values[..., 0], order=order)
+    np.testing.assert_array_equal(pixels(npy(grey)), np.stack([grey] * 3, axis=-1))
+    second = io.BytesIO()
+    np.lib.format.write_array(second, values, version=(2, 0))
+    np.testing.assert_array_equal(pixels(second.getvalue()), values)
+
+
+def test_npy_with_transparency_lies_over_white(photo: Image.Image) -> None:
+    rgba = np.asarray(photo.convert("RGBA")).copy()
+    rgba[:10, :, 3] = 0
+    found = pixels(npy(rgba))
+    assert (found[:10] == 255).all()
+    np.testing.assert_array_equal(found[10:], rgba[10:, :, :3])
+
+
+def test_npy_of_anything_else_is_not_an_image() -> None:
+    image = np.zeros((4, 5, 3), np.uint8)
+    others = [image.astype(np.float32), image.astype(np.int8), image[..., :2], image[:, :0], image[None], image[0, 0]]
+    for values in others:
+        assert decode_image(npy(values)) == ImageStatus.NOT_AN_IMAGE
+    assert decode_image(npy(np.array([{"a": 1}]), allow_pickle=True)) == ImageStatus.NOT_AN_IMAGE
+    forged = npy(image).replace(b"'shape': (4, 5, 3)", b"'shape': (4**9, 3)")
+    assert decode_image(forged) == ImageStatus.NOT_AN_IMAGE
+
+
+def test_npy_cut_short_or_too_large(photo: Image.Image) -> None:
+    whole = npy(np.asarray(photo))
+    for length in (6, 9, 60, 127, 128, len(whole) - 1):
+        assert decode_image(whole[:length]) == ImageStatus.TRUNCATED
+    assert decode_image(whole + b"more") not in list(ImageStatus)
+    large = npy(np.zeros((1, 1, 3), np.uint8)).replace(b"(1, 1, 3)", b"(99999, 99999, 3)")
+    assert decode_image(large) == ImageStatus.TOO_LARGE

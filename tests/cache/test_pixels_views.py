@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from cache.pixels.views import FULL, RATIO, SCALE, View, draw_views, resolve_view
+from cache.pixels.views import FULL, View, draw_views, resolve_view
 from cache.samples import sample_schema
+from cache.spec import CropSpec
 
 
 def test_one_view_is_the_full_image() -> None:
@@ -65,14 +66,17 @@ def test_box_lies_inside_whatever_the_image(draws: tuple[float, ...], width: int
     assert flip == (draws[4] < 0.5)
 
 
+@pytest.mark.parametrize("crop", [CropSpec(), CropSpec(scale=(0.4, 0.5), ratio=(1, 1.5))])
 @pytest.mark.parametrize("size", [(500, 375), (100, 100), (300, 900), (32, 32)])
-def test_boxes_are_distributed_as_those_of_torchvision(size: tuple[int, int]) -> None:
+def test_boxes_are_distributed_as_those_of_torchvision(size: tuple[int, int], crop: CropSpec) -> None:
     width, height = size
     draws = draw_views([f"{i}" for i in range(2500)], 2, seed=3).to_pylist()
-    ours = np.array([resolve_view(d, width, height).box for d in draws], dtype=float)
+    ours = np.array([resolve_view(d, width, height, crop).box for d in draws], dtype=float)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(blank, list(SCALE), list(RATIO)) for _ in draws], dtype=float)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(blank, list(crop.scale), list(crop.ratio)) for _ in draws], dtype=float
+    )
     for measured, expected in [
         (ours[:, 0], theirs[:, 1]),
         (ours[:, 1], theirs[:, 0]),
@@ -82,6 +86,20 @@ def test_boxes_are_distributed_as_those_of_torchvision(size: tuple[int, int]) ->
         levels = [0.05, 0.25, 0.5, 0.75, 0.95]
         tolerance = 0.03 * max(width, height)
         np.testing.assert_allclose(np.quantile(measured, levels), np.quantile(expected, levels), atol=tolerance)
+
+
+def test_how_often_views_are_flipped_can_be_chosen() -> None:
+    draws = draw_views([f"{i}" for i in range(2000)], 2, seed=3).to_pylist()
+    for flip in (0.0, 0.2, 1.0):
+        flipped = np.mean([resolve_view(d, 32, 32, CropSpec(flip=flip)).flip for d in draws])
+        assert abs(flipped - flip) < 0.03
+    assert resolve_view(draws[0], 32, 32) == resolve_view(draws[0], 32, 32, CropSpec())
+
+
+@pytest.mark.parametrize("change", [{"scale": (0.5, 0.4)}, {"scale": (0, 1)}, {"scale": (0.1, 1.1)}, {"ratio": (2, 1)}])
+def test_crops_that_are_none_are_refused(change: dict[str, tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        CropSpec(**change)
 
 
 def test_elongated_image_falls_back_to_the_largest_central_box() -> None:

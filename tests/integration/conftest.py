@@ -74,6 +74,15 @@ def reference(finished: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def finished_in_tars(config: Path) -> Path:
+    """The same in tars."""
+    path = config.parent / "tars.kpu"
+    ended = run(config.parent, "extract", "-c", config, "-o", path, "--set", "format=webdataset")
+    assert ended.code == 0, ended.output
+    return path
+
+
+@pytest.fixture(scope="session")
 def calibrated(config: Path, finished: Path) -> Callable[[Path], Path]:
     """Makes a cache whose plan and teachers stand, without any unit: what is left to do is the workers'."""
     del config

@@ -214,7 +214,7 @@ def standing(path: Path) -> Standing:
         folder, unit = record.parents[1], int(record.stem)
         if folder.parent.name == "teachers":
             done.add((folder.name, unit))
-        for file in [record, *folder.glob(f"*/c/{unit}/**/*")]:
+        for file in [record, *folder.glob(f"*/c/{unit}/**/*"), *folder.glob(f"*/{unit:06d}.tar")]:
             if file.is_file():
                 status = file.stat()
                 files[str(file.relative_to(path))] = (status.st_ino, status.st_mtime_ns)

@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cache import open_cache
 from cache.failpoints import NAMES
 from tests.integration.harness import (
     Command,
     Failpoint,
     assert_resumed,
     assert_verified,
+    contents,
     run,
     standing,
 )
@@ -44,6 +47,41 @@ def test_killed_at_a_step(name: str, skip: int, config: Path, reference: dict[st
     before = standing(out)
     assert_resumed(out, before, reference, run(tmp_path, "extract", "-c", config, "-o", out))
     assert_verified(out)
+
+
+TAR_POINTS = [("publish.temporary", 38), ("publish.linked", 47), ("unit.shards", 4), ("unit.committed", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "skip"),
+    [pytest.param(*point, marks=() if at == 2 else pytest.mark.slow) for at, point in enumerate(TAR_POINTS)],
+)
+def test_killed_at_a_step_in_tars(name: str, skip: int, config: Path, finished_in_tars: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my.kpu"
+    command = ("extract", "-c", config, "-o", out, "--set", "format=webdataset")
+    point = Failpoint(name, tmp_path / "mark", skip=skip)
+    killed = run(tmp_path, *command, **point.variables)
+    assert killed.code == -signal.SIGKILL, killed.output
+    before = standing(out)
+    assert_resumed(out, before, contents(finished_in_tars), run(tmp_path, *command))
+    assert_verified(out)
+
+
+def test_both_formats_hold_the_same(finished: Path, finished_in_tars: Path) -> None:
+    one, other = open_cache(finished), open_cache(finished_in_tars)
+    assert one.plan.digest == other.plan.digest
+    for name, teacher in one.teachers.items():
+        assert teacher.published.fingerprint == other.teachers[name].published.fingerprint
+        assert other.teachers[name].spec.format == "webdataset"
+        for output in teacher.outputs:
+            here, there = (cache.read_encoded(name, output, slice(None)).values for cache in (one, other))
+            np.testing.assert_array_equal(here, there)
+
+
+def test_a_cache_is_not_continued_in_the_other_format(finished: Path, config: Path, tmp_path: Path) -> None:
+    ended = run(tmp_path, "extract", "-c", config, "-o", finished, "--set", "format=webdataset")
+    assert ended.code == 2, ended.output
+    assert 'format: expected "zarr", found "webdataset"' in " ".join(ended.output.split())
 
 
 @pytest.mark.slow

@@ -163,6 +163,7 @@ def test_teachers_that_came_later_do_not_join_a_run(
 def test_a_collapsed_space_is_refused(configure: Configure, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=COLLAPSED):
         fit(configure(unify={"mode": "pretrained", "steps": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "the next attempt may have the same folder"
 
 
 def test_a_joint_space_is_gated_before_anything_is_kept(configure: Configure, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def assemble(trained: Trained, *, bundle: bool | None) -> tuple[ExportedStudent,
         student=kept,
         outputs=config.outputs,
         inputs=inputs,
-        input=student.input or spec.input,
+        input=student.input or spec.known_input,
         shapes={name: {o: each.shapes[o] for o in config.outputs} for name, each in trained.sources.items()},
         projector=config.projector,
         heads={

@@ -84,13 +84,13 @@ def build_base(spec: TeacherSpec, outputs: Sequence[str], seed: int, weights: We
         weights: tensors by name, where they are at hand; else they are read from where the spec says.
 
     Raises:
-        ConfigError: it cannot be built here.
+        ConfigError: it cannot be built here, or was imported.
         MismatchError: its code, its weights or the shapes of its outputs are not those of the extraction.
     """
     kind, _, rest = spec.model.partition(":")
     weights = weights if weights is not None else spec.weights
     shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in outputs}
-    size = spec.input.size
+    size = spec.known_input.size
     if kind == "torch":
         source = source_of(spec.model)
         if source is not None and digest(source) != spec.source_digest:

@@ -29,16 +29,17 @@ class ParallelStudent(Student):
     mode and has no gradients. `student.width` is the width of the bottlenecks.
 
     Raises:
-        ConfigError: the model is unknown, has no blocks that an adapter can stand beside, or lacks an output.
+        ConfigError: the model is unknown, has no blocks that an adapter can stand beside, lacks an output, or its
+            base was imported.
         MismatchError: the weights, or the shapes of the outputs, are not the base's.
     """
 
     def __init__(self, config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) -> None:
-        super().__init__({output: base.shapes[output] for output in outputs}, base.spec.input)
+        super().__init__({output: base.shapes[output] for output in outputs}, base.spec.known_input)
         name, weights = config.model or base.spec.model, config.weights
         if config.model is None and weights is None:
             weights = base.spec.weights
-        size = base.spec.input.size
+        size = base.spec.known_input.size
         model, _ = build_model(name, weights, outputs, size=size, seed=base.seed)
         found = probe(model, size, outputs, name)
         if found != self.shapes:

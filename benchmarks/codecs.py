@@ -1,0 +1,299 @@
+"""Size, error and speed of ways to store features: the project's codecs, candidates for a better one, and peers.
+
+    python benchmarks/codecs.py my.kpu --teacher dino --output patch     # a cache of codec fp32
+    python benchmarks/codecs.py features.npy                             # float32 [rows, D] or [rows, tokens, D]
+
+Statistics come from the even rows and everything is measured on the odd ones, so that nothing is fitted to what it is
+judged by. A chunk is what a cache has: one row of a map, 64 rows of vectors, with a checksum. Speed is that of turning
+a stored array into the bytes of a chunk and back on one thread, without quantisation and affine map, which run on the
+device. The variants take turns; the figure is the median over rounds against the default codec.
+
+- `offset`: the integers of `uniform`, moved so that nearly all lie in 0..255 (the mean of a channel at 128), bytes
+  shuffled, whole chunks to zstd level 1: the high bytes are all zero, the low ones are coded by frequency.
+- `offset, zeros`: the same with a raw 0 of every channel at 16, for features with many exact zeros (ReLU).
+- `rotated`: standardised features on the axes of their covariance, one grid for all: `features = centre + std * (step *
+  unfold(stored) @ matrix)`, where 0, -1, 1, -2 are stored as 0, 1, 2, 3. Axes first, bits shuffled, zstd level 1.
+- `int8 per token`, `fp8`, `ZFP` are given standardised features, which suits them better than raw ones; `PCodec` gets
+  the integers of `uniform`, in chunks of the same rows. ZFP and PCodec need `pip install zfpy==1.0.1 pcodec`.
+"""
+
+import functools
+import statistics as medians
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import truediv
+from pathlib import Path
+from time import process_time
+from typing import Annotated, Any, Final
+
+import numcodecs
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from numcodecs import blosc
+from rich.console import Console
+from rich.table import Table
+
+from cache.chunks import CRC_BYTES, crc, decode_chunk, encode_chunk, use_one_thread
+from cache.codecs import make_grid
+from cache.fidelity import measure, summarise
+from cache.reader import open_cache
+from cache.spec import CodecSpec, Fidelity
+from cache.statistics import F32, Accumulator, Statistics, snap
+
+Stored = npt.NDArray[Any]
+STEPS: Final = (0.02, 0.05, 0.1, 0.2)
+VECTORS: Final = 64  # rows in a chunk of vectors
+MIDDLE: Final = 128  # where `offset` stores the mean
+ZERO: Final = 16  # where `offset, zeros` stores a raw 0
+MANY_ZEROS: Final = 1 / 16
+BLOCK: Final = 2**18
+DEFAULT: Final = "uniform 0.05"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """`store` and `restore` take whole arrays [n, ...]; `pack` and `unpack` one chunk, and are what is timed."""
+
+    name: str
+    store: Callable[[F32], Stored]
+    restore: Callable[[Stored], F32]
+    pack: Callable[[Stored], bytes]
+    unpack: Callable[[bytes, Stored], Stored]  # the bytes, and an array of the chunk's shape that may be written to
+
+
+def project_codecs(accumulator: Accumulator) -> Iterator[Codec]:
+    """What the project has."""
+    for spec in (CodecSpec(name="fp16"), CodecSpec(name="bf16"), *(CodecSpec(name="uniform", step=s) for s in STEPS)):
+        grid = make_grid(spec, accumulator.finish(spec.step or 0.05))
+
+        def unpack(raw: bytes, out: Stored, compressed: bool = grid.compressed) -> Stored:
+            decode_chunk(raw, out, compressed=compressed)
+            return out
+
+        pack = functools.partial(encode_chunk, compressed=grid.compressed)
+        name = spec.name if spec.step is None else f"{spec.name} {spec.step}"
+        yield Codec(name, grid.encode, grid.decode, pack, unpack)
+
+
+def candidates(accumulator: Accumulator, zeros: float) -> Iterator[Codec]:
+    """What might be better; `zeros` is the part of the values that are exactly 0."""
+    for at_zero in (False, True) if zeros >= MANY_ZEROS else (False,):
+        for step in STEPS:
+            yield _offset(accumulator.finish(step), step, at_zero)
+    for step in STEPS:
+        yield from _rotated(accumulator.finish(step), step)
+
+
+def peers(statistics: Statistics) -> Iterator[Codec]:
+    """What others do."""
+    centre, std = (each.astype(np.float32) for each in (statistics.centre, statistics.std))
+
+    def standardise(x: F32) -> F32:
+        return (x - centre) / std
+
+    def restore(values: Stored) -> F32:
+        return (values.astype(np.float32) * std + centre).astype(np.float32)
+
+    def per_token(x: F32) -> Stored:
+        u = standardise(x)
+        scale = np.maximum(np.abs(u).max(-1, keepdims=True) / 127, 1e-7).astype(np.float16)
+        values = np.clip(np.rint(u / scale.astype(np.float32)), -127, 127).astype(np.int8)
+        return np.concatenate([values.view(np.uint8), scale.view(np.uint8)], axis=-1)
+
+    def from_per_token(stored: Stored) -> F32:
+        scale = np.ascontiguousarray(stored[..., -2:]).view(np.float16).astype(np.float32)
+        return restore(np.ascontiguousarray(stored[..., :-2]).view(np.int8) * scale)
+
+    def to_fp8(x: F32) -> Stored:
+        values = torch.from_numpy(np.clip(standardise(x), -448, 448)).to(torch.float8_e4m3fn)
+        return values.view(torch.uint8).numpy()
+
+    def from_fp8(stored: Stored) -> F32:
+        return restore(torch.from_numpy(stored).view(torch.float8_e4m3fn).float().numpy())
+
+    compressed = _summed(numcodecs.Zstd(level=3))
+    yield Codec("fp16 + zstd", lambda x: x.astype(np.float16), lambda v: v.astype(np.float32), *compressed)
+    yield Codec("int8 per token + zstd", per_token, from_per_token, *compressed)
+    yield Codec("fp8 e4m3", to_fp8, from_fp8, functools.partial(encode_chunk, compressed=False), _plain)
+    yield Codec("fp8 e4m3 + zstd", to_fp8, from_fp8, *compressed)
+    if hasattr(numcodecs, "ZFPY"):
+        for tolerance in (0.125, 0.5):  # it rounds to powers of two, and stays well below
+            zfp = numcodecs.ZFPY(mode=4, tolerance=tolerance)
+            yield Codec(f"ZFP {tolerance}", standardise, restore, *_summed(zfp))
+    if hasattr(numcodecs, "PCodec"):
+        grid, pcodec = make_grid(CodecSpec(name="uniform", step=0.05), statistics), numcodecs.PCodec(level=8)
+        yield Codec("uniform 0.05, PCodec", grid.encode, grid.decode, *_summed(pcodec))
+
+
+def _offset(statistics: Statistics, step: float, at_zero: bool) -> Codec:
+    centre, scale = snap(statistics.mean, statistics.std, step)
+    steps = np.rint(centre / scale)  # a raw 0 lies at -steps of the grid
+    offset = steps + ZERO if at_zero else np.full_like(steps, MIDDLE)
+    base = (steps - offset) * scale  # the feature that is stored as 0
+
+    def store(x: F32) -> Stored:
+        return np.clip(np.rint((x - base) / scale), -32767, 32767).astype(np.int16)
+
+    def restore(stored: Stored) -> F32:
+        return base + scale * stored.astype(np.float32)
+
+    name = f"offset, zeros {step}" if at_zero else f"offset {step}"
+    return Codec(name, store, restore, _shuffled, _unshuffled)
+
+
+def _rotated(statistics: Statistics, step: float) -> Iterator[Codec]:
+    centre, std = statistics.centre.astype(np.float32), statistics.std.astype(np.float32)
+    _, axes = np.linalg.eigh(statistics.covariance / np.outer(statistics.std, statistics.std))
+    matrix = np.ascontiguousarray(axes[:, ::-1].T, dtype=np.float32)  # rows are axes, the largest variance first
+    product = matrix * np.float32(step)
+
+    def store(x: F32) -> Stored:
+        steps = np.clip(np.rint((x - centre) / std @ matrix.T / step), -32767, 32767).astype(np.int32)
+        return (steps << 1 ^ steps >> 31).astype(np.uint16)
+
+    def restore(stored: Stored) -> F32:
+        steps = (stored >> 1).astype(np.int32) ^ -(stored & 1).astype(np.int32)
+        return centre + std * (steps.astype(np.float32) @ product)
+
+    def pack(chunk: Stored) -> bytes:
+        return _shuffled(np.ascontiguousarray(chunk.T), blosc.BITSHUFFLE)
+
+    def unpack(raw: bytes, out: Stored) -> Stored:
+        return np.ascontiguousarray(_unshuffled(raw, out.reshape(out.shape[::-1])).T)
+
+    def unpack_and_multiply(raw: bytes, out: Stored) -> Stored:
+        stored = unpack(raw, out)
+        stored.astype(np.float32) @ product
+        return stored
+
+    yield Codec(f"rotated {step}", store, restore, pack, unpack)
+    if step == 0.05:
+        yield Codec(f"rotated {step}, product on the CPU", store, restore, pack, unpack_and_multiply)
+
+
+def _shuffled(chunk: Stored, shuffle: int = blosc.SHUFFLE) -> bytes:
+    data: bytes = blosc.compress(chunk, b"zstd", 1, shuffle, BLOCK)
+    return data + crc(data)
+
+
+def _unshuffled(raw: bytes, out: Stored) -> Stored:
+    blosc.decompress(raw, out)
+    return out
+
+
+def _plain(raw: bytes, out: Stored) -> Stored:
+    decode_chunk(raw, out, compressed=False)
+    return out
+
+
+def _summed(codec: Any) -> tuple[Callable[[Stored], bytes], Callable[[bytes, Stored], Stored]]:
+    """Pack and unpack of a numcodecs codec, with a checksum behind."""
+
+    def pack(chunk: Stored) -> bytes:
+        data = bytes(codec.encode(chunk))
+        return data + crc(data)
+
+    return pack, lambda raw, out: np.asarray(codec.decode(raw[:-CRC_BYTES], out))
+
+
+def load(path: Path, teacher: str, output: str, rows: int) -> F32:
+    """float32 [n, D] or [n, T, D]: the first `rows` rows that are not masked.
+
+    Raises:
+        typer.BadParameter: features that are quantised already, of another shape, or too few.
+    """
+    if path.suffix == ".npy":
+        features = np.load(path, mmap_mode="r")[:rows].astype(np.float32)
+    else:
+        cache = open_cache(path)
+        codec = cache.read_encoded(teacher, output, slice(0, 1)).codec
+        if codec != "fp32":
+            raise typer.BadParameter(f"{path}, {teacher} {output}: expected codec fp32, found {codec}: extract it anew")
+        features = cache.read(teacher, output, np.flatnonzero(cache.valid(slice(0, rows)))[:rows])
+    if features.ndim not in (2, 3) or len(features) < 4 * VECTORS ** (3 - features.ndim):
+        raise typer.BadParameter(f"{path}: expected [256 rows or more, D] or [4, T, D], found {features.shape}")
+    return np.ascontiguousarray(features)
+
+
+def chunks_of(stored: Stored) -> list[Stored]:
+    """Whole chunks only."""
+    if stored.ndim == 3:
+        return [np.ascontiguousarray(row) for row in stored]
+    return [np.ascontiguousarray(stored[at : at + VECTORS]) for at in range(0, len(stored) - VECTORS + 1, VECTORS)]
+
+
+def judge(codec: Codec, features: F32, statistics: Statistics) -> tuple[float, Fidelity]:
+    """Bytes against fp16, and what storing costs in precision."""
+    chunks = chunks_of(codec.store(features))
+    packed = [codec.pack(chunk) for chunk in chunks]
+    unpacked = np.stack([_again(codec, raw, chunk) for raw, chunk in zip(packed, chunks, strict=True)])
+    features = features[: len(chunks) * (1 if features.ndim == 3 else VECTORS)]
+    decoded = codec.restore(unpacked).reshape(features.shape)
+    rows = measure(features, decoded, np.zeros(features.shape, np.bool_), statistics)
+    fidelity = summarise(rows, np.ones(len(features), np.bool_), 0)
+    assert fidelity is not None
+    return sum(map(len, packed)) / features.size / 2, fidelity
+
+
+def race(codecs: list[Codec], features: F32, rounds: int) -> tuple[list[dict[str, float]], list[float]]:
+    """Speed of packing and of unpacking relative to the default, and the default's in MB/s of fp16."""
+    chunks = {codec.name: chunks_of(codec.store(features)) for codec in codecs}
+    packing, unpacking = ({codec.name: list[float]() for codec in codecs} for _ in range(2))
+    for _ in range(rounds):
+        for codec in codecs:
+            own, out = chunks[codec.name], np.empty_like(chunks[codec.name][0])
+            begun = process_time()
+            packed = [codec.pack(chunk) for chunk in own]
+            between = process_time()
+            for raw in packed:
+                codec.unpack(raw, out)
+            packing[codec.name].append(between - begun)
+            unpacking[codec.name].append(process_time() - between)
+
+    speeds = [
+        {name: medians.median(map(truediv, seconds[DEFAULT], own)) for name, own in seconds.items()}
+        for seconds in (packing, unpacking)
+    ]
+    megabytes = sum(chunk.size for chunk in chunks[DEFAULT]) * 2 / 1e6
+    return speeds, [megabytes / medians.median(seconds[DEFAULT]) for seconds in (packing, unpacking)]
+
+
+def _again(codec: Codec, raw: bytes, chunk: Stored) -> Stored:
+    """A chunk unpacked into memory of its own."""
+    return np.asarray(codec.unpack(raw, np.empty_like(chunk))).view(chunk.dtype).reshape(chunk.shape)
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="A cache of codec fp32, or a .npy of float32 features.")],
+    teacher: Annotated[str, typer.Option(help="Of the cache.")] = "",
+    output: Annotated[str, typer.Option(help="Of the teacher.")] = "patch",
+    rows: Annotated[int, typer.Option(help="How many rows are read.")] = 512,
+    rounds: Annotated[int, typer.Option(help="How often every codec packs and unpacks.")] = 5,
+) -> None:
+    """Print the table of one output."""
+    use_one_thread()
+    torch.set_num_threads(1)
+    features = load(path, teacher, output, rows)
+    fitted, judged = features[0::2], np.ascontiguousarray(features[1::2])
+    accumulator = Accumulator(features.shape[-1])
+    accumulator.update(fitted.reshape(-1, features.shape[-1]))
+    statistics = accumulator.finish(0.05)
+    zeros = float(np.mean(fitted == 0))
+    codecs = [*project_codecs(accumulator), *candidates(accumulator, zeros), *peers(statistics)]
+    (packing, unpacking), rates = race(codecs, judged, rounds)
+    title = f"{path.name} {teacher} {output if teacher else ''} {judged.shape}, zeros {zeros:.2f}"
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in ("codec", "of fp16", "RMSE", "cosine", "worst row", "encode", "decode"):
+        table.add_column(column, justify="left" if column == "codec" else "right")
+    for codec in codecs:
+        size, fidelity = judge(codec, judged, statistics)
+        figures = (f"{size:.3f}", f"{fidelity.rmse:.4f}", f"{fidelity.cosine:.5f}", f"{fidelity.worst_rmse:.4f}")
+        table.add_row(codec.name, *figures, f"x{packing[codec.name]:.2f}", f"x{unpacking[codec.name]:.2f}")
+    Console(width=140).print(table)
+    print(f"{DEFAULT}: encodes {rates[0]:.0f} and decodes {rates[1]:.0f} MB/s of fp16 on one thread")
+
+
+if __name__ == "__main__":
+    typer.run(main)

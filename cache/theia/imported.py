@@ -1,0 +1,148 @@
+"""Taking a dataset of Theia's in as a cache, and checking on the way what its own loader takes for granted.
+
+Two passes over the features: one for statistics, one to encode and commit. The images' tars become the cache's source.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from cache import layout
+from cache.digests import digest
+from cache.errors import ConfigError
+from cache.leases import lease
+from cache.locations import open_storage, stands
+from cache.plans import load_plan, publish_plan
+from cache.samples import sample_schema, split_parts
+from cache.sources.files import is_local
+from cache.spec import CodecSpec, OutputSpec, Plan, ShardFormat, TeacherSpec
+from cache.storage import Storage
+from cache.theia.columns import Dataset, FeatureReader, check_count, check_keys, find_dataset
+from cache.theia.names import check_names
+from cache.theia.passes import Passes, Progress
+
+_PRECISIONS: Final[dict[str, Any]] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+UnitRows = Callable[[int, Sequence[TeacherSpec]], int]
+
+
+@dataclass(frozen=True)
+class TheiaImport:
+    """What was taken in; `masked` images could not be decoded. `committed` units of teachers are this call's own."""
+
+    out: str
+    teachers: tuple[str, ...]
+    samples: int
+    masked: int
+    committed: int
+
+
+def import_theia(
+    root: str,
+    out: str,
+    *,
+    dataset: str,
+    split: str,
+    codec: CodecSpec,
+    shards: ShardFormat,
+    run: str,
+    unit_rows: UnitRows,
+    progress: Progress | None = None,
+) -> TheiaImport:
+    """Make a cache of one split, or go on with it.
+
+    Args:
+        root: a folder or URL, with the dataset below it.
+        out: a new place, or what an earlier call left there.
+        dataset: its name.
+        split: which part of it.
+        codec: how features are stored.
+        shards: the format of the cache's shards.
+        run: whose temporary folder at `out` is used.
+        unit_rows: chooses the rows of a unit, from their number and the teachers.
+        progress: called with (samples done, samples in all), both passes over each model counted.
+
+    Raises:
+        SourceError: the dataset is not sound; naming tar and member.
+        MismatchError: another cache stands at `out`.
+        ConfigError: a model's name cannot be a teacher's.
+    """
+    check_names(dataset, split)
+    folder = f"{(os.path.abspath(root) if is_local(root) else root).rstrip('/')}/{dataset}"  # noqa: PTH100
+    found = find_dataset(folder, split)
+    samples = check_keys(found)
+    check_count(found, samples)
+    readers = {_teacher_name(model, found): FeatureReader(found, model) for model in found.models}
+    specs = {name: _spec(name, reader, codec, shards) for name, reader in readers.items()}
+    standing = load_plan(open_storage(out)) if stands(out) else None
+    rows = standing.unit_rows if standing is not None else unit_rows(samples, list(specs.values()))
+    storage = open_storage(out, create=True)
+    with lease(storage, run), ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kpu-import") as pool:
+        plan = _plan(storage, found, rows, run)
+        work = Passes(storage, plan, found, run, pool, progress or _silent)
+        teachers = {name: work.teacher(spec, readers[name]) for name, spec in specs.items()}
+        committed, masked = work.units(teachers, readers)
+    return TheiaImport(storage.url, tuple(teachers), plan.rows, masked, committed)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Nobody is watching."""
+
+
+def _teacher_name(model: str, found: Dataset) -> str:
+    name = layout.check_name("teacher", model.lower())
+    same = [other for other in found.models if other.lower() == name]
+    if len(same) > 1:
+        raise ConfigError(f"{found.files.root}: expected names that differ in lower case, found {same}; rename one")
+    return name
+
+
+def _spec(name: str, reader: FeatureReader, codec: CodecSpec, shards: ShardFormat) -> TeacherSpec:
+    (channels, height, width), vector, dtype = reader.shapes
+    patch = OutputSpec(name="patch", shape=(height * width, channels), grid=(height, width))
+    outputs = (patch,) if vector is None else (OutputSpec(name="global", shape=vector), patch)
+    model = f"theia:{reader.model}"
+    return TeacherSpec(
+        name=name,
+        model=model,
+        weights=None,
+        weights_digest=digest(model.encode()),
+        input=None,
+        precision=_PRECISIONS[dtype],
+        outputs=outputs,
+        codec=codec,
+        format=shards,
+    )
+
+
+def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
+    """Publish the plan that an extraction from the images' tars would make, or return the one that stands."""
+    source = found.images
+    schema = sample_schema(source.spec.kind)
+
+    def tables() -> Iterator[pa.Table]:
+        for batch in source.batches():
+            table = pa.Table.from_batches([batch])
+            table = table.append_column("view", pa.array(np.zeros(table.num_rows, np.int32)))
+            table = table.append_column("draws", pa.nulls(table.num_rows, schema.field("draws").type))
+            yield table.select(schema.names).cast(schema)
+
+    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
+        return Plan(
+            source=source.spec,
+            fingerprint=fingerprint,
+            classes=source.classes,
+            samples=samples,
+            views=1,
+            seed=0,
+            unit_rows=unit_rows,
+            threads=1,
+            samples_digests=digests,
+            metadata=metadata,
+        )
+
+    return publish_plan(storage, split_parts(tables(), unit_rows), build, run, unit_rows=unit_rows)

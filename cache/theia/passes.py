@@ -1,0 +1,188 @@
+"""The two passes of an import over the features: one for statistics, one to encode and commit."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache import layout
+from cache.commits import EncodedOutput, UnitImages, load_status, publish_images, publish_unit
+from cache.digests import DIGEST_BYTES, digest_bytes
+from cache.errors import SourceError
+from cache.fidelity import RowFidelity, measure
+from cache.pixels.decode import decode_image
+from cache.records import committed_units
+from cache.samples import Samples, row_digest
+from cache.shards import encode_shard
+from cache.sources import source_reader
+from cache.spec import DEFAULT_STEP, ImageStatus, Plan, TeacherSpec
+from cache.statistics import Accumulator, Statistics
+from cache.storage import Storage
+from cache.teachers import PublishedTeacher, publish_teacher, standing_statistics, teacher_names
+from cache.theia.columns import Dataset, Entry, FeatureReader
+
+_BATCH: Final = 64  # samples that one thread has in hand
+_AT_ONCE: Final = 8 * _BATCH
+Progress = Callable[[int, int], None]
+
+
+class Passes:
+    """What an import does once its plan stands. Not safe to use from several threads."""
+
+    def __init__(
+        self, storage: Storage, plan: Plan, found: Dataset, run: str, pool: ThreadPoolExecutor, progress: Progress
+    ) -> None:
+        self._storage, self._plan, self._dataset, self._run, self._pool = storage, plan, found, run, pool
+        self._samples = Samples(storage, plan)
+        self._images = source_reader(plan.source)
+        self._progress = progress
+        self._done, self._total = 0, 2 * plan.rows * len(found.models)
+
+    def teacher(self, spec: TeacherSpec, reader: FeatureReader) -> PublishedTeacher:
+        """Publish a teacher with statistics of all its features, unless it stands."""
+        statistics: dict[str, Statistics] = {}
+        before = self._done
+        if spec.name not in teacher_names(self._storage):
+            statistics = standing_statistics(self._storage, spec) or self._statistics(spec, reader)
+        self._advance(before + self._plan.rows - self._done)
+        return publish_teacher(self._storage, self._plan, spec, statistics, None, self._run)
+
+    def units(self, teachers: dict[str, PublishedTeacher], readers: dict[str, FeatureReader]) -> tuple[int, int]:
+        """Commit every unit that is not; how many units of teachers that were, and how many rows are masked."""
+        streams = {name: self._dataset.entries(reader.model) for name, reader in readers.items()}
+        there = {name: committed_units(self._storage, layout.teacher(name), self._plan.units) for name in teachers}
+        committed = masked = 0
+        for unit in range(self._plan.units):
+            table = self._samples.unit(unit)
+            valid = self._commit_images(unit, table)
+            masked += int(np.count_nonzero(~valid))
+            for name, teacher in teachers.items():
+                entries = list(islice(streams[name], table.num_rows))
+                self._check_keys(table, entries, readers[name].model)
+                if not there[name][unit]:
+                    self._commit(unit, teacher, readers[name], entries, valid, row_digest(table))
+                    committed += 1
+                self._advance(table.num_rows)
+        return committed, masked
+
+    def _statistics(self, spec: TeacherSpec, reader: FeatureReader) -> dict[str, Statistics]:
+        totals = {output.name: Accumulator(output.channels) for output in spec.outputs}
+        stream = self._dataset.entries(reader.model)
+        while batch := list(islice(stream, _AT_ONCE)):
+            for features in self._pool.map(reader.read, _cut(batch)):
+                for name, total in totals.items():
+                    total.update(features[name].reshape(-1, features[name].shape[-1]))
+            self._advance(len(batch))
+        return {name: total.finish(spec.codec.step or DEFAULT_STEP) for name, total in totals.items()}
+
+    def _commit_images(self, unit: int, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Commit what decoding finds in a unit, unless that is done; which of its rows have an image, bool [n]."""
+        status = load_status(self._storage, self._plan, unit)
+        if status is None:
+            rows = table.num_rows
+            images = UnitImages(
+                np.zeros((rows, DIGEST_BYTES), np.uint8), np.zeros(rows, np.uint8), np.zeros((rows, 2), np.int32)
+            )
+            for start in range(0, rows, _AT_ONCE):
+                encoded = self._images.read(table.slice(start, _AT_ONCE))
+                for row, (data, image) in enumerate(zip(encoded, self._pool.map(_look, encoded), strict=True), start):
+                    images.digest[row] = np.frombuffer(digest_bytes(data), np.uint8)
+                    if isinstance(image, ImageStatus):
+                        images.status[row] = image
+                    else:
+                        images.size[row] = image
+            publish_images(self._storage, self._plan, unit, images, row_digest(table), self._run)
+            status = images.status
+        return np.equal(status, ImageStatus.OK)
+
+    def _check_keys(self, table: pa.Table, entries: Sequence[Entry], model: str) -> None:
+        """The column must be what it was when it was checked against the images."""
+        pairs = zip(table["key"].to_pylist(), table["file"].to_pylist(), strict=True)
+        expected = [key.removeprefix(f"{tar.removesuffix('.tar')}/") for key, tar in pairs]
+        if expected != [entry.key for entry in entries]:
+            raise SourceError(
+                f"{self._dataset.files.name(model)}: expected the samples that were found at first, found others: its "
+                "tars changed meanwhile; import it again once nobody writes there"
+            )
+
+    def _commit(
+        self,
+        unit: int,
+        teacher: PublishedTeacher,
+        reader: FeatureReader,
+        entries: Sequence[Entry],
+        valid: npt.NDArray[np.bool_],
+        rows_digest: str,
+    ) -> None:
+        """Encode and publish one unit of one teacher."""
+        outputs = {
+            output.name: EncodedOutput(
+                np.empty((len(entries), *output.shape), teacher.grids[output.name].dtype), _no_fidelity(len(entries))
+            )
+            for output in teacher.spec.outputs
+        }
+
+        def encode(start: int) -> None:
+            rows = slice(start, start + _BATCH)
+            for name, features in reader.read(entries[rows]).items():
+                stored = outputs[name].stored[rows] = teacher.grids[name].encode(features)
+                _measure(teacher, name, features, stored, outputs[name].rows, rows)
+
+        def remeasure(name: str, standing: npt.NDArray[Any]) -> RowFidelity:
+            found = _no_fidelity(len(entries))
+            for start in range(0, len(entries), _BATCH):
+                rows = slice(start, start + _BATCH)
+                _measure(teacher, name, reader.read(entries[rows])[name], standing[rows], found, rows)
+            return found
+
+        for _ in self._pool.map(encode, range(0, len(entries), _BATCH)):
+            pass
+        publish_unit(
+            self._storage,
+            self._plan,
+            teacher,
+            unit,
+            outputs,
+            valid,
+            np.zeros(len(entries), bool),
+            rows_digest,
+            self._run,
+            remeasure=remeasure,
+            encode=partial(encode_shard, pool=self._pool),
+        )
+
+    def _advance(self, samples: int) -> None:
+        self._done += samples
+        self._progress(min(self._done, self._total), self._total)
+
+
+def _cut(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
+    return [entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH)]
+
+
+def _look(data: bytes) -> ImageStatus | tuple[int, int]:
+    """(H, W) of an image, or why there is none."""
+    image = decode_image(data)
+    return image if isinstance(image, ImageStatus) else (image.height, image.width)
+
+
+def _no_fidelity(rows: int) -> RowFidelity:
+    return RowFidelity(np.zeros(rows), np.zeros(rows), np.zeros(rows, np.int64))
+
+
+def _measure(
+    teacher: PublishedTeacher,
+    name: str,
+    features: npt.NDArray[np.float32],
+    stored: npt.NDArray[Any],
+    into: RowFidelity,
+    rows: slice,
+) -> None:
+    grid = teacher.grids[name]
+    part = measure(features, grid.decode(stored), grid.saturated(features), teacher.statistics[name])
+    into.squared_error[rows], into.cosine[rows], into.saturated[rows] = part.squared_error, part.cosine, part.saturated

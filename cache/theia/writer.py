@@ -1,0 +1,156 @@
+"""Writing one split of a dataset beside what stands, and moving it there once it is whole."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from cache.errors import ConfigError, StorageError
+from cache.members import TAR_BLOCK, TAR_END, tar_header
+from cache.theia.names import SAMPLES_PER_TAR, SPLITS, is_tar_of, parse_splits, tar_name
+
+
+class Column:
+    """Tars of 1,000 samples in a folder; each is synced to disk once it is full."""
+
+    def __init__(self, folder: Path, dataset: str, split: str) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._dataset, self._split = folder, dataset, split
+        self._file: IO[bytes] | None = None
+        self.samples = 0
+
+    def __enter__(self) -> "Column":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        elif self._file is not None:
+            self._file.close()
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append the file of the next sample."""
+        if self.samples % SAMPLES_PER_TAR == 0:
+            self._finish()
+            number = self.samples // SAMPLES_PER_TAR
+            self._file = (self._folder / tar_name(self._dataset, self._split, number)).open("xb")
+        assert self._file is not None
+        self._file.write(tar_header(name, len(data)))
+        self._file.write(data)
+        self._file.write(bytes(-len(data) % TAR_BLOCK))
+        self.samples += 1
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            with self._file as file:
+                file.write(TAR_END)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file = None
+
+
+@contextmanager
+def beside(folder: Path, split: str) -> Iterator[Path]:
+    """An empty, hidden folder in the dataset's, locked, gone at the end; what a killed export left there is cleared.
+
+    Raises:
+        ConfigError: another export is writing this split.
+    """
+    place = folder / f".{split}.unfinished"
+    place.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"split: {folder}: another export is writing {split!r}; wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        for left in place.iterdir():
+            shutil.rmtree(left)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(descriptor)
+
+
+def read_splits(folder: Path) -> dict[str, Any]:
+    """`splits.json` of a dataset: samples by split, empty where there is none.
+
+    Raises:
+        CorruptError: it is no JSON object.
+    """
+    try:
+        raw = (folder / SPLITS).read_bytes()
+    except FileNotFoundError:
+        return {}
+    return parse_splits(raw, str(folder / SPLITS))
+
+
+def refuse_standing(folder: Path, split: str) -> None:
+    """See that nothing of the split stands in the dataset.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if split in read_splits(folder):
+        raise ConfigError(f"split: {folder / SPLITS} has {split!r} already; choose another --split or --dataset")
+    for tar in sorted(folder.glob("*/*.tar")):
+        if is_tar_of(tar.name, split) and not tar.parent.name.startswith("."):
+            raise ConfigError(
+                f"split: {tar} stands, though {SPLITS} has no {split!r}: expected no tar of the split. If an export "
+                "was killed while it moved its tars, remove them; or choose another --split or --dataset"
+            )
+
+
+def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str], samples: int) -> None:
+    """Move the tars of each column from `place` to the dataset, and last name the split in `splits.json`.
+
+    Raises:
+        ConfigError: a tar of the split stands there by now.
+        StorageError: it cannot be written.
+    """
+    refuse_standing(folder, split)
+    try:
+        for column in columns:
+            (folder / column).mkdir(exist_ok=True)
+            for tar in sorted((place / column).iterdir()):
+                tar.rename(folder / column / tar.name)
+            _sync(folder / column)
+        with _locked(folder):
+            splits = {**read_splits(folder), split: samples}
+            with (place / SPLITS).open("w") as file:
+                json.dump(splits, file, indent=4)
+                file.flush()
+                os.fsync(file.fileno())
+            (place / SPLITS).replace(folder / SPLITS)
+            _sync(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the dataset's folder, so that two exports do not write `splits.json` over each other's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""What `kpu-cache bench` prints for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.units import human_bytes
+
+if TYPE_CHECKING:
+    from cache.bench import Bench, Tried
+
+
+def show_bench(console: Console, result: Bench) -> None:
+    """One table of rates and one of codecs."""
+    console.print(
+        f"reading {result.rows:,} rows of {result.path}, each timed the second time: from memory, where the system "
+        "keeps what it read\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    columns = ("teacher", "output", "bytes/row", "random rows/s", "read/s", "windowed rows/s", "read/s")
+    table = _table(*columns, "limits: raw read", "memory copy")
+    for reading in result.readings:
+        table.add_row(
+            reading.teacher,
+            reading.output,
+            human_bytes(reading.stored_bytes),
+            f"{reading.random.rows_per_second:,.0f}",
+            human_bytes(reading.random.bytes_per_second),
+            f"{reading.windowed.rows_per_second:,.0f}",
+            human_bytes(reading.windowed.bytes_per_second),
+            f"{reading.raw.rows_per_second:,.0f}",
+            f"{reading.copy.rows_per_second:,.0f}",
+        )
+    console.print(table)
+    console.print("limits in rows/s: the files read from end to end and not decoded; decoded rows copied in memory\n")
+    table = _table("teacher", "output", "codec", "of fp16", "RMSE (std)", "cosine", "worst row")
+    for tried in result.codecs:
+        numbers = f"{tried.of_fp16:.3f}", f"{tried.rmse:.5f}", f"{tried.cosine:.6f}", f"{tried.worst:.5f}"
+        table.add_row(tried.teacher, tried.output, _codec(tried), *numbers)
+    console.print(table)
+    for step in sorted({tried.grid for tried in result.codecs if tried.grid is not None}):
+        names = sorted({tried.teacher for tried in result.codecs if tried.grid == step})
+        console.print(
+            f"{', '.join(names)}: these features lie on a grid of step {step:g} already, so errors and sizes are those "
+            "of coding them once more; steps near it or finer say little. Extract some rows with fp32 for true ones",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _codec(tried: Tried) -> str:
+    return tried.codec if tried.step is None else f"{tried.codec} {tried.step:g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        text = column in ("teacher", "output", "codec")
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    return table
