@@ -56,6 +56,7 @@ def _tier_a() -> Tier:
     common = {
         "outputs": ["global"],
         "student.width": 64,
+        "student.depth": 2,
         "projector.hidden": 128,
         "batch_size": 1024,
         "optim.epochs": 10,

@@ -5,7 +5,8 @@
 
 Everybody delivers the same: batches of standardised bf16 targets in shuffled order, from files in the page cache. Peers
 hold the features as fp16, KPU with its default codec. Each way runs in a process of its own, in rounds, so that a
-machine that drifts in speed drifts for all of them; figures are medians over rounds. Beside the rate stands the
+machine that drifts in speed drifts for all of them, and keeps the memory that it frees, as training does; figures are
+medians over rounds. Beside the rate stands the
 processor time of a sample, workers included. Without workers a process has one core. A peer that is not installed is
 left out: `pip install litdata`; `mosaicml-streaming` 0.13 asks for older NumPy and transformers than this project is
 tested with, but its reader runs with newer ones:
@@ -32,6 +33,8 @@ from read_data import CHANNELS, OUTPUTS, TEACHERS, TOKENS, make, write_litdata, 
 from read_peers import BASE, PEERS, STEP, WAYS, Chunks, Task, standardise
 from rich.console import Console
 from rich.table import Table
+
+from trainer.allocator import keep_freed_memory
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-read"
 CASES: Final = {
@@ -94,6 +97,7 @@ def _make(folder: Path, rows: int, ways: list[str]) -> None:
 def _time(task: Task, way: str, epochs: int) -> dict[str, float]:
     """Samples a second, and bytes a sample that this process read itself (memory maps and workers do not count)."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     if not task.workers:
         _pin()
     batches = WAYS[way](task)

@@ -16,6 +16,8 @@ import torch
 from read_data import OUTPUTS, TEACHERS
 from torch import Tensor
 
+from cache import open_cache
+
 BASE: Final = TEACHERS[0]
 STEP: Final = 0.05
 _BLOCK: Final = 1 << 16  # values that are standardised at a time: they stay in the processor's cache
@@ -193,10 +195,12 @@ def tensorstore(task: Task) -> Iterator[Batch]:
     for name in task.outputs:
         store = {"driver": "file", "path": str(task.folder / "zarr.kpu/teachers" / BASE / name)}
         arrays[name] = ts.open({"driver": "zarr3", "kvstore": store}, context=context).result()
+    base = open_cache(task.folder / "zarr.kpu").teachers[BASE]
     factor = torch.tensor(STEP)
+    offsets = {name: torch.from_numpy(-base.grid(name).offset).float() * STEP for name in task.outputs}
     for rows in _rows(task):
         values = {name: array[rows].read().result() for name, array in arrays.items()}
-        yield {name: standardise(torch.from_numpy(x), factor, None) for name, x in values.items()}
+        yield {name: standardise(torch.from_numpy(x), factor, offsets[name]) for name, x in values.items()}
 
 
 def memory_map(task: Task) -> Iterator[Batch]:

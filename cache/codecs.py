@@ -1,7 +1,12 @@
-"""How features become stored values and back: `value = centre + scale * stored`, per channel."""
+"""How features become stored values and back: `value = centre + scale * stored`, per channel.
+
+`uniform` counts steps of its grid from far below the mean, so that nearly all stored integers lie in 0..255. Their high
+bytes are then all alike, and the low ones are coded by frequency; signed integers compress by a tenth to a third less.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +18,10 @@ from cache.statistics import F32, Statistics, snap
 
 LIMIT: Final = 32767  # the largest stored integer of `uniform`; -LIMIT the smallest, one below it is the fill
 MASKED: Final = -32768
+MIDDLE: Final = 128  # what the mean of a channel is stored as
+ZERO: Final = 16  # what a raw 0 is stored as, in every channel, where many values are 0
+MANY_ZEROS: Final = 1 / 16  # of all values
+_FARTHEST: Final = 1024  # steps between mean and 0 of a channel whose 0 is stored as ZERO, at most
 BF16_NAN: Final = 0x7FC0
 
 _DTYPES: Final = {"uniform": np.int16, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -22,14 +31,24 @@ _BF16_MAX: Final = np.uint32(0x7F7F0000).view(np.float32)
 
 @dataclass(frozen=True)
 class Grid:
-    """A codec with the static parameters of one output: `centre` and `scale` are float32[D].
+    """A codec with the static parameters of one output: `centre` and `scale` are float32[D], `offset` is int32[D].
 
-    Centre is 0 and scale 1 for every codec but `uniform`.
+    `centre` is the value stored as 0, `offset` what the centre of the statistics is stored as, so that the standardised
+    value is `step * (stored - offset)`. Centre and offset are 0 and scale is 1 for every codec but `uniform`.
     """
 
     codec: CodecSpec
     centre: F32
     scale: F32
+    offset: npt.NDArray[np.int32]
+
+    @cached_property
+    def middle(self) -> F32:
+        """The centre of the statistics, float32[D]: a whole number of scales, as `snap` gives it."""
+        if self.codec.name != "uniform":
+            return self.centre
+        steps: F32 = np.rint(self.centre / self.scale) + self.offset.astype(np.float32)
+        return steps * self.scale
 
     @property
     def dtype(self) -> "np.dtype[Any]":
@@ -95,6 +114,7 @@ class Grid:
             "step": self.codec.step,
             "centre": self.centre.astype(np.float64).tolist(),
             "scale": self.scale.astype(np.float64).tolist(),
+            "offset": self.offset.tolist(),
             "grid": None if grid is None else list(grid),
         }
 
@@ -109,19 +129,22 @@ class Grid:
             codec = CodecSpec(name=attributes["codec"], step=attributes["step"])
             centre = np.array(attributes["centre"], dtype=np.float32)
             scale = np.array(attributes["scale"], dtype=np.float32)
+            offset = np.array(attributes["offset"], dtype=np.int32)
             tokens = attributes["grid"]
             grid = None if tokens is None else (int(tokens[0]), int(tokens[1]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CorruptError(file, f"attribute kpu is not that of a teacher's output ({error})") from None
         finite = np.isfinite(centre).all() and np.isfinite(scale).all()
-        if centre.ndim != 1 or centre.shape != scale.shape or not finite or not (scale > 0).all():
-            raise CorruptError(file, "attribute kpu: expected finite centres and as many positive scales")
-        return Grid(codec, centre, scale), grid
+        if centre.ndim != 1 or not centre.shape == scale.shape == offset.shape or not finite or not (scale > 0).all():
+            raise CorruptError(file, "attribute kpu: expected finite centres, as many positive scales and offsets")
+        return Grid(codec, centre, scale, offset), grid
 
     def _steps(self, features: F32) -> F32:
-        steps: F32 = features - self.centre
+        steps: F32 = features - self.middle
         steps /= self.scale
-        return np.rint(steps, out=steps)
+        np.rint(steps, out=steps)
+        steps += self.offset.astype(np.float32)
+        return steps
 
 
 def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
@@ -132,14 +155,19 @@ def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
     """
     if codec.step is None:
         channels = len(statistics.mean)
-        return Grid(codec, np.zeros(channels, np.float32), np.ones(channels, np.float32))
+        return Grid(codec, np.zeros(channels, np.float32), np.ones(channels, np.float32), np.zeros(channels, np.int32))
     centre, scale = snap(statistics.mean, statistics.std, codec.step)
     if not np.array_equal(centre, statistics.centre):
         raise MismatchError(
             f"codec.step: the calibration's centres do not lie on a grid of step {codec.step}: they were made for "
             "another step; use that one, or calibrate anew in another cache"
         )
-    return Grid(codec, centre, scale)
+    steps = np.rint(centre / scale)
+    offset = np.full(len(centre), MIDDLE, np.int32)
+    if statistics.zeros >= MANY_ZEROS:
+        near = np.abs(steps) <= _FARTHEST
+        offset[near] = steps[near].astype(np.int32) + ZERO
+    return Grid(codec, (steps - offset.astype(np.float32)) * scale, scale, offset)
 
 
 def _to_bf16(values: F32) -> npt.NDArray[np.uint16]:

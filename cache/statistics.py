@@ -23,14 +23,15 @@ F64 = npt.NDArray[np.float64]
 
 DEAD_CHANNEL: Final = 1e-4  # the floor of a channel's std, as a part of the root mean square of all channels' stds
 ALL_DEAD: Final = 1e-6  # the floor where no channel varies
-_FIELDS: Final = ("count", "mean", "centre", "variance", "covariance")
+_FIELDS: Final = ("count", "mean", "centre", "variance", "covariance", "zeros")
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Moments of one output over `count` vectors of D channels, unquantised.
 
-    `mean`, `centre`, `variance`: float64[D]; `covariance`: float64[D, D], both divided by `count`.
+    `mean`, `centre`, `variance`: float64[D]; `covariance`: float64[D, D], both divided by `count`. `zeros` is the share
+    of all values that are exactly 0.
     """
 
     count: int
@@ -38,6 +39,7 @@ class Statistics:
     centre: F64
     variance: F64
     covariance: F64
+    zeros: float = 0.0
 
     @cached_property
     def std(self) -> F64:
@@ -67,13 +69,17 @@ class Accumulator:
 
     def __init__(self, channels: int) -> None:
         self.count = 0
+        self._zeros = 0
         self._mean: F64 = np.zeros(channels)
         self._comoment: F64 = np.zeros((channels, channels))
 
-    def add(self, count: int, mean: F64, comoment: F64) -> None:
-        """Merge a batch: its count, its mean [D], and its sum of outer products of deviations from that mean [D, D]."""
+    def add(self, count: int, mean: F64, comoment: F64, zeros: int = 0) -> None:
+        """Merge a batch: its count, its mean [D], its sum of outer products of deviations from that mean [D, D], and
+        how many of its values are 0.
+        """
         if not count:
             return
+        self._zeros += zeros
         total = self.count + count
         delta = mean - self._mean
         self._mean += delta * (count / total)
@@ -87,7 +93,7 @@ class Accumulator:
             wide = x.astype(np.float64)
             mean = wide.mean(axis=0)
             wide -= mean
-            self.add(len(wide), mean, wide.T @ wide)
+            self.add(len(wide), mean, wide.T @ wide, x.size - int(np.count_nonzero(x)))
 
     def finish(self, step: float) -> Statistics:
         """The statistics of all that was merged, with the centre on the grid of `step` standard deviations.
@@ -101,7 +107,8 @@ class Accumulator:
         covariance = (covariance + covariance.T) / 2
         variance = np.maximum(np.diagonal(covariance), 0.0)
         centre, _ = snap(self._mean, floored_std(variance), step)
-        return Statistics(self.count, self._mean.copy(), centre.astype(np.float64), variance, covariance)
+        zeros = self._zeros / (self.count * len(variance))
+        return Statistics(self.count, self._mean.copy(), centre.astype(np.float64), variance, covariance, zeros)
 
 
 def dump_statistics(statistics: Mapping[str, Statistics], metadata: Mapping[str, str]) -> bytes:
@@ -131,7 +138,7 @@ def load_statistics(raw: bytes, file: str) -> tuple[dict[str, Statistics], dict[
 
 def _take(tensors: Mapping[str, npt.NDArray[Any]], output: str, file: str) -> Statistics:
     try:
-        count, mean, centre, variance, covariance = (tensors[f"{output}.{field}"] for field in _FIELDS)
+        count, mean, centre, variance, covariance, zeros = (tensors[f"{output}.{field}"] for field in _FIELDS)
     except KeyError as error:
         raise CorruptError(file, f"has no tensor {error}") from None
     channels = mean.size
@@ -143,4 +150,6 @@ def _take(tensors: Mapping[str, npt.NDArray[Any]], output: str, file: str) -> St
             raise CorruptError(file, f"{output}.{field}: expected finite float64{list(shape)}, found {found}")
     if count.shape or count.dtype != np.int64 or count < 1:
         raise CorruptError(file, f"{output}.count: expected one positive int64, found {count!r}")
-    return Statistics(int(count), mean, centre, variance, covariance)
+    if zeros.shape or zeros.dtype != np.float64 or not 0 <= zeros <= 1:
+        raise CorruptError(file, f"{output}.zeros: expected one float64 from 0 to 1, found {zeros!r}")
+    return Statistics(int(count), mean, centre, variance, covariance, float(zeros))

@@ -114,7 +114,9 @@ class _Units:
         none = np.empty(0, np.float32)
         self._outputs = {
             name: {
-                output.name: output_layout(plan, teacher.spec, output, Grid(teacher.spec.codec, none, none))
+                output.name: output_layout(
+                    plan, teacher.spec, output, Grid(teacher.spec.codec, none, none, none.astype(np.int32))
+                )
                 for output in teacher.spec.outputs
             }
             for name, teacher in teachers.items()

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 
-def moments(features: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean [D] and sum of outer products of deviations [D, D] over the vectors of [B, D] or [B, T, D].
+def moments(features: Tensor) -> tuple[int, np.ndarray, np.ndarray, int]:
+    """Count, mean [D] and sum of outer products of deviations [D, D] over the vectors of [B, D] or [B, T, D], and how
+    many values are 0.
 
     Computed in float64 where the features are; as `cache.statistics.Accumulator.add` takes them.
     """
@@ -15,4 +16,5 @@ def moments(features: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
         mean_D = x_ND.mean(0)
         x_ND = x_ND - mean_D
         comoment_DD = x_ND.T @ x_ND
-        return len(x_ND), mean_D.cpu().numpy(), comoment_DD.cpu().numpy()
+        zeros = features.numel() - int(torch.count_nonzero(features))
+        return len(x_ND), mean_D.cpu().numpy(), comoment_DD.cpu().numpy(), zeros

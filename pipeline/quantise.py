@@ -48,7 +48,9 @@ class DeviceGrid:
         self._codec = grid.codec.name
         # Errors are measured on (x - centre) / unit: in grid steps for uniform, else in standard deviations.
         uniform = self._codec == "uniform"
-        self._centre = self._tensor(grid.centre if uniform else statistics.centre)
+        self._offset = self._tensor(grid.offset)
+        self._short_offset = self._offset.to(torch.int16)
+        self._centre = self._tensor(grid.middle if uniform else statistics.centre)
         self._unit = self._tensor(grid.scale if uniform else statistics.std)
         self._deviations = float(grid.codec.step or 0) if uniform else 1.0  # standard deviations in one unit
         self._usual = self._longest_usual()
@@ -82,7 +84,7 @@ class DeviceGrid:
     def _longest_usual(self) -> float:
         """Tokens whose standardised vector is shorter hold no value that is out of range: none exceeds the length."""
         if self._codec == "uniform":
-            return LIMIT
+            return LIMIT - float(self._offset.abs().max())
         room = torch.finfo(_FLOAT_TYPES[self._codec]).max - float(self._centre.abs().max())
         return 0.99 * room / max(float(self._unit.max()), 1.0)
 
@@ -120,6 +122,7 @@ class DeviceGrid:
         if self._codec == "uniform":
             torch.add(u_ND, _ROUNDING, out=v_ND).sub_(_ROUNDING)
             stored_ND.copy_(v_ND)
+            stored_ND.add_(self._short_offset)
         elif self._codec == "fp32":
             stored_ND.copy_(x_ND)
             lengths_3N[1] = lengths_3N[0]
@@ -141,10 +144,11 @@ class DeviceGrid:
         u_ND = (x_ND.to(wide) - self._centre) / self._unit
         if self._codec == "uniform":
             steps_ND = u_ND.round() if wide == torch.float32 else ((x_ND - self._centre) / self._unit).round()
+            steps_ND += self._offset
             out_ND = steps_ND.abs() > LIMIT
             steps_ND.clamp_(-LIMIT, LIMIT).nan_to_num_(nan=MASKED)
             stored_ND.copy_(steps_ND)
-            v_ND = steps_ND.to(wide)
+            v_ND = steps_ND.to(wide) - self._offset
         else:
             kind = _FLOAT_TYPES[self._codec]
             largest = torch.finfo(kind).max

@@ -28,7 +28,7 @@ class StudentConfig(Section):
     """What is trained. `side` needs the cached base alone; `frozen` is the base itself, a control.
 
     `layers` are further outputs of the base that a side student reads; `width` and `depth` are those of the adapter
-    (channels; blocks at each grid). `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`;
+    (channels; blocks). `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`;
     null stands for the base's own; `weights` is a file, `random` or null for the model's own.
     """
 
@@ -39,8 +39,8 @@ class StudentConfig(Section):
     weights: Text | None = Field(default=None, description="the path of a weights file, random, or null")
     merge: Literal["add", "concat"] = Field(default="add", description="add or concat")
     layers: tuple[Text, ...] = Field(default=(), description=_NAMES)
-    width: Positive = Field(default=128, description=_COUNT)
-    depth: Positive = Field(default=2, description=_COUNT)
+    width: Positive = Field(default=160, description=_COUNT)
+    depth: Positive = Field(default=3, description=_COUNT)
 
     @model_validator(mode="after")
     def _model_belongs_to_images(self) -> "StudentConfig":
@@ -122,12 +122,13 @@ class BalanceConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with a cosine schedule. `warmup` is a share of all steps; `ema` a half-life in rows, 0 for none.
+    """AdamW with a cosine schedule. `lr` auto depends on the kind of student.
 
-    `accumulate` batches make one step; `clip` is the largest gradient norm, 0 for none.
+    `warmup` is a share of all steps; `ema` a half-life in rows, 0 for none. `accumulate` batches make one step; `clip`
+    is the largest gradient norm, 0 for none.
     """
 
-    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="a number above 0")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field(default="auto", description="a number above 0, or auto")
     weight_decay: NotNegative = Field(default=0.05, description=_WEIGHT)
     epochs: Positive = Field(default=20, description=_COUNT)
     warmup: Share = Field(default=0.05, description=_SHARE)

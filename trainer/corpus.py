@@ -5,7 +5,7 @@ Letters: B rows of a batch, T tokens of a map, C channels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from trainer.resident import Rows, Shelf
 from trainer.shapes import OutputShape, shape_of
 from trainer.split import validation_mask
 
+_BLOCK: Final = 2**17  # values that a CPU standardises at once: three passes over a whole batch would leave its cache
 Wanted = Mapping[str, Sequence[str]]
 """Outputs by teacher."""
 
@@ -44,12 +45,16 @@ class Standardiser:
     """From stored values to standardised ones: `x = stored * factor + offset`, per channel or one number for all."""
 
     factor: Tensor
-    offset: Tensor | None
+    offset: Tensor
 
     def __call__(self, stored: Tensor) -> Tensor:
         """float32 of the shape of `stored`, on its device."""
-        values = stored.float().mul_(self.factor.to(stored.device, non_blocking=True))
-        return values if self.offset is None else values.add_(self.offset.to(stored.device, non_blocking=True))
+        factor, offset = (each.to(stored.device, non_blocking=True) for each in (self.factor, self.offset))
+        values = torch.empty_like(stored, dtype=torch.float32)
+        vectors = max(1, (stored.numel() if stored.is_cuda else _BLOCK) // stored.shape[-1])
+        for part, into in zip(*(each.flatten(0, -2).split(vectors) for each in (stored, values)), strict=True):
+            into.copy_(part).mul_(factor).add_(offset)
+        return values
 
 
 @dataclass(frozen=True)
@@ -222,15 +227,15 @@ def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
-    """Where the cache's own grid is that of the statistics, a stored integer times `step` is the target."""
+    """Where the cache's own grid is that of the statistics, the target is `step * (stored - offset)`."""
     std = statistics.std
     if grid is None:
         return Standardiser(*(torch.from_numpy(a.astype(np.float32)) for a in (1 / std, -statistics.centre / std)))
     step = grid.codec.step
-    if step is not None and np.array_equal(grid.centre, statistics.centre.astype(np.float32)):
+    if step is not None and np.array_equal(grid.middle, statistics.centre.astype(np.float32)):
         expected = np.maximum(step * std, np.finfo(np.float32).tiny).astype(np.float32)
         if np.array_equal(grid.scale, expected):
-            return Standardiser(torch.tensor(step, dtype=torch.float32), None)
+            return Standardiser(torch.tensor(step, dtype=torch.float32), torch.from_numpy(-grid.offset).float() * step)
     factor = torch.from_numpy((grid.scale / std).astype(np.float32))
     offset = torch.from_numpy(((grid.centre - statistics.centre) / std).astype(np.float32))
     return Standardiser(factor, offset)

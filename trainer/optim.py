@@ -1,7 +1,7 @@
 """Optimiser, schedule and moving average, from timm's factories."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2
@@ -9,26 +9,33 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig
+from trainer.config import OptimConfig, TrainConfig
+
+_LEARNING_RATES: Final = {"side": 8e-3, "frozen": 8e-3, "parallel": 1e-3, "full": 1e-3}
+"""By kind of student, where the configuration says auto (`docs/decisions.md`)."""
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def learning_rate(config: TrainConfig) -> float:
+    """The largest rate of the schedule."""
+    return _LEARNING_RATES[config.student.kind] if config.optim.lr == "auto" else config.optim.lr
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW; vectors (biases, scales of normalisations, gammas) do not decay."""
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True
+        model, opt="adamw", lr=lr, weight_decay=weight_decay, filter_bias_and_bn=True
     )
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> CosineLRScheduler:
-    """Linear warm-up over a share of `steps`, then a cosine to 1/100; a function of the step alone."""
-    warmup = min(round(config.warmup * steps), steps - 1)
+def make_schedule(optimizer: torch.optim.Optimizer, lr: float, warmup: float, steps: int) -> CosineLRScheduler:
+    """Linear warm-up over the share `warmup` of `steps`, then a cosine to 1/100; a function of the step alone."""
     return CosineLRScheduler(
         optimizer,
         t_initial=steps,
-        lr_min=config.lr / 100,
-        warmup_t=warmup,
-        warmup_lr_init=config.lr / 100,
+        lr_min=lr / 100,
+        warmup_t=min(round(warmup * steps), steps - 1),
+        warmup_lr_init=lr / 100,
         warmup_prefix=False,
         t_in_epochs=False,
     )

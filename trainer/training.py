@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.model import Inheritance, Losses
 from trainer.objective.losses import over_workers, worker_count
-from trainer.optim import clip_gradients, make_average, make_optimizer, make_schedule, optimizer_state
+from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule, optimizer_state
 from trainer.world import World
 
 
@@ -23,8 +23,9 @@ class Training:
     def __init__(self, config: TrainConfig, model: Inheritance, world: World, steps: int) -> None:
         self.config, self.model, self.world, self.steps = config, model, world, steps
         self.step = 0
-        self.optimizer = make_optimizer(model, config.optim)
-        self.schedule = make_schedule(self.optimizer, config.optim, steps)
+        lr = learning_rate(config)
+        self.optimizer = make_optimizer(model, lr, config.optim.weight_decay)
+        self.schedule = make_schedule(self.optimizer, lr, config.optim.warmup, steps)
         self.average = make_average(model, config.optim, config.batch_size * config.optim.accumulate)
         self.gradient_norm: dict[str, Tensor] = {}
         self._bad = torch.zeros((), dtype=torch.bool, device=world.device)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cache.errors import ConfigError, KpuError
+from trainer.allocator import keep_freed_memory
 from trainer.config import TrainConfig
 
 
@@ -87,6 +88,8 @@ def join_world(config: TrainConfig) -> World:
         torch.cuda.set_device(device)
     if joins:
         dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        keep_freed_memory()
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size > 1 else 1
     threads = config.threads if config.threads != "auto" else max(1, len(os.sched_getaffinity(0)) // beside)
     torch.set_num_threads(threads)

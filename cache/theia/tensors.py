@@ -13,7 +13,7 @@ from cache.theia.names import CLS_TOKEN, EMBEDDING
 
 _DTYPES: Final[dict[str, str]] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 _ALIGNED: Final = 8
-_BF16: Final = Grid(CodecSpec(name="bf16"), np.zeros(1, np.float32), np.ones(1, np.float32))
+_BF16: Final = Grid(CodecSpec(name="bf16"), np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
 
 
 class Features(NamedTuple):

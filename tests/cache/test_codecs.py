@@ -85,10 +85,37 @@ def test_a_raw_zero_stays_exactly_zero(mean: list[float], data: st.DataObject, s
 
 
 def test_rounding_is_half_to_even() -> None:
-    grid = Grid(UNIFORM, np.zeros(1, np.float32), np.ones(1, np.float32))
+    grid = Grid(UNIFORM, np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
     halves = np.array([[-2.5], [-1.5], [-0.5], [0.5], [1.5], [2.5], [32767.4], [32767.6], [-40000]], np.float32)
     assert grid.encode(halves).ravel().tolist() == [-2, -2, 0, 0, 2, 2, 32767, 32767, -32767]
     assert grid.saturated(halves).ravel().tolist() == [False] * 7 + [True] * 2
+
+
+def test_integers_are_counted_from_far_below_the_mean() -> None:
+    stats = statistics([0.1, -300.0, 1e-3], [0.3, 2.2, 1e-5])
+    grid = make_grid(UNIFORM, stats)
+    means = stats.mean[None].astype(np.float32)
+    assert grid.encode(means).tolist() == [[128, 128, 128]]
+    np.testing.assert_array_equal(grid.middle, stats.centre.astype(np.float32))
+    near = (stats.mean + np.linspace(-6, 6, 25)[:, None] * stats.std).astype(np.float32)
+    stored = grid.encode(near)
+    assert stored.min() >= 0 and stored.max() <= 255
+    targets = 0.05 * (stored - grid.offset)
+    np.testing.assert_allclose(targets, (near - stats.centre) / stats.std, atol=0.0251)
+
+
+def test_where_many_values_are_zero_all_zeros_are_stored_alike() -> None:
+    rng = np.random.default_rng(0)
+    features = np.maximum(rng.normal(size=(64, 64, 16)) * np.geomspace(0.01, 100, 16), 0).astype(np.float32)
+    features[..., 3] = 1e5 + rng.normal(size=(64, 64))  # no zero is anywhere near
+    stats = statistics_of(features)
+    assert stats.zeros == pytest.approx((features == 0).mean())
+    grid = make_grid(UNIFORM, stats)
+    stored = grid.encode(features)
+    assert set(stored[features == 0].tolist()) == {16}
+    assert np.abs(stored[..., 3] - 128).max() < 200
+    few = statistics_of(np.where(rng.random(features.shape) < 0.05, 0, features + 1).astype(np.float32))
+    assert (make_grid(UNIFORM, few).offset == 128).all()
 
 
 def test_zero_based_features_keep_their_zeros() -> None:
@@ -152,12 +179,14 @@ def test_fp16_clips_to_its_finite_range() -> None:
 def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, tokens: tuple[int, int] | None) -> None:
     grid = make_grid(codec, statistics([0.1, -3.7, 1e-3], [0.3, 2.2, 1e-5]))
     attributes = grid.attributes(tokens)
-    assert list(attributes) == ["codec", "step", "centre", "scale", "grid"]
+    assert list(attributes) == ["codec", "step", "centre", "scale", "offset", "grid"]
     again, found_tokens = Grid.from_attributes(attributes, "f")
     assert found_tokens == tokens
     assert again.codec == codec
     np.testing.assert_array_equal(again.centre, grid.centre)
     np.testing.assert_array_equal(again.scale, grid.scale)
+    np.testing.assert_array_equal(again.offset, grid.offset)
+    np.testing.assert_array_equal(again.middle, grid.middle)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +199,9 @@ def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, token
         {"scale": [0.0]},
         {"scale": [float("inf")]},
         {"scale": ["x"]},
+        {"offset": [1, 2]},
+        {"offset": [2**40]},
+        {"offset": None},
         {"grid": 3},
     ],
 )

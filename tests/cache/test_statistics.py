@@ -92,7 +92,7 @@ def test_statistics_survive_serialisation_with_equal_bytes() -> None:
     assert loaded_metadata == metadata
     for name, expected in stats.items():
         assert loaded[name].count == 50
-        for field in ("mean", "centre", "variance", "covariance", "std"):
+        for field in ("mean", "centre", "variance", "covariance", "std", "zeros"):
             np.testing.assert_array_equal(getattr(loaded[name], field), getattr(expected, field))
     assert dump_statistics(loaded, loaded_metadata) == raw
 
@@ -104,7 +104,7 @@ def test_broken_statistics_are_refused() -> None:
     raw = dump_statistics({"patch": good}, {})
     tensors = {
         f"patch.{field}": np.asarray(getattr(good, field))
-        for field in ("count", "mean", "centre", "variance", "covariance")
+        for field in ("count", "mean", "centre", "variance", "covariance", "zeros")
     }
     broken = [
         b"",
@@ -117,6 +117,7 @@ def test_broken_statistics_are_refused() -> None:
         save({**tensors, "patch.variance": np.zeros(3, np.float32)}, {"kpu": "{}"}),
         save({**tensors, "patch.centre": np.array([0.0, np.nan, 0.0])}, {"kpu": "{}"}),
         save({**tensors, "patch.count": np.array(0)}, {"kpu": "{}"}),
+        save({**tensors, "patch.zeros": np.array(1.1)}, {"kpu": "{}"}),
     ]
     for bad in broken:
         with pytest.raises(CorruptError) as hit:

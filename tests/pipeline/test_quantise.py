@@ -48,9 +48,9 @@ def check(codec: Codec, grid: Grid, statistics: Statistics, x: np.ndarray) -> No
         reference = measure(x, grid.decode(expected), saturated, statistics)
     np.testing.assert_array_equal(found.saturated.numpy()[finite], reference.saturated[finite])
     errors, cosines = found.squared_error.numpy()[finite], found.cosine.numpy()[finite]
-    relative = 1e-5 if codec == "uniform" else 1e-3  # the errors of fp16 are themselves near the last bit of float32
+    relative = 5e-5 if codec == "uniform" else 1e-3  # the errors of fp16 are themselves near the last bit of float32
     np.testing.assert_allclose(errors, reference.squared_error[finite], rtol=relative, atol=1e-12)
-    np.testing.assert_allclose(cosines, reference.cosine[finite], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(cosines, reference.cosine[finite], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -94,7 +94,7 @@ def test_rows_that_are_not_finite_are_found(codec: Codec, value: float) -> None:
 def test_halves_round_to_even_as_in_numpy() -> None:
     grid, statistics = calibrated("uniform", heavy_tailed(50, CHANNELS))
     steps = np.arange(-40, 40, dtype=np.float32)[:, None] / 2
-    check("uniform", grid, statistics, grid.centre + steps * grid.scale)
+    check("uniform", grid, statistics, grid.middle + steps * grid.scale)
 
 
 @given(

@@ -1,5 +1,6 @@
 """Adapters: what they compute, where they start, and that rows stay apart."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from trainer.students.adapters import (
     ConvolutionBlock,
     Entry,
     MapAdapter,
+    StandardizedConvolution,
     VectorAdapter,
     map_of,
     tokens_of,
@@ -37,6 +39,20 @@ def test_tokens_lie_row_by_row() -> None:
     assert map_BCHV[0, 0, 0, 2] == x_BTC[0, 2, 0]
     assert map_BCHV.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(tokens_of(map_BCHV), x_BTC)
+
+
+def test_filters_are_standardised() -> None:
+    convolution = StandardizedConvolution(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, 5, 5)
+    plain = nn.Conv2d(3, 4, 3, padding=1)
+    weight = convolution.weight.detach().double().numpy().reshape(4, -1)
+    weight = weight - weight.mean(1, keepdims=True)
+    weight = weight / np.sqrt((weight**2).sum(1, keepdims=True))
+    plain.weight.data = torch.from_numpy(weight).float().view(4, 3, 3, 3)
+    plain.bias = convolution.bias
+    torch.testing.assert_close(convolution(x), plain(x))
+    convolution.weight.data = convolution.weight.data * 7 + 3  # neither scale nor mean matters
+    torch.testing.assert_close(convolution(x), plain(x), atol=1e-4, rtol=1e-4)
 
 
 def test_block_keeps_its_input() -> None:
@@ -74,20 +90,14 @@ def test_shapes_and_that_every_parameter_and_input_matters(names: tuple[str, ...
         assert tensor.grad is not None and tensor.grad.abs().max() > 0, name
 
 
-def test_one_grid_has_no_steps_down() -> None:
-    adapter = MapAdapter({"patch": SHAPES["patch"], "layer3.patch": OutputShape(9, (4, 4))}, (4, 4), OUTPUTS, 16, 2)
-    strides = {part.stride for part in adapter.modules() if isinstance(part, nn.Conv2d)}
-    assert strides == {(1, 1)}
-
-
-def test_two_grids_at_most_however_fine_the_maps() -> None:
+def test_blocks_stand_on_one_grid_however_fine_the_maps() -> None:
     adapter = MapAdapter(SHAPES, (4, 4), OUTPUTS, 16, 2)
     seen = set()
     for part in adapter.modules():
         if isinstance(part, ConvolutionBlock):
             part.register_forward_hook(lambda _m, _a, found: seen.add(tuple(found.shape[1:])))
     adapter(inputs(SHAPES))
-    assert seen == {(8, 8, 8), (16, 4, 4)}
+    assert seen == {(16, 4, 4)}
 
 
 def test_rows_do_not_touch_each_other() -> None:

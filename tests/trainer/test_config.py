@@ -94,7 +94,7 @@ def test_overrides_win_over_everything(tmp_path: Path) -> None:
         ("studnet.kind=side", "unknown key 'studnet'; did you mean 'student'?"),
         ("zzz=1", "unknown key 'zzz'; expected one of balance, base, batch_size"),
         ("batch_size=0", "batch_size: expected a whole number above 0, found 0"),
-        ("optim.lr=fast", "optim.lr: expected a number above 0, found 'fast'"),
+        ("optim.lr=fast", "optim.lr: expected a number above 0, or auto, found 'fast'"),
         ("optim.warmup=1.5", "optim.warmup: expected a number from 0 to 1, found 1.5"),
         ("validation=1", "validation: expected a number from 0, below 1, found 1"),
         ("caches=a.kpu", "caches: expected a list of at least one cache, found 'a.kpu'"),

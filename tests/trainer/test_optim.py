@@ -6,23 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig
-from trainer.optim import clip_gradients, make_average, make_optimizer, make_schedule
+from trainer.config import OptimConfig, validate_config
+from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule
 
 
 def test_vectors_do_not_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model.gamma = nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.1))
+    optimizer = make_optimizer(model, 1e-3, 0.1)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters() if decays[id(p)]} == {"0.weight": 0.1}
     assert len(decays) == 5
 
 
 def test_the_rate_rises_for_a_share_of_the_steps_and_falls_along_a_cosine() -> None:
-    config = OptimConfig(lr=1.0, warmup=0.1)
-    optimizer = make_optimizer(nn.Linear(1, 1), config)
-    schedule = make_schedule(optimizer, config, 100)
+    optimizer = make_optimizer(nn.Linear(1, 1), 1.0, 0.0)
+    schedule = make_schedule(optimizer, 1.0, 0.1, 100)
     rates = []
     for step in range(100):
         schedule.step_update(step)
@@ -31,6 +30,16 @@ def test_the_rate_rises_for_a_share_of_the_steps_and_falls_along_a_cosine() -> N
     assert rates[:11] == sorted(set(rates[:11]))
     expected = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(10, 100)]
     assert rates[10:] == pytest.approx(expected)
+
+
+def test_auto_depends_on_the_kind_of_student() -> None:
+    def rate(kind: str, **optim: float) -> float:
+        student = {"kind": kind, "model": "timm:vit_tiny_patch16_224" if kind == "full" else None}
+        values = {"caches": ["a.kpu"], "base": "general", "student": student, "optim": optim}
+        return learning_rate(validate_config(values, "here"))
+
+    assert rate("side") > rate("full")
+    assert rate("side", lr=0.5) == rate("full", lr=0.5) == 0.5
 
 
 def test_half_of_the_average_is_new_after_its_half_life() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import StorageError
+from trainer.allocator import keep_freed_memory
 from trainer.corpus import Corpus
 from trainer.data import Batch, Fetch, Loader, Upload
 from trainer.evaluation.controls import LinearMaps
@@ -68,6 +69,8 @@ def evaluate(
     notes: list[str] = []
     device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
     trained.model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
     training = open_training(trained, corpus, notes)
     rows, unseen = rows_to_measure(trained, corpus, bool(caches), training)

@@ -17,6 +17,7 @@ from trainer.shapes import Grid, OutputShape
 
 _GROUPS = 8
 _EXPANSION = 4
+_SMALLEST = 1e-4  # of a filter's sum of squares, so that none is divided by zero
 
 
 def tokens_of(map_BCHV: Tensor) -> Tensor:
@@ -31,6 +32,21 @@ def map_of(tokens_BTC: Tensor, grid: Grid) -> Tensor:
     return map_BCHV
 
 
+class StandardizedConvolution(nn.Conv2d):
+    """A convolution whose filters are brought to mean 0 and sum of squares 1 on every use.
+
+    Weight standardisation, Qiao et al. 2019 (arXiv 1903.10520); with group normalisation it trains as batch
+    normalisation does, which would mix rows.
+    """
+
+    def forward(self, x_BCHV: Tensor) -> Tensor:
+        """As `nn.Conv2d`."""
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        length = weight.square().sum((1, 2, 3), keepdim=True).clamp(min=_SMALLEST)
+        found: Tensor = self._conv_forward(x_BCHV, weight * length.rsqrt(), self.bias)
+        return found
+
+
 class ConvolutionBlock(nn.Module):
     """x + conv(ReLU(norm(x))), 3 x 3.
 
@@ -40,7 +56,8 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*_activation(width), nn.Conv2d(width, width, 3, padding=1, bias=False))
+        convolution = StandardizedConvolution(width, width, 3, padding=1, bias=False)
+        self.layers = nn.Sequential(*_activation(width), convolution)
 
     def forward(self, x_BWHV: Tensor) -> Tensor:
         """[B, W, H, V] to the same."""
@@ -64,7 +81,7 @@ class Entry(nn.Module):
         # An even factor takes one more position than it steps, so that neighbouring windows overlap.
         size, padding = (factor + 1, factor // 2) if factor % 2 == 0 else (factor, 0)
         self.layer: nn.Module = (
-            nn.Conv2d(shape.channels, width, size, stride=factor, padding=padding)
+            StandardizedConvolution(shape.channels, width, size, stride=factor, padding=padding)
             if self.strided
             else nn.Linear(shape.channels, width)
         )
@@ -77,56 +94,31 @@ class Entry(nn.Module):
         return map_of(self.layer(resize_map(x_BTC, self.grid, self.target)), self.target)
 
 
-class Level(nn.Module):
-    """One grid of a pyramid: maps enter and are summed, `depth` blocks follow."""
-
-    def __init__(self, maps: Mapping[str, OutputShape], grid: Grid, width: int, depth: int) -> None:
-        super().__init__()
-        self.names = tuple(maps)
-        self.entries = nn.ModuleList([Entry(shape, grid, width) for shape in maps.values()])
-        self.blocks = nn.Sequential(*(ConvolutionBlock(width) for _ in range(depth)))
-
-    def forward(self, inputs: Mapping[str, Tensor], *more_BWHV: Tensor) -> Tensor:
-        """The maps of this level, and what comes from elsewhere in its width, to [B, W, H, V]."""
-        entered = [entry(inputs[name]) for name, entry in zip(self.names, self.entries, strict=True)]
-        x_BWHV: Tensor = self.blocks(sum([*entered, *more_BWHV]))
-        return x_BWHV
-
-
 class MapAdapter(nn.Module):
-    """Maps and vectors to one change per wanted output: a pyramid of at most two grids, then a head for each output.
+    """Maps and vectors to one change per wanted output: all enter the target's grid and are summed, blocks follow.
 
-    The last grid is the target's, of `width` channels; the first has twice its sides and half its channels, and exists
-    where a map is at least that fine. Finer maps come down to it at once, so that nearly all computation happens on
-    the two grids. Vectors are added to the last one.
+    Finer maps come down at once, so that nearly all computation happens on the target's grid, where a convolution of
+    many channels costs least for what it learns (`docs/decisions.md`).
 
     Args:
         inputs: shapes by name, with at least one map.
         target: the grid of `patch`.
         outputs: channels of `global`, `patch` or both.
-        width: channels of the last grid.
-        depth: blocks at each grid.
+        width: channels inside.
+        depth: blocks.
     """
 
     def __init__(
         self, inputs: Mapping[str, OutputShape], target: Grid, outputs: Mapping[str, int], width: int, depth: int
     ) -> None:
         super().__init__()
-        self.target = target
-        fine = (2 * target[0], 2 * target[1])
         maps = {name: shape for name, shape in inputs.items() if shape.grid is not None}
-        upper = {n: s for n, s in maps.items() if s.grid is not None and s.grid[0] >= fine[0] and s.grid[1] >= fine[1]}
+        self.maps = tuple(maps)
         self.vectors = tuple(name for name in inputs if name not in maps)
         channels = sum(inputs[name].channels for name in self.vectors)
-        half = max(1, width // 2)
-        self.upper = Level(upper, fine, half, depth) if upper else None
-        self.down = (
-            nn.Sequential(*_activation(half), nn.Conv2d(half, width, 3, stride=2, padding=1, bias=False))
-            if upper
-            else None
-        )
-        self.lower = Level({n: s for n, s in maps.items() if n not in upper}, target, width, depth)
+        self.entries = nn.ModuleList([Entry(shape, target, width) for shape in maps.values()])
         self.spread = nn.Linear(channels, width) if self.vectors else None
+        self.blocks = nn.Sequential(*(ConvolutionBlock(width) for _ in range(depth)))
         self.last = nn.Sequential(*_activation(width))
         self.patch = nn.Linear(width, outputs["patch"]) if "patch" in outputs else None
         self.summary = _perceptron(width + channels, outputs["global"], 2 * width) if "global" in outputs else None
@@ -134,12 +126,10 @@ class MapAdapter(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by name to `global` [B, D] and `patch` [B, T, D], as far as they are wanted."""
         vectors = [inputs[name] for name in self.vectors]
-        more: list[Tensor] = []
-        if self.upper is not None and self.down is not None:
-            more.append(self.down(self.upper(inputs)))
+        entered = [entry(inputs[name]) for name, entry in zip(self.maps, self.entries, strict=True)]
         if self.spread is not None:
-            more.append(self.spread(torch.cat(vectors, dim=-1))[:, :, None, None])
-        tokens_BTW = tokens_of(self.last(self.lower(inputs, *more)))
+            entered.append(self.spread(torch.cat(vectors, dim=-1))[:, :, None, None])
+        tokens_BTW = tokens_of(self.last(self.blocks(sum(entered))))
         found: dict[str, Tensor] = {}
         if self.summary is not None:
             found["global"] = self.summary(torch.cat([tokens_BTW.mean(dim=1), *vectors], dim=-1))
