@@ -45,7 +45,8 @@ def test_codecs_cost_what_they_promise(tmp_path: Path) -> None:
     assert exact.of_fp16 > tried[4].of_fp16 >= 1
 
 
-def test_text_names_limits_and_the_grid(tmp_path: Path) -> None:
+def test_text_names_limits_and_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     path = build(tmp_path / "c.kpu").path
     text = kpu("bench", path, "-t", "alpha").stdout
     assert "memory copy" in text and "uniform 0.05" in text

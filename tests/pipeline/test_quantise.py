@@ -93,7 +93,7 @@ def test_rows_that_are_not_finite_are_found(codec: Codec, value: float) -> None:
 
 def test_halves_round_to_even_as_in_numpy() -> None:
     grid, statistics = calibrated("uniform", heavy_tailed(50, CHANNELS))
-    steps = np.arange(-40, 40, dtype=np.float32)[:, None] / 2
+    steps = np.arange(-40, 40, dtype=np.float32)[:, None] / 2 + np.float32([[0] * (CHANNELS - 1) + [1]])
     check("uniform", grid, statistics, grid.middle + steps * grid.scale)
 
 

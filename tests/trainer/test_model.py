@@ -76,7 +76,7 @@ def test_the_loss_is_the_formula(configure: Configure, keep: float) -> None:
         assert len(valid) == (2 if row == RED else 3)
         total += sum(rows[name][row] for name in valid) / len(valid) / len(counted)
     kept = np.mean([pair(features[o], batch.targets["general"][o])[counted].mean() for o in config.outputs])
-    assert losses.preserve.item() == pytest.approx(kept, rel=1e-5)
+    assert losses.preserve.item() == pytest.approx(kept, rel=1e-4)  # one minus a cosine near 1
     assert losses.total.item() == pytest.approx(total + keep * kept, rel=1e-5)
 
 
