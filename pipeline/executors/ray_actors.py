@@ -123,12 +123,8 @@ class RayExecutor:
                     logging_level=logging.ERROR,
                     **extra,
                 )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"executor.address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start "
-                "--head`, give the right --ray-address, or leave it out to run on this machine; a cluster with token "
-                "authentication needs RAY_AUTH_MODE=token and its token here, too"
-            ) from None
+        except Exception as error:  # Ray raises a plain one where its processes take too long to start
+            raise ConfigError(_not_reached(address, error)) from None
 
     def _seat(self, attempt: int = 1) -> _Seat:
         actor = self._actor_class.remote(self._setup)
@@ -223,6 +219,19 @@ def _check_listening(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
+def _not_reached(address: str | None, error: Exception) -> str:
+    if address is None:
+        return (
+            f"executor.kind: Ray did not start on this machine ({error}); try again when it is less busy, or use "
+            "--executor inline"
+        )
+    return (
+        f"executor.address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start --head`, "
+        "give the right --ray-address, or leave it out to run on this machine; a cluster with token authentication "
+        "needs RAY_AUTH_MODE=token and its token here, too"
+    )
 
 
 def _unwrap(error: RayError) -> BaseException:
