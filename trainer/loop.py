@@ -77,12 +77,7 @@ def fit(
         world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
-            try:
-                prepare_space(model, batches_from(stream, config, loader, upload), watch)
-            except KpuError:
-                if world.leads and not resume:
-                    run.discard()  # nothing was learned: the next attempt may have the same folder
-                raise
+            learn_space(model, batches_from(stream, config, loader, upload), world, run, watch, resume=resume)
         else:
             model.settle_space()
         training = Training(config, model, world, steps)
@@ -116,6 +111,22 @@ def fit(
     world.wait()
     world.leave()
     return Fitted(out, summary)
+
+
+def learn_space(
+    model: Inheritance, batches: Iterator[Batch], world: World, run: RunFolder, watch: Watch | None, *, resume: bool
+) -> None:
+    """Prepare the shared space; a run that was begun just now is taken away if the space is refused.
+
+    Raises:
+        MismatchError: the space collapsed, or lost the base.
+    """
+    try:
+        prepare_space(model, batches, watch)
+    except KpuError:
+        if world.leads and not resume:
+            run.discard()  # nothing was learned: the next attempt may have the same folder
+        raise
 
 
 def train(
