@@ -81,20 +81,20 @@ def run(
     names = cells.split(";") if cells else list(chosen.cells)
     done = {(r["cell"], r["seed"]) for r in _results(folder, tier)}
     most = max(chosen.cells[name].seeds for name in names)
-    todo = [
+    missing = [
         (name, seed)
         for seed in range(most)
         for name in names
         if seed < min(chosen.cells[name].seeds, seeds or most) and (name, seed) not in done
     ]
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(_one, tier, name, seed, folder, keep) for name, seed in todo]
+        waiting = [pool.submit(_one, tier, name, seed, folder, keep) for name, seed in missing]
         for number, future in enumerate(as_completed(waiting), start=1):
             result = future.result()
             with (folder / "results.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
             what = f"{result['cell']}, seed {result['seed']}"
-            print(f"{number}/{len(todo)}: {what}, {result['seconds']:.1f} s", flush=True)
+            print(f"{number}/{len(missing)}: {what}, {result['seconds']:.1f} s", flush=True)
     table(tier, folder)
 
 

@@ -142,7 +142,7 @@ class LocalStorage:
             missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
             for folder in missing:
-                _sync(folder.parent)
+                sync_folder(folder.parent)
         except OSError as error:
             raise self._error(error, str(self.root), "create") from error
 
@@ -167,11 +167,11 @@ class LocalStorage:
 
     def _sync_folders(self, folder: Path) -> None:
         """Sync `folder`, and every folder above it, up to the root, that this process has not synced yet."""
-        _sync(folder)
+        sync_folder(folder)
         if len(self._durable) > _KNOWN_FOLDERS:
             self._durable.clear()
         while folder != self.root and folder not in self._durable:
-            _sync(folder.parent)
+            sync_folder(folder.parent)
             self._durable.add(folder)
             folder = folder.parent
 
@@ -243,7 +243,8 @@ def _link(origin: Path, target: Path) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from cache import layout
 from cache.commits import committed_units
+from cache.listing import listed_rows
 from cache.locations import open_storage
 from cache.sources import Source, open_source
 from cache.spec import Frozen, Plan, TeacherSpec
@@ -19,7 +20,7 @@ from pipeline.executors import open_executor
 from pipeline.measure import Measurement
 from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
-from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, listed_rows
+from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows
 from pipeline.runs import new_run_id
 from pipeline.target import standing_plan
 from pipeline.teachers import ship
@@ -124,7 +125,7 @@ def _list(source: Source, config: ExtractConfig, standing: Plan | None) -> tuple
     wanted = (WARM_BATCHES + TIMED_BATCHES) * config.executor.batch_size
     head: list[pa.Table] = []
     rows = 0
-    for table in listed_rows(source, config):
+    for table in listed_rows(source, config.views, config.seed):
         if rows < wanted:
             head.append(table.slice(0, wanted - rows))
         rows += table.num_rows

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from cache.errors import MismatchError
-from cache.pixels.views import draw_views
+from cache.listing import listed_rows
 from cache.plans import load_plan, publish_plan
-from cache.samples import Fingerprint, Samples, sample_schema, split_parts
+from cache.samples import Fingerprint, Samples, split_parts
 from cache.sources import Source
 from cache.spec import CodecSpec, OutputSpec, Plan, TeacherSpec
 from cache.storage import Storage
@@ -74,7 +74,7 @@ def plan_cache(
         check_settings(standing, source, config)
         check_listing(storage, standing, source, config)
         return standing
-    tables = listed_rows(source, config)
+    tables = listed_rows(source, config.views, config.seed)
     unit_rows = config.unit_rows
     if unit_rows == "auto":
         head, tables = _peek(tables, UNITS_WANTED * LARGEST_UNIT)
@@ -130,7 +130,7 @@ def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractC
         SourceError: the source cannot be listed.
     """
     fingerprint, rows = Fingerprint(), 0
-    for table in listed_rows(source, config):
+    for table in listed_rows(source, config.views, config.seed):
         fingerprint.update(table)
         rows += table.num_rows
     if (fingerprint.hexdigest(), rows, source.classes) != (plan.fingerprint, plan.rows, plan.classes):
@@ -145,7 +145,7 @@ def _difference(samples: Samples, plan: Plan, source: Source, config: ExtractCon
     """The first row in which a listing of `rows` rows differs from the sample table, as expected and found."""
     counts = f"expected {plan.rows:,} rows, found {rows:,}; " if rows != plan.rows else ""
     start = 0
-    for part, here in enumerate(split_parts(listed_rows(source, config), plan.unit_rows)):
+    for part, here in enumerate(split_parts(listed_rows(source, config.views, config.seed), plan.unit_rows)):
         there = samples.part(part) if part < samples.parts else samples.schema.empty_table()
         if not there.equals(here):
             pairs = itertools.zip_longest(there.to_pylist(), here.to_pylist())
@@ -163,23 +163,6 @@ def _contrast(expected: dict[str, object] | None, found: dict[str, object] | Non
         return f"expected {there}, found {here}"
     name = next(name for name in expected if expected[name] != found[name])
     return f"expected {name} {expected[name]!r} for {expected['key']!r}, found {found[name]!r}"
-
-
-def listed_rows(source: Source, config: ExtractConfig) -> Iterator[pa.Table]:
-    """The sample table, one record a row: every sample `views` times."""
-    schema = sample_schema(source.spec.kind)
-    for batch in source.batches():
-        samples = pa.Table.from_batches([batch])
-        table = samples.take(np.repeat(np.arange(samples.num_rows), config.views)) if config.views > 1 else samples
-        view = np.tile(np.arange(config.views, dtype=np.int32), samples.num_rows)
-        table = table.append_column("view", pa.array(view))
-        table = table.append_column("draws", _draws(samples, config))
-        yield table.select(schema.names).cast(schema)
-
-
-def _draws(samples: pa.Table, config: ExtractConfig) -> pa.FixedSizeListArray:
-    keys = samples["key"].to_pylist() if config.views > 1 else [""] * samples.num_rows  # one view needs no draws
-    return draw_views(keys, config.views, config.seed)
 
 
 def _peek(batches: Iterator[pa.Table], rows: int) -> tuple[list[pa.Table], Iterator[pa.Table]]:

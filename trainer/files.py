@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache.errors import ConfigError, FullDiskError, StorageError
-from cache.localstore import FULL
+from cache.localstore import FULL, sync_folder
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -81,15 +81,6 @@ def write_error(error: OSError, path: Path) -> StorageError:
     if error.errno in FULL:
         return FullDiskError(f"{path}: cannot write: {error.strerror}; free some space and continue with --resume")
     return StorageError(f"{path}: cannot write: {error.strerror}; choose another folder, or give permission")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -4,21 +4,19 @@ Two passes over the features: one for statistics, one to encode and commit. The 
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
-
-import numpy as np
-import pyarrow as pa
 
 from cache import layout
 from cache.digests import digest
 from cache.errors import ConfigError
 from cache.leases import lease
+from cache.listing import listed_rows
 from cache.locations import open_storage, stands
 from cache.plans import load_plan, publish_plan
-from cache.samples import sample_schema, split_parts
+from cache.samples import split_parts
 from cache.sources.files import is_local
 from cache.spec import CodecSpec, OutputSpec, Plan, ShardFormat, TeacherSpec
 from cache.storage import Storage
@@ -122,14 +120,6 @@ def _spec(name: str, reader: FeatureReader, codec: CodecSpec, shards: ShardForma
 def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
     """Publish the plan that an extraction from the images' tars would make, or return the one that stands."""
     source = found.images
-    schema = sample_schema(source.spec.kind)
-
-    def tables() -> Iterator[pa.Table]:
-        for batch in source.batches():
-            table = pa.Table.from_batches([batch])
-            table = table.append_column("view", pa.array(np.zeros(table.num_rows, np.int32)))
-            table = table.append_column("draws", pa.nulls(table.num_rows, schema.field("draws").type))
-            yield table.select(schema.names).cast(schema)
 
     def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
         return Plan(
@@ -145,4 +135,4 @@ def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
             metadata=metadata,
         )
 
-    return publish_plan(storage, split_parts(tables(), unit_rows), build, run, unit_rows=unit_rows)
+    return publish_plan(storage, split_parts(listed_rows(source, 1, 0), unit_rows), build, run, unit_rows=unit_rows)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from cache.errors import ConfigError, StorageError
+from cache.localstore import sync_folder
 from cache.members import TAR_BLOCK, TAR_END, tar_header
 from cache.theia.names import SAMPLES_PER_TAR, SPLITS, is_tar_of, parse_splits, tar_name
 
@@ -123,7 +124,7 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
             (folder / column).mkdir(exist_ok=True)
             for tar in sorted((place / column).iterdir()):
                 tar.rename(folder / column / tar.name)
-            _sync(folder / column)
+            sync_folder(folder / column)
         with _locked(folder):
             splits = {**read_splits(folder), split: samples}
             with (place / SPLITS).open("w") as file:
@@ -131,7 +132,7 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
                 file.flush()
                 os.fsync(file.fileno())
             (place / SPLITS).replace(folder / SPLITS)
-            _sync(folder)
+            sync_folder(folder)
     except OSError as error:
         raise StorageError(f"cannot write {error.filename or folder}: {error.strerror}") from error
 
@@ -144,13 +145,5 @@ def _locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
