@@ -59,8 +59,7 @@ def _tier_a() -> Tier:
         "student.depth": 2,
         "projector.hidden": 128,
         "batch_size": 1024,
-        "optim.epochs": 10,
-        "optim.lr": 2e-3,
+        "optim.epochs": 5,
         "threads": 1,
     }
     return Tier(common, cells, processes=2)
@@ -110,7 +109,7 @@ def _tier_b() -> Tier:
         "outputs": ["global", "patch"],
         "student.layers": ["layer1.patch", "layer2.patch"],
         "batch_size": 256,
-        "optim.epochs": 14,
+        "optim.epochs": 8,
     }
     return Tier(common, cells, processes=1)
 

@@ -67,13 +67,13 @@ def timm_cache(place: Path, model: str) -> Path:
 
 @cache
 def small_run(place: Path, name: str = "run", **changes: Any) -> Path:
-    """A run of two epochs; `changes` are values of the configuration, a section as a tuple of pairs."""
+    """A run of three epochs; `changes` are values of the configuration, a section as a tuple of pairs."""
     values: dict[str, Any] = {
         "caches": [str(labelled_cache(place))],
         "base": "general",
         "student": {"width": 8, "depth": 1},
         "projector": {"hidden": 16},
-        "optim": {"epochs": 3, "lr": 0.01},
+        "optim": {"epochs": 3, "lr": 0.03},
         "log": {"every": 4, "checkpoint": 4},
         "batch_size": 16,
         "validation": 0.25,

@@ -122,12 +122,13 @@ class BalanceConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with a cosine schedule. `lr` auto depends on the kind of student.
+    """Optimiser and cosine schedule. `name` and `lr` auto depend on the kind of student.
 
     `warmup` is a share of all steps; `ema` a half-life in rows, 0 for none. `accumulate` batches make one step; `clip`
     is the largest gradient norm, 0 for none.
     """
 
+    name: Literal["adamw", "muon"] | Auto = Field(default="auto", description="adamw, muon or auto")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(default="auto", description="a number above 0, or auto")
     weight_decay: NotNegative = Field(default=0.05, description=_WEIGHT)
     epochs: Positive = Field(default=20, description=_COUNT)

@@ -11,19 +11,36 @@ from torch import Tensor, nn
 
 from trainer.config import OptimConfig, TrainConfig
 
-_LEARNING_RATES: Final = {"side": 8e-3, "frozen": 8e-3, "parallel": 1e-3, "full": 1e-3}
-"""By kind of student, where the configuration says auto (`docs/decisions.md`)."""
+_ON_FEATURES: Final = ("side", "frozen")
+_LEARNING_RATES: Final = {("muon", True): 16e-3, ("muon", False): 1e-3, ("adamw", True): 8e-3, ("adamw", False): 1e-3}
+"""By optimiser, and whether the student learns on features rather than images (`docs/decisions.md`)."""
+
+_TIMM_NAMES: Final = {"adamw": "adamw", "muon": "nmuon"}  # timm's muon has no Nesterov momentum
+
+
+def optimizer_name(config: TrainConfig) -> str:
+    """`adamw` or `muon`."""
+    if config.optim.name != "auto":
+        return config.optim.name
+    return "muon" if config.student.kind in _ON_FEATURES else "adamw"
 
 
 def learning_rate(config: TrainConfig) -> float:
     """The largest rate of the schedule."""
-    return _LEARNING_RATES[config.student.kind] if config.optim.lr == "auto" else config.optim.lr
+    if config.optim.lr != "auto":
+        return config.optim.lr
+    return _LEARNING_RATES[optimizer_name(config), config.student.kind in _ON_FEATURES]
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases, scales of normalisations, gammas) do not decay."""
+def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, or Muon (Jordan et al. 2024) with Nesterov momentum, whose steps are as long as AdamW's.
+
+    Muon turns the momentum of every matrix and filter bank into the nearest orthogonal one (its update's root mean
+    square is then 0.2 of the rate: Liu et al. 2025, arXiv 2502.16982); vectors (biases, scales of normalisations,
+    gammas) take NAdamW's steps at the same rate, and never decay.
+    """
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=lr, weight_decay=weight_decay, filter_bias_and_bn=True
+        model, opt=_TIMM_NAMES[name], lr=lr, weight_decay=weight_decay, filter_bias_and_bn=True
     )
     return optimizer
 

@@ -13,7 +13,15 @@ from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.model import Inheritance, Losses
 from trainer.objective.losses import over_workers, worker_count
-from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule, optimizer_state
+from trainer.optim import (
+    clip_gradients,
+    learning_rate,
+    make_average,
+    make_optimizer,
+    make_schedule,
+    optimizer_name,
+    optimizer_state,
+)
 from trainer.world import World
 
 
@@ -24,7 +32,7 @@ class Training:
         self.config, self.model, self.world, self.steps = config, model, world, steps
         self.step = 0
         lr = learning_rate(config)
-        self.optimizer = make_optimizer(model, lr, config.optim.weight_decay)
+        self.optimizer = make_optimizer(model, optimizer_name(config), lr, config.optim.weight_decay)
         self.schedule = make_schedule(self.optimizer, lr, config.optim.warmup, steps)
         self.average = make_average(model, config.optim, config.batch_size * config.optim.accumulate)
         self.gradient_norm: dict[str, Tensor] = {}

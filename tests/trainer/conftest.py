@@ -77,7 +77,7 @@ def small_config(cache: Path, **changes: Any) -> dict[str, Any]:
         "student": {"width": 8, "depth": 1},
         "projector": {"hidden": 8},
         "unify": {"hidden": 8, "steps": 5, "pca_rows": 64},
-        "optim": {"epochs": 2, "lr": 0.01},
+        "optim": {"epochs": 2, "lr": 0.03},
         "log": {"every": 1, "checkpoint": 2},
         "batch_size": 16,
         "validation": 0.1,

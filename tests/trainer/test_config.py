@@ -24,7 +24,7 @@ unify: {mode: pretrained, weight: 0.5, hidden: 128, steps: 100, pca_rows: 1000, 
   covariance: 0.01, lowest_std: 0.2, lowest_rank: 0.1, lowest_reconstruction: -1}
 preserve: {weight: 0.1}
 balance: {name: dropping, p: 0.25}
-optim: {lr: 3e-4, weight_decay: 0, epochs: 3, warmup: 0.1, clip: 0, ema: 1000, accumulate: 2}
+optim: {name: adamw, lr: 3e-4, weight_decay: 0, epochs: 3, warmup: 0.1, clip: 0, ema: 1000, accumulate: 2}
 batch_size: 128
 order: {name: windowed, window: 8}
 validation: 0.1

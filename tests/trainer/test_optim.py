@@ -7,20 +7,21 @@ import torch
 from torch import nn
 
 from trainer.config import OptimConfig, validate_config
-from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule
+from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule, optimizer_name
 
 
-def test_vectors_do_not_decay() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_vectors_do_not_decay(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model.gamma = nn.Parameter(torch.zeros(2))
-    optimizer = make_optimizer(model, 1e-3, 0.1)
+    optimizer = make_optimizer(model, name, 1e-3, 0.1)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters() if decays[id(p)]} == {"0.weight": 0.1}
     assert len(decays) == 5
 
 
 def test_the_rate_rises_for_a_share_of_the_steps_and_falls_along_a_cosine() -> None:
-    optimizer = make_optimizer(nn.Linear(1, 1), 1.0, 0.0)
+    optimizer = make_optimizer(nn.Linear(1, 1), "adamw", 1.0, 0.0)
     schedule = make_schedule(optimizer, 1.0, 0.1, 100)
     rates = []
     for step in range(100):
@@ -32,14 +33,32 @@ def test_the_rate_rises_for_a_share_of_the_steps_and_falls_along_a_cosine() -> N
     assert rates[10:] == pytest.approx(expected)
 
 
+def test_muon_makes_every_direction_of_a_matrix_equally_long_and_leaves_vectors_to_nadamw() -> None:
+    model = nn.Linear(8, 16)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = make_optimizer(model, "muon", 0.5, 0.0)
+    directions, _ = torch.linalg.qr(torch.randn(16, 8))
+    model.weight.grad = directions @ torch.diag(torch.logspace(0, -2, 8))  # singular values from 1 to 0.01
+    model.bias.grad = torch.linspace(1, 3, 16)
+    optimizer.step()
+    # Newton-Schulz in bfloat16 brings singular values near 1; the rate is scaled by 0.2 sqrt(16).
+    lengths = torch.linalg.svdvals(model.weight.detach() - before["weight"]) / (0.5 * 0.2 * 4)
+    assert lengths.min() > 0.5 and lengths.max() < 1.5
+    change = model.bias.detach() - before["bias"]  # a first step of NAdamW is as long for every size of gradient
+    assert torch.allclose(change, change[:1], rtol=1e-3) and change[0] < 0
+
+
 def test_auto_depends_on_the_kind_of_student() -> None:
-    def rate(kind: str, **optim: float) -> float:
+    def auto(kind: str, **optim: float | str) -> tuple[str, float]:
         student = {"kind": kind, "model": "timm:vit_tiny_patch16_224" if kind == "full" else None}
         values = {"caches": ["a.kpu"], "base": "general", "student": student, "optim": optim}
-        return learning_rate(validate_config(values, "here"))
+        config = validate_config(values, "here")
+        return optimizer_name(config), learning_rate(config)
 
-    assert rate("side") > rate("full")
-    assert rate("side", lr=0.5) == rate("full", lr=0.5) == 0.5
+    assert [auto(kind)[0] for kind in ("side", "frozen", "parallel", "full")] == ["muon", "muon", "adamw", "adamw"]
+    assert auto("side")[1] > auto("full")[1]
+    assert auto("side", lr=0.5, name="adamw") == ("adamw", 0.5)
+    assert auto("full", lr=0.5, name="muon") == ("muon", 0.5)
 
 
 def test_half_of_the_average_is_new_after_its_half_life() -> None:
