@@ -5,29 +5,24 @@ Letters: n rows asked for, B images of a batch, H and W the height and width of 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cache import Cache
-from cache.digests import DIGEST_BYTES, digest_bytes
-from cache.errors import ConfigError, MismatchError, SourceError
+from cache.digests import DIGEST_BYTES
 from cache.layout import UNITS_PER_PART
 from cache.locations import open_storage
-from cache.pixels.decode import decode_image
+from cache.originals import Originals
 from cache.pixels.resize import geometry, resize_image
 from cache.pixels.views import resolve_view
 from cache.recent import Recent
 from cache.samples import Samples
-from cache.sources import source_reader
-from cache.sources.files import file_system, is_local
-from cache.spec import ImageStatus, InputSpec, SourceSpec
+from cache.spec import InputSpec
 
 Rows = npt.NDArray[np.int64]
 
@@ -46,8 +41,7 @@ class ImageReader:
 
     def __init__(self, cache: Cache, input: InputSpec, *, root: str | None, threads: int) -> None:  # noqa: A002
         self._cache, self._geometry = cache, geometry(input)
-        self._source = _at_root(cache, root)
-        self._reader = source_reader(self._source)
+        self._originals = Originals(cache, root, option="images.root")
         parts = max(2, _HELD_ROWS // (UNITS_PER_PART * cache.plan.unit_rows))
         self._samples = Samples(open_storage(cache.path), cache.plan, cached_parts=parts)
         self._digests: Recent[int, npt.NDArray[np.uint8]] = Recent(_HELD_UNITS)
@@ -76,13 +70,13 @@ class ImageReader:
             return pixels, valid
         table = self._samples.take(rows[wanted])
         heads = table.take(pa.array(first))
-        encoded, expected = self._read(heads), self._expected(rows[wanted[first]])
+        encoded, expected = self._originals.read(heads), self._expected(rows[wanted[first]])
         draws = table["draws"].to_pylist()
         members = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
 
         def work(chunk: range) -> None:
             for sample in chunk:
-                image = self._decode(encoded[sample], expected[sample].tobytes(), heads.slice(sample, 1))
+                image = self._originals.decode(encoded[sample], expected[sample], heads.slice(sample, 1))
                 for member in members[sample]:
                     view = resolve_view(draws[member], image.width, image.height, self._cache.plan.crop)
                     resize_image(image, self._geometry, view, out=pixels[wanted[member]])
@@ -99,29 +93,6 @@ class ImageReader:
         for _ in self._pool.map(work, (range(at, min(at + length, count)) for at in range(0, count, length))):
             pass
 
-    def _read(self, heads: pa.Table) -> list[bytes]:
-        try:
-            return self._reader.read(heads)
-        except SourceError as error:
-            raise SourceError(f"{error}. {self._advice()}") from error
-
-    def _decode(self, data: bytes, expected: bytes, record: pa.Table) -> Image.Image:
-        """The image of one record of the sample table."""
-        found = digest_bytes(data)
-        if found != expected:
-            raise MismatchError(
-                f"{self._name(record)}: expected the image that {self._cache.path} was extracted from (digest "
-                f"{expected.hex()}), found other bytes ({found.hex()}); restore it, or extract into a new cache. "
-                f"{self._advice()}"
-            )
-        image = decode_image(data)
-        if isinstance(image, ImageStatus):
-            raise MismatchError(
-                f"{self._name(record)}: expected an image that can be decoded, as at extraction, found {image.name} "
-                "with the very same bytes; install the Pillow, with its codecs, that extracted the cache"
-            )
-        return image
-
     def _expected(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """Digests of the images of rows, uint8 [n, 16]; whole units are kept, for random rows come back to them."""
         plan = self._cache.plan
@@ -136,16 +107,6 @@ class ImageReader:
         rows = self._cache.plan.unit_range(unit)
         return self._cache.image_digests(slice(rows.start, rows.stop))
 
-    def _name(self, record: pa.Table) -> str:
-        key, file = (record[name][0].as_py() for name in ("key", "file"))
-        return f"image {key!r} ({self._source.root.rstrip('/')}/{file})"
-
-    def _advice(self) -> str:
-        return (
-            f"If the images of {self._cache.path} have moved, set images.root to where they are now (extracted from "
-            f"{self._cache.plan.source.root})"
-        )
-
 
 def normalise(pixels_BHWC: Tensor, input: InputSpec) -> Tensor:  # noqa: A002
     """(x / 255 - mean) / std per channel of uint8 pixels, as float32 [B, 3, H, W] on their device."""
@@ -156,23 +117,3 @@ def normalise(pixels_BHWC: Tensor, input: InputSpec) -> Tensor:  # noqa: A002
     )
     values = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return values.div_(255).sub_(mean).div_(std)
-
-
-def _at_root(cache: Cache, root: str | None) -> SourceSpec:
-    """The cache's source, below `root` where one is given."""
-    spec = cache.plan.source
-    if root is not None:
-        place = str(Path(root).expanduser().absolute()) if is_local(root) else root
-        spec = spec.model_copy(update={"root": place})
-    if is_local(spec.root):
-        if not Path(spec.root).is_dir():
-            raise ConfigError(
-                f"images.root: expected the folder of the images that {cache.path} was extracted from, found no folder "
-                f"{spec.root}; set images.root to where they are now"
-            )
-        return spec
-    try:
-        file_system(spec.root)
-    except SourceError as error:
-        raise ConfigError(f"images.root: {str(error).removeprefix('data.source: ')}") from None
-    return spec

@@ -58,7 +58,7 @@ def export_theia(
         progress: called with (rows done, rows in all).
 
     Raises:
-        ConfigError: a name, a teacher or the place will not do, or the split stands.
+        ConfigError: a name, a teacher or the place will not do, the split stands, or no folder of images does.
         MismatchError, SourceError: the images are not those that were extracted, or cannot be read.
         CorruptError: the cache is damaged.
         StorageError: `root` cannot be written to.
@@ -67,7 +67,7 @@ def export_theia(
     if "://" in os.fspath(root):
         raise ConfigError(f"out: expected a local folder for a dataset of Theia's, found {os.fspath(root)}")
     cache = open_cache(source)
-    names = _exportable(cache, complete_teachers(cache, teachers))
+    names, pictures = _exportable(cache, complete_teachers(cache, teachers)), Pictures(cache, images)
     folder = Path(root).absolute() / dataset
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,6 @@ def export_theia(
     with beside(folder, split) as place:
         with ExitStack() as stack:
             columns = {name: stack.enter_context(Column(place / name, dataset, split)) for name in [IMAGES, *names]}
-            pictures = Pictures(cache, images)
             for unit in range(cache.plan.units):
                 unit_rows = np.asarray(cache.plan.unit_range(unit))
                 kept = unit_rows[np.logical_and.reduce([cache.valid(unit_rows, teacher=name) for name in names])]

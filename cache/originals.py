@@ -1,0 +1,93 @@
+"""The images that a cache was extracted from, each compared with the digest that the cache keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from cache.digests import digest_bytes
+from cache.errors import ConfigError, MismatchError, SourceError
+from cache.pixels.decode import decode_image
+from cache.reader import Cache
+from cache.sources import source_reader
+from cache.sources.files import file_system, is_local
+from cache.spec import ImageStatus, SourceSpec
+
+
+class Originals:
+    """Reads and checks a cache's images. Safe to use from several threads.
+
+    `root`, if given, stands in for the folder or URL that the cache remembers; `option` is what a user sets to give it.
+
+    Raises (on opening):
+        ConfigError: there is no such folder, or no such kind of URL.
+    """
+
+    def __init__(self, cache: Cache, root: str | None, *, option: str) -> None:
+        self._path, self._extracted_from, self._option = cache.path, cache.plan.source.root, option
+        self._source = _at_root(cache, root, option)
+        self._reader = source_reader(self._source)
+
+    def read(self, records: pa.Table) -> list[bytes]:
+        """The encoded bytes of records of the sample table.
+
+        Raises:
+            SourceError: an image is gone or cannot be read.
+        """
+        try:
+            return self._reader.read(records)
+        except SourceError as error:
+            raise SourceError(f"{error}. {self._advice()}") from error
+
+    def decode(self, data: bytes, expected: npt.NDArray[np.uint8], record: pa.Table) -> Image.Image:
+        """The image in the bytes of one record whose digest was `expected`, uint8 [16], at extraction.
+
+        Raises:
+            MismatchError: it is not the one that was extracted.
+        """
+        found = digest_bytes(data)
+        if found != expected.tobytes():
+            raise MismatchError(
+                f"{self._name(record)}: expected the image that {self._path} was extracted from (digest "
+                f"{expected.tobytes().hex()}), found other bytes ({found.hex()}); restore it, or extract into a new "
+                f"cache. {self._advice()}"
+            )
+        image = decode_image(data)
+        if isinstance(image, ImageStatus):
+            raise MismatchError(
+                f"{self._name(record)}: expected an image that can be decoded, as at extraction, found {image.name} "
+                "with the very same bytes; install the Pillow, with its codecs, that extracted the cache"
+            )
+        return image
+
+    def _name(self, record: pa.Table) -> str:
+        key, file = (record[name][0].as_py() for name in ("key", "file"))
+        return f"image {key!r} ({self._source.root.rstrip('/')}/{file})"
+
+    def _advice(self) -> str:
+        return (
+            f"If the images of {self._path} have moved, set {self._option} to where they are now (extracted from "
+            f"{self._extracted_from})"
+        )
+
+
+def _at_root(cache: Cache, root: str | None, option: str) -> SourceSpec:
+    """The cache's source, below `root` where one is given."""
+    spec = cache.plan.source
+    if root is not None:
+        place = str(Path(root).expanduser().absolute()) if is_local(root) else root
+        spec = spec.model_copy(update={"root": place})
+    if is_local(spec.root):
+        if not Path(spec.root).is_dir():
+            raise ConfigError(
+                f"{option}: expected the folder of the images that {cache.path} was extracted from, found no folder "
+                f"{spec.root}; set {option} to where they are now"
+            )
+        return spec
+    try:
+        file_system(spec.root)
+    except SourceError as error:
+        raise ConfigError(f"{option}: {str(error).removeprefix('data.source: ')}") from None
+    return spec
