@@ -1,6 +1,7 @@
 """What a student inherits from three CIFAR teachers, and which part of the method is to thank for it.
 
     python benchmarks/inheritance.py caches             # extract the caches, once (about 10 minutes on two cores)
+    python benchmarks/inheritance.py controls           # what probes find in the teachers, alone and together
     python benchmarks/inheritance.py run --tier A       # global targets only, ten seeds a cell
     python benchmarks/inheritance.py run --tier B --seeds 1
     python benchmarks/inheritance.py run --tier C
@@ -23,6 +24,7 @@ from time import perf_counter
 from typing import Annotated, Any, Final
 
 import numpy as np
+import torch
 import typer
 from inheritance_tiers import ALL, BASE, SPECIALISTS, TIERS, Cell
 from rich.console import Console
@@ -66,6 +68,40 @@ def caches(folder: Folder = HOME) -> None:
             "teachers": teachers,
         }
         extract(validate_config(config, split))
+
+
+@app.command()
+def controls(folder: Folder = HOME) -> None:
+    """Probe the vectors of each teacher, of all side by side, and their first principal axes, as many as the base has.
+
+    Vectors are standardised by the training cache's statistics; penalties are chosen on the validation rows.
+    """
+    from trainer.corpus import Corpus
+    from trainer.evaluation.probes import knn, linear_probe
+
+    train, test = (
+        Corpus([str(folder / f"{split}.kpu")], dict.fromkeys(ALL, ("global",)), BASE) for split in ("train", "test")
+    )
+    chosen = train.validation(0.02)
+    spaces = {name: [_vectors(corpus, name, train) for corpus in (train, test)] for name in ALL}
+    spaces["all side by side"] = [np.concatenate(parts, axis=1) for parts in zip(*spaces.values(), strict=True)]
+    joined, channels = spaces["all side by side"], spaces[BASE][0].shape[1]
+    axes = np.linalg.eigh(np.cov(joined[0][~chosen].T))[1][:, ::-1][:, :channels]
+    spaces[f"their first {channels} axes"] = [x @ axes.astype(np.float32) for x in joined]
+    y, y_test = (torch.from_numpy(corpus.labels()) for corpus in (train, test))
+    for name, (x, x_test) in ((name, map(torch.from_numpy, pair)) for name, pair in spaces.items()):
+        probe = linear_probe(x[~chosen], y[~chosen], x[chosen], y[chosen], x_test, y_test).accuracy
+        print(f"{name}: linear probe {probe:.3f}, k-NN {knn(x[~chosen], y[~chosen], x_test, y_test):.3f}", flush=True)
+
+
+def _vectors(corpus: Any, teacher: str, training: Any) -> np.ndarray[Any, Any]:
+    """Standardised `global` of all rows, float32 [n, C]."""
+    found, statistics = (
+        corpus.caches[0].read(teacher, "global", np.arange(corpus.rows)),
+        training.sources[teacher].statistics["global"],
+    )
+    standardised: np.ndarray[Any, Any] = ((found - statistics.centre) / statistics.std).astype(np.float32)
+    return standardised
 
 
 @app.command()
