@@ -29,13 +29,12 @@ import pyarrow.parquet as pq
 import timm
 import torch
 from PIL import Image
+from real_data import DATA, REPOSITORY, RESNET, cifar_teacher, cifar_weights
 from timm.data import create_transform, resolve_model_data_config
 
 from pipeline.config import validate_config
 from pipeline.extract import extract
 
-REPOSITORY = Path(__file__).parents[1]
-DATA = Path(os.environ.get("KPU_TEST_DATA", REPOSITORY.parent / "shared")).resolve()
 CIFAR = {"general": "resnet56", "animals": "resnet20", "vehicles": "resnet20"}
 
 
@@ -89,10 +88,10 @@ def load_source(path: Path) -> Any:
 
 
 def cifar_teachers() -> list[Any]:
-    cifar_resnet = load_source(REPOSITORY / "examples/cifar_resnet.py")
+    cifar_resnet = load_source(REPOSITORY / RESNET)
 
     def load(name: str, factory: str) -> tuple[Any, Any]:
-        weights = torch.load(DATA / f"teachers/cifar_kpu/{name}.pt", weights_only=True)
+        weights = torch.load(cifar_weights(name), weights_only=True)
         module = getattr(cifar_resnet, factory)(state_dict=weights)
         module.load_state_dict(weights)
         own = module.data_config
@@ -125,13 +124,7 @@ CASES = {
     "cifar": Case(
         {
             "data": {"source": str(DATA / "data/cifar10/test-00000-of-00001.parquet")},
-            "teachers": {
-                name: {
-                    "model": f"torch:{REPOSITORY}/examples/cifar_resnet.py:{factory}",
-                    "weights": str(DATA / f"teachers/cifar_kpu/{name}.pt"),
-                }
-                for name, factory in CIFAR.items()
-            },
+            "teachers": {name: cifar_teacher(factory, name) for name, factory in CIFAR.items()},
         },
         cifar_images,
         cifar_teachers,

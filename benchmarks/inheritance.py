@@ -14,7 +14,6 @@ CONTRIBUTING.md).
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 import typer
 from inheritance_tiers import ALL, BASE, SPECIALISTS, TIERS, Cell
+from real_data import DATA, REPOSITORY, cifar_teacher
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
-REPOSITORY: Final = Path(__file__).parents[1]
-DATA: Final = Path(os.environ.get("KPU_TEST_DATA", REPOSITORY.parent / "shared")).resolve()
+from trainer.ablate import reach
+
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where caches, runs and results lie.")]
 Which = Annotated[str, typer.Option(help="A, B or C.")]
@@ -47,18 +46,13 @@ def caches(folder: Folder = HOME) -> None:
     from pipeline.config import validate_config
     from pipeline.extract import extract
 
-    def teacher(file: str, weights: str, **more: Any) -> dict[str, Any]:
-        path = DATA / f"teachers/cifar_kpu/{weights}.pt"
-        return {"model": f"torch:{REPOSITORY}/{file}", "weights": str(path), **more}
-
-    resnet, scaled = "examples/cifar_resnet.py", "benchmarks/cifar_scaled.py"
-    only = {"outputs": ["global"], "labels": VEHICLES}
+    only: dict[str, Any] = {"file": "benchmarks/cifar_scaled.py", "outputs": ["global"], "labels": VEHICLES}
     teachers = {
-        "general": teacher(f"{resnet}:resnet56", "general", layers=["layer1", "layer2"]),
-        "animals": teacher(f"{resnet}:resnet20", "animals", labels=ANIMALS),
-        "vehicles": teacher(f"{resnet}:resnet20", "vehicles", labels=VEHICLES),
-        "vehicles_x10": teacher(f"{scaled}:times_10", "vehicles", **only),
-        "vehicles_by10": teacher(f"{scaled}:by_10", "vehicles", **only),
+        "general": cifar_teacher("resnet56", "general", layers=["layer1", "layer2"]),
+        "animals": cifar_teacher("resnet20", "animals", labels=ANIMALS),
+        "vehicles": cifar_teacher("resnet20", "vehicles", labels=VEHICLES),
+        "vehicles_x10": cifar_teacher("times_10", "vehicles", **only),
+        "vehicles_by10": cifar_teacher("by_10", "vehicles", **only),
     }
     for split, same in (("train", None), ("test", str(folder / "train.kpu"))):
         config = {
@@ -77,31 +71,24 @@ def controls(folder: Folder = HOME) -> None:
     Vectors are standardised by the training cache's statistics; penalties are chosen on the validation rows.
     """
     from trainer.corpus import Corpus
+    from trainer.data import Upload
     from trainer.evaluation.probes import knn, linear_probe
 
     train, test = (
         Corpus([str(folder / f"{split}.kpu")], dict.fromkeys(ALL, ("global",)), BASE) for split in ("train", "test")
     )
-    chosen = train.validation(0.02)
-    spaces = {name: [_vectors(corpus, name, train) for corpus in (train, test)] for name in ALL}
-    spaces["all side by side"] = [np.concatenate(parts, axis=1) for parts in zip(*spaces.values(), strict=True)]
-    joined, channels = spaces["all side by side"], spaces[BASE][0].shape[1]
-    axes = np.linalg.eigh(np.cov(joined[0][~chosen].T))[1][:, ::-1][:, :channels]
-    spaces[f"their first {channels} axes"] = [x @ axes.astype(np.float32) for x in joined]
     y, y_test = (torch.from_numpy(corpus.labels()) for corpus in (train, test))
-    for name, (x, x_test) in ((name, map(torch.from_numpy, pair)) for name, pair in spaces.items()):
+    chosen = torch.from_numpy(train.validation(0.02))
+    own, own_test = (Upload(c, torch.device("cpu"))(c.fetch(np.arange(c.rows))).targets for c in (train, test))
+    spaces = {name: (own[name]["global"], own_test[name]["global"]) for name in ALL}
+    joined, joined_test = (torch.cat(parts, dim=1) for parts in zip(*spaces.values(), strict=True))
+    channels = own[BASE]["global"].shape[1]
+    axes = torch.linalg.eigh(joined[~chosen].T.cov())[1][:, -channels:]
+    spaces["all side by side"] = joined, joined_test
+    spaces[f"their first {channels} axes"] = joined @ axes, joined_test @ axes
+    for name, (x, x_test) in spaces.items():
         probe = linear_probe(x[~chosen], y[~chosen], x[chosen], y[chosen], x_test, y_test).accuracy
         print(f"{name}: linear probe {probe:.3f}, k-NN {knn(x[~chosen], y[~chosen], x_test, y_test):.3f}", flush=True)
-
-
-def _vectors(corpus: Any, teacher: str, training: Any) -> np.ndarray[Any, Any]:
-    """Standardised `global` of all rows, float32 [n, C]."""
-    found, statistics = (
-        corpus.caches[0].read(teacher, "global", np.arange(corpus.rows)),
-        training.sources[teacher].statistics["global"],
-    )
-    standardised: np.ndarray[Any, Any] = ((found - statistics.centre) / statistics.std).astype(np.float32)
-    return standardised
 
 
 @app.command()
@@ -242,8 +229,7 @@ def _difference(runs: Mapping[int, Any], others: Mapping[int, Any], name: str) -
     found = [runs[seed][name] - others[seed][name] for seed in shared]
     if not found:
         return ""
-    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found) if len(found) > 1 else float("nan")
-    return f"{np.mean(found):+.3f}±{half:.3f}"
+    return f"{np.mean(found):+.3f}±{reach(np.array(found)):.3f}"
 
 
 def _results(folder: Path, tier: str) -> list[dict[str, Any]]:

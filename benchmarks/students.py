@@ -21,8 +21,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import sem, t
 from train_data import CODECS, LOSSLESS, SIDE, extract_cifar
+
+from trainer.ablate import reach
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
 LIVE: Final = "live"
@@ -82,8 +83,7 @@ def _show(found: Mapping[str, list[dict[str, float]]], said: Mapping[str, Said],
 
     def change(targets: str, other: str) -> str:
         changes = [one["r2"] - two["r2"] for one, two in zip(found[targets], found[other], strict=True)]
-        half = t.ppf(0.975, len(changes) - 1) * sem(changes) if len(changes) > 1 else float("nan")
-        return f"{statistics.mean(changes):+.4f}±{half:.4f}"
+        return f"{statistics.mean(changes):+.4f}±{reach(np.array(changes)):.4f}"
 
     def agreement(targets: str, other: str) -> str:
         shares = [(one == two).mean() for one, two in zip(said[targets], said[other], strict=True)]

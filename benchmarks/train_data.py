@@ -1,11 +1,10 @@
 """Caches of real images that `train.py` and `students.py` learn from; the weights of the ViTs are random."""
 
-import os
 from pathlib import Path
 from typing import Any, Final
 
-REPOSITORY: Final = Path(__file__).parents[1]
-DATA: Final = Path(os.environ.get("KPU_TEST_DATA", REPOSITORY.parent / "shared")).resolve()
+from real_data import DATA, cifar_teacher
+
 TEACHERS: Final = {"dino": "vit_small_patch16_dinov3", "sup": "vit_small_patch16_224", "deit": "deit_small_patch16_224"}
 SIDE: Final = {"kind": "side", "layers": ["layer1.patch", "layer2.patch"]}
 LOSSLESS: Final = "fp32"
@@ -33,10 +32,6 @@ def extract_cifar(folder: Path, split: str, rows: int, codec: str, same: Path | 
     from pipeline.config import validate_config
     from pipeline.extract import extract
 
-    def teacher(model: str, weights: str, **more: Any) -> dict[str, Any]:
-        path = DATA / f"teachers/cifar_kpu/{weights}.pt"
-        return {"model": f"torch:{REPOSITORY}/examples/cifar_resnet.py:{model}", "weights": str(path), **more}
-
     out = folder / f"cifar-{split}-{rows}-{codec.replace(' ', '-')}.kpu"
     config = {
         "data": {"source": str(DATA / f"data/cifar10/{split}-*.parquet"), "limit": rows},
@@ -44,9 +39,9 @@ def extract_cifar(folder: Path, split: str, rows: int, codec: str, same: Path | 
         "codec": CODECS[codec],
         "calibration_from": str(same) if same else None,
         "teachers": {
-            "general": teacher("resnet56", "general", layers=["layer1", "layer2"]),
-            "animals": teacher("resnet20", "animals"),
-            "vehicles": teacher("resnet20", "vehicles"),
+            "general": cifar_teacher("resnet56", "general", layers=["layer1", "layer2"]),
+            "animals": cifar_teacher("resnet20", "animals"),
+            "vehicles": cifar_teacher("resnet20", "vehicles"),
         },
     }
     extract(validate_config(config, "benchmark"))

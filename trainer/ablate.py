@@ -103,12 +103,23 @@ def compare(sweep: Sweep, figures: list[dict[str, float]]) -> list[Row]:
 
 
 def _against(row: Row, differences: "np.ndarray[Any, Any]") -> Row:
-    """The row with the mean difference and its interval, mean +- t s / sqrt(n) with n - 1 degrees of freedom."""
-    count, mean = len(differences), float(differences.mean())
-    if count < 2:
+    """The row with the mean difference and its interval."""
+    mean = float(differences.mean())
+    if len(differences) < 2:
         return Row(row.cell, row.figure, row.mean, row.seeds, mean)
-    reach = student_t.ppf((1 + LEVEL) / 2, count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
-    return Row(row.cell, row.figure, row.mean, row.seeds, mean, mean - float(reach), mean + float(reach))
+    half = reach(differences)
+    return Row(row.cell, row.figure, row.mean, row.seeds, mean, mean - half, mean + half)
+
+
+def reach(differences: "np.ndarray[Any, Any]") -> float:
+    """How far the 95% interval of their mean reaches to either side, t s / sqrt(n) with n - 1 degrees of freedom.
+
+    NaN for less than two differences.
+    """
+    count = len(differences)
+    if count < 2:
+        return math.nan
+    return float(student_t.ppf((1 + LEVEL) / 2, count - 1) * differences.std(ddof=1) / math.sqrt(count))
 
 
 def run_trial(trials: list[tuple[Trial, Path]], number: int) -> str | None:
