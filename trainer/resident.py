@@ -22,6 +22,7 @@ _GROUP: Final = Path("/sys/fs/cgroup")
 class Shelf:
     """Stored rows of outputs, as many whole outputs as fit into `memory` bytes, first come, first served.
 
+    Rows that share a chunk, as those of vectors do, are kept together: to read one is to decode them all.
     Safe to use from several threads: a row may be read twice, but is never seen half written.
     """
 
@@ -33,39 +34,51 @@ class Shelf:
         """Rows as stored, [n, ...], in memory of the caller's own. Raises as `Cache.read_encoded`."""
         array = cache.teachers[teacher].published.layouts[output]
         shape = (cache.rows, *array.item_shape)
-        room = self._room((cache.path, teacher, output), shape, array.dtype, optional=True)
+        room = self._room((cache.path, teacher, output), shape, array.dtype, array.chunk_rows, optional=True)
         if room is None:
             return cache.read_encoded(teacher, output, rows).values
         return room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values)
 
     def valid(self, cache: Cache, teacher: str, rows: Rows) -> npt.NDArray[np.bool_]:
         """As `Cache.valid`."""
-        room = self._room((cache.path, teacher, ""), (cache.rows,), np.dtype(bool), optional=False)
+        room = self._room(
+            (cache.path, teacher, ""), (cache.rows,), np.dtype(bool), cache.plan.unit_rows, optional=False
+        )
         assert room is not None
         return room.take(rows, lambda missing: cache.valid(missing, teacher))
 
     def _room(
-        self, key: tuple[str, str, str], shape: tuple[int, ...], dtype: "np.dtype[Any]", *, optional: bool
+        self,
+        key: tuple[str, str, str],
+        shape: tuple[int, ...],
+        dtype: "np.dtype[Any]",
+        together: int,
+        *,
+        optional: bool,
     ) -> "_Room | None":
         with self._lock:
             if key not in self._kept:
                 needed = math.prod(shape) * dtype.itemsize
                 fits = not optional or needed <= self._left
-                self._kept[key] = _Room(np.empty(shape, dtype), np.zeros(shape[0], dtype=bool)) if fits else None
+                room = _Room(np.empty(shape, dtype), np.zeros(shape[0], dtype=bool), together) if fits else None
+                self._kept[key] = room
                 self._left -= needed if fits and optional else 0
             return self._kept[key]
 
 
 @dataclass(frozen=True)
 class _Room:
-    """Values of all rows, and which of them are known."""
+    """Values of all rows, and which of them are known; so many rows at a time, from a multiple of it on, get known."""
 
     values: npt.NDArray[Any]
     known: npt.NDArray[np.bool_]
+    together: int
 
     def take(self, rows: Rows, read: Callable[[Rows], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        missing = np.unique(rows[~self.known[rows]])
-        if missing.size:
+        chunks = np.unique(rows[~self.known[rows]] // self.together)
+        if chunks.size:
+            missing = (chunks[:, None] * self.together + np.arange(self.together)).ravel()
+            missing = missing[missing < len(self.known)]
             self.values[missing] = read(missing)
             self.known[missing] = True
         return self.values[rows]

@@ -50,7 +50,17 @@ def test_outputs_without_room_are_read_each_time(toys: Path, monkeypatch: pytest
     for _ in range(2):
         for output in ("global", "patch"):
             shelf.take(cache, "big", output, np.arange(5))
-    assert counts == [5, 5, 5]  # `global` once, `patch` twice
+    assert counts == [64, 5, 5]  # a whole chunk of `global` once, `patch` twice
+
+
+def test_rows_that_share_a_chunk_are_read_together(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(toys)
+    expected = cache.read_encoded("big", "global", slice(None)).values
+    counts = counting(cache, monkeypatch)
+    shelf = Shelf(2**20)
+    for rows in ([1], [63, 0, 68], [69, 64]):
+        np.testing.assert_array_equal(shelf.take(cache, "big", "global", np.array(rows)), expected[rows])
+    assert counts == [64, cache.rows - 64]
 
 
 def test_free_memory_is_a_share_of_the_lower_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
