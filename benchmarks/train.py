@@ -5,8 +5,9 @@
     python benchmarks/train.py busy                 # a side student on CIFAR maps, batch 256, cached against resident
 
 Each variant of `time` and `busy` runs in a process of its own, in rounds, so that a machine that drifts in speed drifts
-for all of them; the figures are medians over rounds. `resident` repeats batches that are on the device already: what
-the model alone costs. Peak memory is that of the process (of the GPU, where there is one). Real images come from
+for all of them; the figures are medians over rounds. `resident` repeats targets that are on the device already; images,
+where the student looks at them, are read and decoded whatever the source. Peak memory is that of the process (of the
+GPU, where there is one). Real images come from
 KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md); the weights of the ViTs are random, which changes no timing.
 What a codec changes in what is learned is measured by `students.py`.
 """
@@ -17,10 +18,12 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import torch
 import typer
@@ -28,13 +31,21 @@ from rich.console import Console
 from rich.table import Table
 from train_data import SIDE, extract_cifar, extract_vits
 
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.corpus import Corpus
+    from trainer.data import Batch
+    from trainer.model import Inheritance
+    from trainer.world import World
+
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
 STUDENTS: Final[dict[str, dict[str, Any]]] = {
     "full": {"student": {"kind": "full", "model": "timm:vit_tiny_patch16_224", "weights": "random"}},
     "side": {"student": {"kind": "side"}},
     "side, global": {"student": {"kind": "side"}, "outputs": ["global"]},
 }
-SOURCES: Final = ("resident", "cached", "live")
+SOURCES: Final = ("resident", "cached")
+LIVE: Final = ("full", "live")
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where caches and runs lie.")]
 
@@ -42,15 +53,16 @@ Folder = Annotated[Path, typer.Option(help="Where caches and runs lie.")]
 @app.command("time")
 def measure_time(
     folder: Folder = HOME,
-    batch: Annotated[int, typer.Option(help="Rows a step.")] = 32,
-    steps: Annotated[int, typer.Option(help="Steps that are timed, after two that are not.")] = 6,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, after two that are not.")] = 3,
     rounds: Annotated[int, typer.Option(help="How often every variant runs.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time a step of every student on every source of targets."""
-    cache = extract_vits(folder)
-    base = {"caches": [str(cache)], "base": "dino"}
-    _show(_rounds({n: {**base, **keys} for n, keys in STUDENTS.items()}, SOURCES, batch, steps, rounds, device), batch)
+    """Time a step of every student on resident and on cached targets, and one that runs the teachers."""
+    base = {"caches": [str(extract_vits(folder))], "base": "dino"}
+    students = {name: {**base, **keys} for name, keys in STUDENTS.items()}
+    variants = [*itertools.product(students, SOURCES), LIVE]
+    _show(_rounds(students, variants, batch, steps, rounds, device), batch)
 
 
 @app.command()
@@ -68,7 +80,7 @@ def busy(
         "side": {**base, "student": SIDE},
         "side, global": {**base, "outputs": ["global"]},
     }
-    _show(_rounds(students, SOURCES[:2], batch, steps, rounds, device), batch)
+    _show(_rounds(students, list(itertools.product(students, SOURCES)), batch, steps, rounds, device), batch)
 
 
 @app.command(hidden=True)
@@ -85,13 +97,12 @@ def one(
 
 def _rounds(
     students: Mapping[str, Mapping[str, Any]],
-    sources: Sequence[str],
+    variants: Sequence[tuple[str, str]],
     batch: int,
     steps: int,
     rounds: int,
     device: str,
 ) -> dict[tuple[str, str], list[dict[str, float]]]:
-    variants = list(itertools.product(students, sources))
     found: dict[tuple[str, str], list[dict[str, float]]] = {variant: [] for variant in variants}
     for _, (student, source) in itertools.product(range(rounds), variants):
         command = [sys.executable, __file__, "one", json.dumps(students[student]), source, str(batch), str(steps)]
@@ -109,7 +120,7 @@ def _show(found: dict[tuple[str, str], list[dict[str, float]]], batch: int) -> N
     table = Table(title=f"batch {batch}; ratios of medians")
     for column in ("student", "targets", "s/step", "of resident", "of live full step", "rows/s", "peak memory, MiB"):
         table.add_column(column, justify="left" if column in ("student", "targets") else "right")
-    live = median.get(("full", "live"), {}).get("seconds")
+    live = median.get(LIVE, {}).get("seconds")
     for (student, source), figures in median.items():
         own = median[student, "resident"]["seconds"]
         seconds = figures["seconds"]
@@ -127,8 +138,8 @@ def _show(found: dict[tuple[str, str], list[dict[str, float]]], batch: int) -> N
 
 def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, device: str) -> dict[str, float]:
     from trainer.config import validate_config
-    from trainer.data import Upload
-    from trainer.loop import draw_batches, open_corpus, open_loader, open_stream
+    from trainer.corpus import Corpus
+    from trainer.loop import open_corpus
     from trainer.model import Inheritance
     from trainer.training import Training
     from trainer.world import join_world
@@ -145,19 +156,16 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
     world = join_world(config)
     corpus = open_corpus(config, world)
     model = Inheritance(config, corpus.sources).to(world.device)
-    stream = open_stream(config, corpus)
     training = Training(config, model, world, steps + 2)
-    live: Callable[..., Any] | None = None
-    if source == "live":
-        from cli.live import run_teachers
-
-        live = run_teachers
-    with open_loader(config, corpus, model, live) as loader:
-        upload = Upload(corpus, world.device, model.student.input, raw=source == "live")
-        loaded: Iterator[Any] = loader.load(draw_batches(stream, config, 0))
-        ready: Iterator[Any] = (upload(host) for _, host in loaded)
+    with ExitStack() as stack:
         if source == "resident":
-            ready = itertools.cycle([next(ready) for _ in range(4)])
+            with closing(_batches(config, corpus, model, world)) as batches:
+                kept = itertools.cycle(list(itertools.islice(batches, 4)))
+            without_targets = Corpus(config.caches, {config.base: ()}, config.base)
+            images = stack.enter_context(closing(_batches(config, without_targets, model, world)))
+            ready = (replace(next(kept), images=batch.images) for batch in images)
+        else:
+            ready = stack.enter_context(closing(_batches(config, corpus, model, world)))
         for _ in range(2):
             training.advance([next(ready)], measure=False)
         _settle(world.device)
@@ -171,6 +179,21 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"seconds": seconds, "peak_mib": peak}
+
+
+def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", world: "World") -> "Generator[Batch]":
+    from trainer.data import Upload
+    from trainer.loop import draw_batches, open_loader, open_stream
+
+    live: Callable[..., Any] | None = None
+    if config.targets.source == "live":
+        from cli.live import run_teachers
+
+        live = run_teachers
+    upload = Upload(corpus, world.device, model.student.input, raw=live is not None)
+    with open_loader(config, corpus, model, live) as loader:
+        for _, host in loader.load(draw_batches(open_stream(config, corpus), config, 0)):
+            yield upload(host)
 
 
 def _settle(device: torch.device) -> None:
