@@ -8,9 +8,8 @@ judged by. A chunk is what a cache has: one row of a map, 64 rows of vectors, wi
 a stored array into the bytes of a chunk and back on one thread, without quantisation and affine map, which run on the
 device. The variants take turns; the figure is the median over rounds against the default codec.
 
+- `rotated, product on the CPU`: with the product that turns what is stored back, which else runs on the device.
 - `signed, bit planes`: the integers of `uniform` as steps from the mean, bits shuffled, in small blocks to zstd 2.
-- `rotated`: standardised features on the axes of their covariance, one grid for all: `features = centre + std * (step *
-  unfold(stored) @ matrix)`, where 0, -1, 1, -2 are stored as 0, 1, 2, 3. Axes first, bits shuffled, zstd level 1.
 - `int8 per token`, `fp8`, `ZFP` are given standardised features, which suits them better than raw ones; `PCodec` gets
   the integers of `uniform`, in chunks of the same rows. ZFP and PCodec need `pip install zfpy==1.0.1 pcodec`.
 """
@@ -33,8 +32,8 @@ from numcodecs import blosc
 from rich.console import Console
 from rich.table import Table
 
-from cache.chunks import CRC_BYTES, crc, decode_chunk, encode_chunk, use_one_thread
-from cache.codecs import make_grid
+from cache.chunks import CRC_BYTES, Packing, crc, decode_chunk, encode_chunk, use_one_thread
+from cache.codecs import Grid, calibrated, make_grid
 from cache.fidelity import measure, summarise
 from cache.reader import open_cache
 from cache.spec import CodecSpec, Fidelity
@@ -60,24 +59,32 @@ class Codec:
 
 def project_codecs(accumulator: Accumulator) -> Iterator[Codec]:
     """What the project has."""
-    for spec in (CodecSpec(name="fp16"), CodecSpec(name="bf16"), *(CodecSpec(name="uniform", step=s) for s in STEPS)):
-        grid = make_grid(spec, accumulator.finish(spec.step or 0.05))
+    stepped = [CodecSpec(name=name, step=step) for name in ("uniform", "rotated") for step in STEPS]
+    for spec in (CodecSpec(name="fp16"), CodecSpec(name="bf16"), *stepped):
+        grid = make_grid(spec, calibrated(accumulator, spec))
 
-        def unpack(raw: bytes, out: Stored, compressed: bool = grid.compressed) -> Stored:
-            decode_chunk(raw, out, compressed=compressed)
+        def unpack(raw: bytes, out: Stored, packing: Packing = grid.packing) -> Stored:
+            decode_chunk(raw, out, packing)
             return out
 
-        pack = functools.partial(encode_chunk, compressed=grid.compressed)
+        pack = functools.partial(encode_chunk, packing=grid.packing)
         name = spec.name if spec.step is None else f"{spec.name} {spec.step}"
         yield Codec(name, grid.encode, grid.decode, pack, unpack)
+        if name == "rotated 0.05":
+            assert grid.axes is not None
+
+            def unpack_and_turn(raw: bytes, out: Stored, grid: Grid = grid, axes: F32 = grid.axes) -> Stored:
+                decode_chunk(raw, out, grid.packing)
+                grid.steps(out).astype(np.float32) @ axes
+                return out
+
+            yield Codec(f"{name}, product on the CPU", grid.encode, grid.decode, pack, unpack_and_turn)
 
 
 def candidates(accumulator: Accumulator) -> Iterator[Codec]:
     """What else the same integers can become."""
     for step in STEPS:
         yield _signed(accumulator.finish(step), step)
-    for step in STEPS:
-        yield from _rotated(accumulator.finish(step), step)
 
 
 def peers(statistics: Statistics) -> Iterator[Codec]:
@@ -110,7 +117,7 @@ def peers(statistics: Statistics) -> Iterator[Codec]:
     compressed = _summed(numcodecs.Zstd(level=3))
     yield Codec("fp16 + zstd", lambda x: x.astype(np.float16), lambda v: v.astype(np.float32), *compressed)
     yield Codec("int8 per token + zstd", per_token, from_per_token, *compressed)
-    yield Codec("fp8 e4m3", to_fp8, from_fp8, functools.partial(encode_chunk, compressed=False), _plain)
+    yield Codec("fp8 e4m3", to_fp8, from_fp8, functools.partial(encode_chunk, packing="plain"), _plain)
     yield Codec("fp8 e4m3 + zstd", to_fp8, from_fp8, *compressed)
     if hasattr(numcodecs, "ZFPY"):
         for tolerance in (0.125, 0.5):  # it rounds to powers of two, and stays well below
@@ -137,48 +144,13 @@ def _signed(statistics: Statistics, step: float) -> Codec:
     return Codec(f"signed, bit planes {step}", store, restore, pack, _unshuffled)
 
 
-def _rotated(statistics: Statistics, step: float) -> Iterator[Codec]:
-    centre, std = statistics.centre.astype(np.float32), statistics.std.astype(np.float32)
-    _, axes = np.linalg.eigh(statistics.covariance / np.outer(statistics.std, statistics.std))
-    matrix = np.ascontiguousarray(axes[:, ::-1].T, dtype=np.float32)  # rows are axes, the largest variance first
-    product = matrix * np.float32(step)
-
-    def store(x: F32) -> Stored:
-        steps = np.clip(np.rint((x - centre) / std @ matrix.T / step), -32767, 32767).astype(np.int32)
-        return (steps << 1 ^ steps >> 31).astype(np.uint16)
-
-    def restore(stored: Stored) -> F32:
-        steps = (stored >> 1).astype(np.int32) ^ -(stored & 1).astype(np.int32)
-        return centre + std * (steps.astype(np.float32) @ product)
-
-    def pack(chunk: Stored) -> bytes:
-        return _shuffled(np.ascontiguousarray(chunk.T), blosc.BITSHUFFLE)
-
-    def unpack(raw: bytes, out: Stored) -> Stored:
-        return np.ascontiguousarray(_unshuffled(raw, out.reshape(out.shape[::-1])).T)
-
-    def unpack_and_multiply(raw: bytes, out: Stored) -> Stored:
-        stored = unpack(raw, out)
-        stored.astype(np.float32) @ product
-        return stored
-
-    yield Codec(f"rotated {step}", store, restore, pack, unpack)
-    if step == 0.05:
-        yield Codec(f"rotated {step}, product on the CPU", store, restore, pack, unpack_and_multiply)
-
-
-def _shuffled(chunk: Stored, shuffle: int = blosc.SHUFFLE) -> bytes:
-    data: bytes = blosc.compress(chunk, b"zstd", 1, shuffle, BLOCK)
-    return data + crc(data)
-
-
 def _unshuffled(raw: bytes, out: Stored) -> Stored:
     blosc.decompress(raw, out)
     return out
 
 
 def _plain(raw: bytes, out: Stored) -> Stored:
-    decode_chunk(raw, out, compressed=False)
+    decode_chunk(raw, out, "plain")
     return out
 
 

@@ -181,9 +181,9 @@ def _show_stages(folder: Path, rows: int) -> None:
         target = np.empty((len(needed), chunks.chunk_rows, *output.shape), np.int16)
         values = torch.from_numpy(cache.read_encoded(BASE, output.name, order).values)
 
-        def decode(read: list[bytes] = read, target: Any = target, compressed: bool = grid.compressed) -> None:
+        def decode(read: list[bytes] = read, target: Any = target, packing: Any = grid.packing) -> None:
             for raw, place in zip(read, target, strict=True):
-                decode_chunk(raw, place, compressed=compressed)
+                decode_chunk(raw, place, packing)
 
         corpus = _corpus(folder, (BASE,), output.name)
         stages = [

@@ -6,14 +6,20 @@ from typing import Any, Final
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from cache.chunks import BLOSC_BLOCK, BLOSC_CNAME, BLOSC_LEVEL, BLOSC_SHUFFLE
+from cache.chunks import BLOSC_BLOCK, BLOSC_CNAME, BLOSC_LEVEL, BLOSC_SHUFFLE, Packing
 from cache.errors import CorruptError
 from cache.shards import ArrayLayout
 
+_PACKINGS: Final[dict[tuple[str, ...], Packing]] = {
+    ("bytes", "crc32c"): "plain",
+    ("bytes", "blosc", "crc32c"): "bytes",
+    ("transpose", "bytes", "blosc", "crc32c"): "bits",
+}
+"""By the names of a chunk's codecs in Zarr."""
 _DTYPES: Final = ("uint8", "int16", "uint16", "int32", "float16", "float32")
 
 
@@ -28,13 +34,19 @@ def array_metadata(layout: ArrayLayout, attributes: Mapping[str, Any]) -> bytes:
     """The `zarr.json` of an array of this layout; of a group, with an attribute `tar`, where it is kept in tars."""
     if layout.member is not None:
         return group_metadata({**attributes, "tar": _tar_attributes(layout)})
-    blosc = BloscCodec(
-        typesize=layout.dtype.itemsize,
-        cname=BLOSC_CNAME,
-        clevel=BLOSC_LEVEL,
-        shuffle=BLOSC_SHUFFLE,
-        blocksize=BLOSC_BLOCK,
-    )
+    filters: list[TransposeCodec] = []
+    compressors: list[BloscCodec | Crc32cCodec] = [Crc32cCodec()]
+    if layout.packing == "bits":
+        filters.append(TransposeCodec(order=_channels_first(len(layout.shape))))
+    if layout.packing in BLOSC_SHUFFLE:
+        blosc = BloscCodec(
+            typesize=layout.dtype.itemsize,
+            cname=BLOSC_CNAME,
+            clevel=BLOSC_LEVEL,
+            shuffle=BLOSC_SHUFFLE[layout.packing],
+            blocksize=BLOSC_BLOCK,
+        )
+        compressors.insert(0, blosc)
     stored: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(stored),
@@ -43,8 +55,8 @@ def array_metadata(layout: ArrayLayout, attributes: Mapping[str, Any]) -> bytes:
         chunks=layout.chunk_shape,
         dtype=layout.dtype,
         fill_value=layout.fill,
-        filters=None,
-        compressors=[blosc, Crc32cCodec()] if layout.compressed else [Crc32cCodec()],
+        filters=filters,
+        compressors=compressors,
         attributes=dict(attributes),
         zarr_format=3,
     )
@@ -84,7 +96,7 @@ def _tar_attributes(layout: ArrayLayout) -> dict[str, Any]:
         "fill": None if np.isnan(layout.fill) else layout.fill,
         "rows_per_tar": layout.unit_rows,
         "member": layout.member,
-        "gzip": layout.compressed,
+        "gzip": layout.packing == "gzip",
     }
 
 
@@ -100,7 +112,7 @@ def _tar_layout(attributes: dict[str, Any]) -> ArrayLayout:
         item_shape=tuple(int(length) for length in item_shape),
         dtype=np.dtype(attributes["dtype"]),
         fill=float("nan") if fill is None else int(fill),
-        compressed=bool(attributes["gzip"]),
+        packing="gzip" if attributes["gzip"] else "plain",
         member=attributes["member"],
     )
 
@@ -121,13 +133,15 @@ def _layout(document: dict[str, Any], file: str) -> ArrayLayout:
     little = ("bytes", {"endian": "little"})
     _expect(file, "index_codecs", [little, ("crc32c", {})], [_named(codec) for codec in options["index_codecs"]])
     codecs = [_named(codec) for codec in options["codecs"]]
-    compressed = len(codecs) == 3
-    if dtype.itemsize > 1:
-        _expect(file, "codecs", little, codecs[0])
-    names = ["bytes", "blosc", "crc32c"] if compressed else ["bytes", "crc32c"]
-    _expect(file, "codecs", names, [codec for codec, _ in codecs])
-
     shape, shard, chunk = document["shape"], grid_options["chunk_shape"], options["chunk_shape"]
+    names = tuple(codec for codec, _ in codecs)
+    if names not in _PACKINGS:
+        raise CorruptError(file, f"codecs: expected one of {list(_PACKINGS)}, found {names}")
+    if dtype.itemsize > 1:
+        _expect(file, "codecs", little, codecs[names.index("bytes")])
+    if names[0] == "transpose":
+        _expect(file, "transpose", list(_channels_first(len(shape))), codecs[0][1]["order"])
+
     _expect(file, "inner dimensions of the shards", shape[1:], shard[1:])
     _expect(file, "inner dimensions of the chunks", shape[1:], chunk[1:])
     fill = document["fill_value"]
@@ -138,8 +152,13 @@ def _layout(document: dict[str, Any], file: str) -> ArrayLayout:
         item_shape=tuple(int(length) for length in shape[1:]),
         dtype=dtype,
         fill=float(fill) if dtype.kind == "f" else int(fill),
-        compressed=compressed,
+        packing=_PACKINGS[names],
     )
+
+
+def _channels_first(dimensions: int) -> tuple[int, ...]:
+    """The order in which Zarr's `transpose` brings the last dimension to the front."""
+    return (dimensions - 1, *range(dimensions - 1))
 
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:

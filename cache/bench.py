@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache import layout
-from cache.codecs import make_grid
+from cache.codecs import for_codec, make_grid
 from cache.commits import output_shard
 from cache.counted import Counted
 from cache.errors import ConfigError, NotACacheError
@@ -21,10 +21,12 @@ from cache.published import shard_layout
 from cache.reader import Cache
 from cache.shardwriter import encode_shard
 from cache.spec import CodecSpec, OutputSpec
-from cache.statistics import Statistics, snap
+from cache.statistics import Statistics
 
+STEPS: Final = (0.02, 0.05, 0.1, 0.2)
 CODECS: Final = (
-    *(CodecSpec(name="uniform", step=step) for step in (0.02, 0.05, 0.1, 0.2)),
+    *(CodecSpec(name="uniform", step=step) for step in STEPS),
+    *(CodecSpec(name="rotated", step=step) for step in STEPS),
     CodecSpec(name="fp16"),
     CodecSpec(name="bf16"),
     CodecSpec(name="fp32"),
@@ -227,9 +229,7 @@ def try_codec(
         Its size against fp16 of the same numbers; squared error float64 [n] in channel standard deviations; cosine
         float64 [n], the mean over tokens.
     """
-    if codec.step is not None:
-        centre, _ = snap(statistics.mean, statistics.std, codec.step)
-        statistics = replace(statistics, centre=centre.astype(np.float64))
+    statistics = for_codec(statistics, codec)
     grid = make_grid(codec, statistics)
     rows = len(features)
     unit_rows = -(-rows // 64) * 64

@@ -189,8 +189,9 @@ def _agree(
         if not valid[row]:
             if not np.array_equal(standing[row], ours[row], equal_nan=ours.dtype.kind == "f"):
                 return False
-        elif grid.codec.name == "uniform":
-            if (standing[row] == fill).any() or np.abs(standing[row].astype(np.int32) - ours[row]).max() > 1:
+        elif grid.on_grid:
+            steps, own_steps = (grid.steps(each[row]).astype(np.int32) for each in (standing, ours))
+            if (standing[row] == fill).any() or np.abs(steps - own_steps).max() > 1:
                 return False
         else:
             there, here = grid.decode(standing[row]), grid.decode(ours[row])

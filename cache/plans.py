@@ -44,7 +44,7 @@ def image_layouts(rows: int, unit_rows: int) -> dict[str, ArrayLayout]:
             item_shape=item_shape,
             dtype=np.dtype(dtype),
             fill=fill,
-            compressed=True,
+            packing="bytes",
         )
         for name, (item_shape, dtype, fill) in _IMAGE_ITEMS.items()
     }

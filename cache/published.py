@@ -76,7 +76,7 @@ def shard_layout(
         item_shape=output.shape,
         dtype=grid.dtype,
         fill=grid.fill,
-        compressed=grid.compressed,
+        packing="gzip" if tar and grid.on_grid else grid.packing,
         member=f"{teacher}.{output.name}" if tar else None,
     )
 

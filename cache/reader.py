@@ -33,7 +33,8 @@ class Encoded:
     """Rows as stored: `values` [n, ...] with `value = centre + scale * stored`; centre and scale are float32 [D].
 
     `codec` is its name; `step` the grid's width in channel standard deviations, None for lossless codecs. With
-    `bf16` the values are the bits of bfloat16 numbers as uint16. Masked rows hold the fill value.
+    `bf16` the values are the bits of bfloat16 numbers as uint16; with `rotated` they count steps along axes, and
+    `Teacher.grid` turns them into features. Masked rows hold the fill value.
     """
 
     values: npt.NDArray[Any]

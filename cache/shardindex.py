@@ -33,7 +33,7 @@ class Index:
         Raises:
             ValueError: it is no chunk of this layout.
         """
-        decode_chunk(raw, target, compressed=self.layout.compressed)
+        decode_chunk(raw, target, self.layout.packing)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TarIndex(Index):
 
     def decode(self, raw: bytes, target: npt.NDArray[Any]) -> None:
         """Decode an intact member into a target of one row; see `Index.decode`."""
-        decode_member(raw, target[0], compressed=self.layout.compressed)
+        decode_member(raw, target[0], compressed=self.layout.packing == "gzip")
 
 
 def parse_index(raw: bytes, layout: ArrayLayout, rows: int, payload: int) -> Index | None:
@@ -68,7 +68,7 @@ def _zarr_index(words: npt.NDArray[np.uint64], layout: ArrayLayout, payload: int
         (sizes > CRC_BYTES).all()
         and (offsets == bounds[:-1]).all()
         and bounds[-1] == payload
-        and (layout.compressed or (sizes == layout.chunk_bytes + CRC_BYTES).all())
+        and (layout.packing != "plain" or (sizes == layout.chunk_bytes + CRC_BYTES).all())
     )
     return Index(layout, _plain(bounds[:-1]), _plain(bounds[1:])) if sound else None
 

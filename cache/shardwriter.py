@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache import layout as keys
-from cache.chunks import crc, encode_chunk, use_one_thread
+from cache.chunks import Packing, crc, encode_chunk, use_one_thread
 from cache.digests import DIGEST_BYTES
 from cache.members import TAR_BLOCK, TAR_CRC_SHIFT, TAR_END, encode_member, is_fill, member_name, tar_header
 
@@ -32,13 +32,15 @@ class ArrayLayout:
     item_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fill: int | float
-    compressed: bool
+    packing: Packing
     member: str | None = None
 
     def __post_init__(self) -> None:
         smallest = min(self.rows, self.unit_rows, self.chunk_rows, *self.item_shape)
         if self.member is not None and self.chunk_rows != 1:
             raise ValueError(f"a tar holds one row a member: {self}")
+        if self.packing not in (("plain", "gzip") if self.member is not None else ("plain", "bytes", "bits")):
+            raise ValueError(f"packing {self.packing} is not for this format: {self}")
         if smallest < 1 or self.unit_rows % self.chunk_rows:
             raise ValueError(f"unit_rows must be a multiple of chunk_rows, and no dimension empty: {self}")
 
@@ -112,7 +114,7 @@ def encode_shard(values: npt.NDArray[Any], layout: ArrayLayout, unit: int, *, po
     encoded: list[bytes] = []
     batch = max(1, _BATCH_BYTES // layout.chunk_bytes)
     batches = [chunks[first : first + batch] for first in range(0, len(chunks), batch)]
-    for parts in (pool.map if pool else map)(partial(_encode_chunks, compressed=layout.compressed), batches):
+    for parts in (pool.map if pool else map)(partial(_encode_chunks, packing=layout.packing), batches):
         for part in parts:
             seal.update(part)
         encoded += parts
@@ -130,13 +132,14 @@ def encode_tar(values: npt.NDArray[Any], layout: ArrayLayout, unit: int, pool: E
     first = unit * layout.unit_rows
     present = [row for row in range(len(values)) if not is_fill(values[row], layout.fill)]
     payloads = (pool.map if pool else map)(
-        partial(encode_member, compressed=layout.compressed), (values[row] for row in present)
+        partial(encode_member, compressed=layout.packing == "gzip"), (values[row] for row in present)
     )
     parts: list[bytes] = []
     index = np.full((layout.chunks_per_shard, 2), ABSENT, dtype="<u8")
     offset = 0
     for row, payload in zip(present, payloads, strict=True):
-        header = tar_header(member_name(first + row, layout.member, compressed=layout.compressed), len(payload))
+        name = member_name(first + row, layout.member, compressed=layout.packing == "gzip")
+        header = tar_header(name, len(payload))
         padding = bytes(-len(payload) % TAR_BLOCK)
         parts += [header, payload, padding]
         index[row] = offset + len(header), len(payload) | int.from_bytes(crc(payload), "little") << TAR_CRC_SHIFT
@@ -155,5 +158,5 @@ def _seal(seal: "hashlib.blake2b", parts: list[bytes], index: npt.NDArray[np.uin
     return Shard(b"".join([*parts, seal.digest(), raw_index, crc(raw_index)]), seal.hexdigest())
 
 
-def _encode_chunks(chunks: npt.NDArray[Any], *, compressed: bool) -> list[bytes]:
-    return [encode_chunk(chunk, compressed=compressed) for chunk in chunks]
+def _encode_chunks(chunks: npt.NDArray[Any], packing: Packing) -> list[bytes]:
+    return [encode_chunk(chunk, packing) for chunk in chunks]

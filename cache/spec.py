@@ -13,6 +13,7 @@ FORMAT = "kpu-cache"
 VERSION = 1
 DEFAULT_STEP = 0.05
 ShardFormat = Literal["zarr", "webdataset"]
+_ON_GRID = ("uniform", "rotated")
 
 
 class Frozen(BaseModel):
@@ -33,22 +34,22 @@ class ImageStatus(IntEnum):
 
 
 class CodecSpec(Frozen):
-    """How features are stored. `step` is in channel standard deviations and belongs to `uniform` alone."""
+    """How features are stored. `step` is in channel standard deviations; only `uniform` and `rotated` have one."""
 
-    name: Literal["uniform", "fp32", "fp16", "bf16"] = "uniform"
+    name: Literal["uniform", "rotated", "fp32", "fp16", "bf16"] = "uniform"
     step: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _default_step(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("name", "uniform") == "uniform" and value.get("step") is None:
+        if isinstance(value, dict) and value.get("name", "uniform") in _ON_GRID and value.get("step") is None:
             return {**value, "step": DEFAULT_STEP}
         return value
 
     @model_validator(mode="after")
-    def _step_belongs_to_uniform(self) -> "CodecSpec":
-        if self.name != "uniform" and self.step is not None:
-            raise ValueError(f"step is only for the uniform codec, found step={self.step} with {self.name}")
+    def _step_belongs_to_grids(self) -> "CodecSpec":
+        if self.name not in _ON_GRID and self.step is not None:
+            raise ValueError(f"step is only for {' and '.join(_ON_GRID)}, found step={self.step} with {self.name}")
         return self
 
     @property

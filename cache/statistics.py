@@ -24,6 +24,8 @@ F64 = npt.NDArray[np.float64]
 DEAD_CHANNEL: Final = 1e-4  # the floor of a channel's std, as a part of the root mean square of all channels' stds
 ALL_DEAD: Final = 1e-6  # the floor where no channel varies
 _FIELDS: Final = ("count", "mean", "centre", "variance", "covariance", "zeros")
+_AXES: Final = "axes"
+_ORTHONORMAL: Final = 1e-3  # products of axes differ by no more from 0 and 1
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Statistics:
     """Moments of one output over `count` vectors of D channels, unquantised.
 
     `mean`, `centre`, `variance`: float64[D]; `covariance`: float64[D, D], both divided by `count`. `zeros` is the share
-    of all values that are exactly 0.
+    of all values that are exactly 0. `axes`, where a codec needs them, are those of `find_axes`, float32[D, D].
     """
 
     count: int
@@ -40,6 +42,7 @@ class Statistics:
     variance: F64
     covariance: F64
     zeros: float = 0.0
+    axes: F32 | None = None
 
     @cached_property
     def std(self) -> F64:
@@ -51,6 +54,18 @@ def floored_std(variance: F64) -> F64:
     """Square root of `variance`, at least DEAD_CHANNEL of its root mean square, or ALL_DEAD if that is 0."""
     floor = DEAD_CHANNEL * np.sqrt(np.mean(variance))
     return np.maximum(np.sqrt(variance), floor if floor > 0 else ALL_DEAD)
+
+
+def find_axes(statistics: Statistics) -> F32:
+    """The principal axes of standardised features, float32[D, D]: orthonormal rows, the largest variance first.
+
+    They are the eigenvectors of the covariance divided by both standard deviations, each with its largest component
+    above 0. Other machines may find others for the same statistics where variances are (nearly) equal.
+    """
+    _, vectors = np.linalg.eigh(statistics.covariance / np.outer(statistics.std, statistics.std))
+    axes = vectors.T[::-1]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1, keepdims=True), axis=1)
+    return np.ascontiguousarray(axes * np.sign(largest), dtype=np.float32)
 
 
 def snap(mean: F64, std: F64, step: float) -> tuple[F32, F32]:
@@ -116,6 +131,8 @@ def dump_statistics(statistics: Mapping[str, Statistics], metadata: Mapping[str,
     tensors: dict[str, npt.NDArray[Any]] = {}
     for output, stats in statistics.items():
         tensors |= {f"{output}.{field}": np.asarray(getattr(stats, field)) for field in _FIELDS}
+        if stats.axes is not None:
+            tensors[f"{output}.{_AXES}"] = stats.axes
     # One key only: safetensors writes several in no fixed order.
     return save(tensors, {"kpu": canonical_json(dict(metadata)).decode()})
 
@@ -152,4 +169,14 @@ def _take(tensors: Mapping[str, npt.NDArray[Any]], output: str, file: str) -> St
         raise CorruptError(file, f"{output}.count: expected one positive int64, found {count!r}")
     if zeros.shape or zeros.dtype != np.float64 or not 0 <= zeros <= 1:
         raise CorruptError(file, f"{output}.zeros: expected one float64 from 0 to 1, found {zeros!r}")
-    return Statistics(int(count), mean, centre, variance, covariance, float(zeros))
+    axes = tensors.get(f"{output}.{_AXES}")
+    if axes is not None and not are_axes(axes, channels):
+        raise CorruptError(file, f"{output}.{_AXES}: expected orthonormal float32{[channels] * 2}, found others")
+    return Statistics(int(count), mean, centre, variance, covariance, float(zeros), axes)
+
+
+def are_axes(axes: npt.NDArray[Any], channels: int) -> bool:
+    """Whether these are orthonormal rows, float32[D, D]."""
+    if axes.dtype != np.float32 or axes.shape != (channels, channels):
+        return False
+    return bool(np.abs(axes @ axes.T - np.eye(channels, dtype=np.float32)).max() < _ORTHONORMAL)

@@ -116,7 +116,9 @@ def standing_statistics(
 
 
 def _metadata(spec: TeacherSpec, calibration: str) -> dict[str, str]:
-    return {"model": spec.model_fingerprint, "step": str(spec.codec.step), "calibration": calibration}
+    codec = spec.codec
+    step = f"{codec.step}, rotated" if codec.name == "rotated" else str(codec.step)
+    return {"model": spec.model_fingerprint, "step": step, "calibration": calibration}
 
 
 def _read_statistics(
@@ -135,13 +137,12 @@ def _read_statistics(
 
 
 def encoding_fingerprint(grids: dict[str, Grid]) -> str:
-    """Digest of the codec, centre and scale of every output: equal for caches whose stored values compare."""
-    return digest_of(
-        {
-            name: [grid.codec.model_dump(mode="json"), digest(grid.centre.tobytes(), grid.scale.tobytes())]
-            for name, grid in grids.items()
-        }
-    )
+    """Digest of the codec, centre, scale and axes of every output: equal for caches whose stored values compare."""
+
+    def parameters(grid: Grid) -> str:
+        return digest(*(array.tobytes() for array in (grid.centre, grid.scale, grid.axes) if array is not None))
+
+    return digest_of({name: [grid.codec.model_dump(mode="json"), parameters(grid)] for name, grid in grids.items()})
 
 
 def check_same(published: TeacherSpec, spec: TeacherSpec) -> None:

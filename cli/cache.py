@@ -247,7 +247,9 @@ def import_command(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The cache to make.")],
     dataset: Annotated[str, typer.Option("--dataset", help="Which dataset below ROOT.")],
     split: Annotated[str, typer.Option("--split", help="Which of its splits.")],
-    codec: Annotated[str, typer.Option("--codec", metavar="uniform|bf16|fp16|fp32", help="How to store.")] = "uniform",
+    codec: Annotated[
+        str, typer.Option("--codec", metavar="uniform|rotated|bf16|fp16|fp32", help="How to store.")
+    ] = "uniform",
     shards: Annotated[str, typer.Option("--format", metavar="zarr|webdataset", help="The cache's shards.")] = "zarr",
     as_json: Json = False,
 ) -> None:

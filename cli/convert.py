@@ -17,7 +17,7 @@ from pipeline.paths import absolute
 from pipeline.planning import choose_unit_rows
 from pipeline.target import left_as_it_was, standing_plan
 
-_CODECS = ("uniform", "bf16", "fp16", "fp32")
+_CODECS = ("uniform", "rotated", "bf16", "fp16", "fp32")
 
 
 def export_cache(

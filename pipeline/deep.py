@@ -90,8 +90,9 @@ def _steps_apart(cache: Cache, name: str, output: str, rows: np.ndarray, feature
     encoded = cache.read_encoded(name, output, rows)
     teacher = cache.teachers[name]
     grid = teacher.grid(output)
-    if encoded.codec == "uniform":
-        apart = np.abs(encoded.values.astype(np.int32) - grid.encode(features))
+    if grid.on_grid:
+        stored, computed = (grid.steps(each).astype(np.int32) for each in (encoded.values, grid.encode(features)))
+        apart = np.abs(stored - computed)
     else:
         tolerance = DEFAULT_STEP * teacher.statistics[output].std + RESOLUTION[encoded.codec] * np.abs(features)
         apart = np.abs(grid.decode(encoded.values) - features) / tolerance

@@ -51,8 +51,8 @@ def choose_unit_rows(rows: int, teachers: Sequence[TeacherSpec]) -> int:
 
 
 def stored_bytes_per_row(codec: CodecSpec, output: OutputSpec) -> int:
-    """Size of one row on disk: exact for lossless codecs, a usual 1 byte a value for `uniform`."""
-    return math.prod(output.shape) * (1 if codec.name == "uniform" else codec.item_bytes)
+    """Size of one row on disk: exact for lossless codecs, a usual 1 byte a value where integers are stored."""
+    return math.prod(output.shape) * (codec.item_bytes if codec.step is None else 1)
 
 
 def plan_cache(

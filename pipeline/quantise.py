@@ -1,7 +1,10 @@
 """Quantisation where the features are, with what it cost in each row.
 
-On the CPU the stored values are bit-equal to those of `cache.codecs.Grid.encode`, and the costs agree with
-`cache.fidelity.measure` to some seven digits. Letters: B rows, T tokens (1 for vectors), N = B * T, D channels.
+On the CPU the stored values are bit-equal to those of `cache.codecs.Grid.encode` (under `rotated` but for some that lie
+between two steps), and the costs agree with `cache.fidelity.measure` to some seven digits. A rotation changes neither
+lengths nor angles, so under `rotated` they are taken on the axes.
+
+Letters: B rows, T tokens (1 for vectors), N = B * T, D channels.
 """
 
 import math
@@ -11,10 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.codecs import LIMIT, MASKED, Grid
+from cache.codecs import FARTHEST, MASKED, Grid
 from cache.statistics import Statistics
 
-_DTYPES = {"uniform": torch.int16, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.uint16}
+_DTYPES = {
+    "uniform": torch.int16,
+    "rotated": torch.int16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.uint16,
+}
 _FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Below this many values torch stays on the calling thread and the temporaries in its core's cache. Waking the other
 # threads for each of these short operations costs more than it gains, and far more while they decode or compress.
@@ -46,15 +55,16 @@ class DeviceGrid:
         self.dtype = _DTYPES[grid.codec.name]
         self._device = torch.device(device)
         self._codec = grid.codec.name
-        # Errors are measured on (x - centre) / unit: in grid steps for uniform, else in standard deviations.
-        uniform = self._codec == "uniform"
+        self._axes_DD = None if grid.axes is None else self._tensor(grid.axes)
+        # Errors are measured on (x - centre) / unit: in steps where there is a grid, else in standard deviations.
+        self._on_grid, self._limit = grid.on_grid, grid.limit
         self._offset = self._tensor(grid.offset)
         self._short_offset = self._offset.to(torch.int16)
-        self._centre = self._tensor(grid.middle if uniform else statistics.centre)
-        self._unit = self._tensor(grid.scale if uniform else statistics.std)
-        self._deviations = float(grid.codec.step or 0) if uniform else 1.0  # standard deviations in one unit
+        self._centre = self._tensor(grid.middle if self._on_grid else statistics.centre)
+        self._unit = self._tensor(grid.scale if self._on_grid else statistics.std)
+        self._deviations = grid.codec.step or 1.0  # standard deviations in one unit
         self._usual = self._longest_usual()
-        self._scratch = torch.empty(2, _SERIAL_VALUES)
+        self._scratch = torch.empty(3, _SERIAL_VALUES)
 
     def encode(self, features: Tensor, stored: Tensor | None = None) -> Quantised:
         """Quantise contiguous float32 [B, D] or [B, T, D] on this device; into `stored`, of that shape, if given.
@@ -83,8 +93,8 @@ class DeviceGrid:
 
     def _longest_usual(self) -> float:
         """Tokens whose standardised vector is shorter hold no value that is out of range: none exceeds the length."""
-        if self._codec == "uniform":
-            return LIMIT - float(self._offset.abs().max())
+        if self._on_grid:
+            return self._limit - float(self._offset.abs().max())
         room = torch.finfo(_FLOAT_TYPES[self._codec]).max - float(self._centre.abs().max())
         return 0.99 * room / max(float(self._unit.max()), 1.0)
 
@@ -94,7 +104,7 @@ class DeviceGrid:
         lengths_3N = torch.empty((3, count), dtype=torch.float64)
         block = max(1, _SERIAL_VALUES // channels)
         if self._scratch.shape[1] < block * channels:
-            self._scratch = torch.empty(2, block * channels)
+            self._scratch = torch.empty(3, block * channels)
         for at in range(0, count, block):
             part = slice(at, at + block)
             self._encode_plain(x_ND[part], stored_ND[part], lengths_3N[:, part])
@@ -115,14 +125,19 @@ class DeviceGrid:
 
         `lengths_3N`: of the standardised vectors, of what is decoded from them, and of the difference.
         """
-        u_ND, v_ND = (each[: x_ND.numel()].view_as(x_ND) for each in self._scratch)
+        u_ND, v_ND, w_ND = (each[: x_ND.numel()].view_as(x_ND) for each in self._scratch)
         torch.sub(x_ND, self._centre, out=u_ND)
         u_ND.div_(self._unit)
+        if self._axes_DD is not None:
+            u_ND = torch.mm(u_ND, self._axes_DD.T, out=w_ND)
         lengths_3N[0] = torch.linalg.vector_norm(u_ND, dim=1)
-        if self._codec == "uniform":
+        if self._on_grid:
             torch.add(u_ND, _ROUNDING, out=v_ND).sub_(_ROUNDING)
             stored_ND.copy_(v_ND)
-            stored_ND.add_(self._short_offset)
+            if self._axes_DD is None:
+                stored_ND.add_(self._short_offset)
+            else:
+                _fold(stored_ND)
         elif self._codec == "fp32":
             stored_ND.copy_(x_ND)
             lengths_3N[1] = lengths_3N[0]
@@ -141,13 +156,16 @@ class DeviceGrid:
         Returns, for each token: squared length of the error float64, cosine float64, values out of range int64, and
         whether it is finite.
         """
-        u_ND = (x_ND.to(wide) - self._centre) / self._unit
-        if self._codec == "uniform":
-            steps_ND = u_ND.round() if wide == torch.float32 else ((x_ND - self._centre) / self._unit).round()
+        u_ND = self._units(x_ND, wide)
+        if self._on_grid:
+            steps_ND = u_ND.round() if wide == torch.float32 else self._units(x_ND, torch.float32).round()
             steps_ND += self._offset
-            out_ND = steps_ND.abs() > LIMIT
-            steps_ND.clamp_(-LIMIT, LIMIT).nan_to_num_(nan=MASKED)
+            out_ND, missing_ND = steps_ND.abs() > self._limit, steps_ND.isnan()
+            steps_ND.clamp_(-self._limit, self._limit).nan_to_num_(nan=0)
             stored_ND.copy_(steps_ND)
+            if self._axes_DD is not None:
+                _fold(stored_ND)
+            stored_ND.masked_fill_(missing_ND, MASKED)
             v_ND = steps_ND.to(wide) - self._offset
         else:
             kind = _FLOAT_TYPES[self._codec]
@@ -166,6 +184,20 @@ class DeviceGrid:
         cosine_N = (u_ND.mul_(v_ND).sum(1).double() / product_N).nan_to_num_(0, 0, 0).clamp_(-1, 1)
         cosine_N = torch.where(product_N == 0, _both_zero(own_N, decoded_N), cosine_N)
         return error_N.square(), cosine_N, out_ND.sum(1), x_ND.isfinite().all(1)
+
+    def _units(self, x_ND: Tensor, wide: torch.dtype) -> Tensor:
+        u_ND = (x_ND.to(wide) - self._centre) / self._unit
+        if self._axes_DD is None:
+            return u_ND
+        if wide == torch.float32:
+            u_ND.clamp_(-FARTHEST, FARTHEST)
+        return u_ND @ self._axes_DD.T.to(wide)
+
+
+def _fold(stored_ND: Tensor) -> None:
+    """As `cache.codecs.fold`, in place."""
+    signs_ND = stored_ND >> 15
+    stored_ND.bitwise_left_shift_(1).bitwise_xor_(signs_ND)
 
 
 def _length(vectors_ND: Tensor) -> Tensor:

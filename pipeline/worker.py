@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from cache.codecs import Grid, make_grid
+from cache.codecs import Grid, calibrated, make_grid
 from cache.commits import load_images, publish_images, publish_unit
 from cache.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
 from cache.failpoints import failpoint
@@ -24,7 +24,7 @@ from cache.plans import load_plan
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.sources import source_reader
-from cache.spec import DEFAULT_STEP, ImageStatus, Plan, SourceSpec, TeacherSpec
+from cache.spec import ImageStatus, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
 from cache.teachers import PublishedTeacher, load_teacher
 from pipeline.collect import Computed
@@ -157,8 +157,8 @@ class Worker:
                     f"calibration of teacher {name!r}, output {output!r}: expected at least one usable row, found "
                     "none; each of the sample cannot be decoded, or gives NaN or infinity"
                 )
-        step = self._config.codec_of(name).step or DEFAULT_STEP
-        return {output: total.finish(step) for output, total in totals.items()}
+        codec = self._config.codec_of(name)
+        return {output: calibrated(total, codec) for output, total in totals.items()}
 
     def _prepare(self, name: str) -> None:
         """Read back how the teacher was calibrated, and hold the weights loaded here against it."""

@@ -42,14 +42,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Standardiser:
-    """From stored values to standardised ones: `x = stored * factor + offset`, per channel or one number for all."""
+    """From stored values to standardised ones: `x = stored * factor + offset`, per channel or one number for all.
+
+    With `axes` [C, C] it is `x = (unfold(stored) @ axes) * factor + offset` (`cache.codecs.unfold`).
+    """
 
     factor: Tensor
     offset: Tensor
+    axes: Tensor | None = None
 
     def __call__(self, stored: Tensor) -> Tensor:
         """float32 of the shape of `stored`, on its device."""
         factor, offset = (each.to(stored.device, non_blocking=True) for each in (self.factor, self.offset))
+        if self.axes is not None:
+            axes = self.axes.to(stored.device, non_blocking=True)
+            steps = (stored >> 1) ^ -(stored & 1)
+            return (steps.to(torch.float32) @ axes).mul_(factor).add_(offset)
         values = torch.empty_like(stored, dtype=torch.float32)
         vectors = max(1, (stored.numel() if stored.is_cuda else _BLOCK) // stored.shape[-1])
         for part, into in zip(*(each.flatten(0, -2).split(vectors) for each in (stored, values)), strict=True):
@@ -227,18 +235,20 @@ def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
-    """Where the cache's own grid is that of the statistics, the target is `step * (stored - offset)`."""
+    """Where the cache's own grid is that of the statistics, the factor is its step, the same for all channels."""
     std = statistics.std
     if grid is None:
         return Standardiser(*(torch.from_numpy(a.astype(np.float32)) for a in (1 / std, -statistics.centre / std)))
+    axes = None if grid.axes is None else torch.from_numpy(grid.axes)
     step = grid.codec.step
     if step is not None and np.array_equal(grid.middle, statistics.centre.astype(np.float32)):
         expected = np.maximum(step * std, np.finfo(np.float32).tiny).astype(np.float32)
         if np.array_equal(grid.scale, expected):
-            return Standardiser(torch.tensor(step, dtype=torch.float32), torch.from_numpy(-grid.offset).float() * step)
+            offset = torch.from_numpy(-grid.offset).float() * step
+            return Standardiser(torch.tensor(step, dtype=torch.float32), offset, axes)
     factor = torch.from_numpy((grid.scale / std).astype(np.float32))
     offset = torch.from_numpy(((grid.centre - statistics.centre) / std).astype(np.float32))
-    return Standardiser(factor, offset)
+    return Standardiser(factor, offset, axes)
 
 
 def _tensor(values: npt.NDArray[Any], grid: Grid) -> Tensor:

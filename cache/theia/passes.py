@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache import layout
+from cache.codecs import calibrated
 from cache.commits import EncodedOutput, UnitImages, load_status, publish_images, publish_unit
 from cache.digests import DIGEST_BYTES, digest_bytes
 from cache.errors import SourceError
@@ -20,7 +21,7 @@ from cache.records import committed_units
 from cache.samples import Samples, row_digest
 from cache.shards import encode_shard
 from cache.sources import source_reader
-from cache.spec import DEFAULT_STEP, ImageStatus, Plan, TeacherSpec
+from cache.spec import ImageStatus, Plan, TeacherSpec
 from cache.statistics import Accumulator, Statistics
 from cache.storage import Storage
 from cache.teachers import PublishedTeacher, publish_teacher, standing_statistics, teacher_names
@@ -78,7 +79,7 @@ class Passes:
                 for name, total in totals.items():
                     total.update(features[name].reshape(-1, features[name].shape[-1]))
             self._advance(len(batch))
-        return {name: total.finish(spec.codec.step or DEFAULT_STEP) for name, total in totals.items()}
+        return {name: calibrated(total, spec.codec) for name, total in totals.items()}
 
     def _commit_images(self, unit: int, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Commit what decoding finds in a unit, unless that is done; which of its rows have an image, bool [n]."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cache.codecs import calibrated
 from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
 from cache.fidelity import RowFidelity, measure
 from cache.leases import lease
@@ -124,7 +125,7 @@ def statistics_of(spec: TeacherSpec) -> dict[str, Statistics]:
         usable = np.isfinite(features).all(axis=tuple(range(1, features.ndim))) & (image_status() == 0)
         accumulator = Accumulator(output.channels)
         accumulator.update(features[usable].reshape(-1, output.channels))
-        found[output.name] = accumulator.finish(spec.codec.step or 0.05)
+        found[output.name] = calibrated(accumulator, spec.codec)
     return found
 
 

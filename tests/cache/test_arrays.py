@@ -12,12 +12,14 @@ from cache.errors import CorruptError
 from cache.shards import ArrayLayout
 
 LAYOUTS = [
-    ArrayLayout(100, 64, 1, (197, 384), np.dtype("int16"), -32768, True),
-    ArrayLayout(10, 64, 64, (64,), np.dtype("float16"), float("nan"), False),
-    ArrayLayout(1_000_000_000, 4096, 64, (64,), np.dtype("float32"), float("nan"), False),
-    ArrayLayout(100, 64, 1, (4, 4), np.dtype("uint16"), 0x7FC0, False),
-    ArrayLayout(100, 64, 64, (), np.dtype("uint8"), 255, True),
-    ArrayLayout(100, 128, 64, (2,), np.dtype("int32"), 0, True),
+    ArrayLayout(100, 64, 1, (197, 384), np.dtype("int16"), -32768, "bytes"),
+    ArrayLayout(100, 64, 1, (197, 384), np.dtype("int16"), -32768, "bits"),
+    ArrayLayout(100, 64, 64, (384,), np.dtype("int16"), -32768, "bits"),
+    ArrayLayout(10, 64, 64, (64,), np.dtype("float16"), float("nan"), "plain"),
+    ArrayLayout(1_000_000_000, 4096, 64, (64,), np.dtype("float32"), float("nan"), "plain"),
+    ArrayLayout(100, 64, 1, (4, 4), np.dtype("uint16"), 0x7FC0, "plain"),
+    ArrayLayout(100, 64, 64, (), np.dtype("uint8"), 255, "bytes"),
+    ArrayLayout(100, 128, 64, (2,), np.dtype("int32"), 0, "bytes"),
 ]
 
 
@@ -86,6 +88,21 @@ def test_other_arrays_are_refused(damage: Callable[[dict[str, Any]], None]) -> N
     with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: ") as hit:
         array_layout(json.dumps(document).encode(), "t/patch/zarr.json")
     assert hit.value.file == "t/patch/zarr.json"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change(*SHARDING, "codecs", 0, "configuration", "order", to=[0, 1, 2]),
+        change(*SHARDING, "codecs", 1, "configuration", "endian", to="big"),
+        change(*SHARDING, "codecs", 2, "name", to="gzip"),
+    ],
+)
+def test_other_arrays_with_channels_first_are_refused(damage: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads(array_metadata(LAYOUTS[1], {}))
+    damage(document)
+    with pytest.raises(CorruptError, match=r"^f: "):
+        array_layout(json.dumps(document).encode(), "f")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"{}", b"null", group_metadata({})])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache.codecs import LIMIT, MASKED, Grid, make_grid
+from cache.codecs import FOLDED_LIMIT, LIMIT, MASKED, Grid, calibrated, fold, make_grid, unfold
 from cache.errors import CorruptError, MismatchError
 from cache.fidelity import measure
 from cache.shards import ArrayLayout, encode_shard
@@ -16,20 +16,21 @@ from cache.spec import CodecSpec
 from cache.statistics import Accumulator, Statistics
 
 UNIFORM = CodecSpec()
-CODECS = [UNIFORM, *(CodecSpec(name=name) for name in ("fp32", "fp16", "bf16"))]  # type: ignore[arg-type]
+ROTATED = CodecSpec(name="rotated")
+CODECS = [UNIFORM, ROTATED, *(CodecSpec(name=name) for name in ("fp32", "fp16", "bf16"))]  # type: ignore[arg-type]
 
 
 def statistics_of(features: np.ndarray[Any, Any], step: float = 0.05) -> Statistics:
     accumulator = Accumulator(features.shape[-1])
     accumulator.update(features.reshape(-1, features.shape[-1]))
-    return accumulator.finish(step)
+    return calibrated(accumulator, CodecSpec(name="rotated", step=step))
 
 
 def statistics(mean: list[float], std: list[float], step: float = 0.05) -> Statistics:
     """Statistics with exactly these moments."""
     accumulator = Accumulator(len(mean))
     accumulator.add(2, np.array(mean), 2 * np.diag(np.square(std)))
-    return accumulator.finish(step)
+    return calibrated(accumulator, CodecSpec(name="rotated", step=step))
 
 
 def synthetic_features(rows: int, seed: int = 0, tail: float | None = 4) -> np.ndarray[Any, Any]:
@@ -130,7 +131,10 @@ def test_the_fill_decodes_to_nan_and_nan_encodes_to_a_fill(codec: CodecSpec) -> 
     filled = np.full((2, 3), grid.fill, grid.dtype)
     assert np.isnan(grid.decode(filled)).all()
     for features in np.array([[[1.0, np.nan, 2.0]], [[np.nan, 1.0, 2.0]]], np.float32):
-        np.testing.assert_array_equal(np.isnan(grid.decode(grid.encode(features))), np.isnan(features))
+        missing = np.isnan(features)
+        if codec.name == "rotated":
+            missing |= missing.any(-1, keepdims=True)
+        np.testing.assert_array_equal(np.isnan(grid.decode(grid.encode(features))), missing)
         assert not grid.saturated(features).any()
 
 
@@ -146,7 +150,7 @@ def test_shapes_dtypes_and_input_are_kept(codec: CodecSpec) -> None:
     assert grid.saturated(features).shape == features.shape
     np.testing.assert_array_equal(features, before)
     np.testing.assert_array_equal(grid.encode(features[:, ::2]), stored[:, ::2])
-    assert grid.compressed == (codec.name == "uniform")
+    assert grid.packing == {"uniform": "bytes", "rotated": "bits"}.get(codec.name, "plain")
 
 
 def test_fp32_is_exact() -> None:
@@ -179,7 +183,8 @@ def test_fp16_clips_to_its_finite_range() -> None:
 def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, tokens: tuple[int, int] | None) -> None:
     grid = make_grid(codec, statistics([0.1, -3.7, 1e-3], [0.3, 2.2, 1e-5]))
     attributes = grid.attributes(tokens)
-    assert list(attributes) == ["codec", "step", "centre", "scale", "offset", "grid"]
+    extra = ["axes"] if codec.name == "rotated" else []
+    assert list(attributes) == ["codec", "step", "centre", "scale", "offset", "grid", *extra]
     again, found_tokens = Grid.from_attributes(attributes, "f")
     assert found_tokens == tokens
     assert again.codec == codec
@@ -187,6 +192,9 @@ def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, token
     np.testing.assert_array_equal(again.scale, grid.scale)
     np.testing.assert_array_equal(again.offset, grid.offset)
     np.testing.assert_array_equal(again.middle, grid.middle)
+    assert (again.axes is None) == (grid.axes is None)
+    if again.axes is not None:
+        np.testing.assert_array_equal(again.axes, grid.axes)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,81 @@ def test_broken_attributes_are_refused(change: dict[str, Any]) -> None:
         Grid.from_attributes({**attributes, **change}, "t/patch/zarr.json")
 
 
+@pytest.mark.parametrize("axes", [None, 3, "?", "", "AACAPw==", "AAAAAAAAgD8AAIA/AACAPw=="])
+def test_broken_axes_are_refused(axes: Any) -> None:
+    attributes = make_grid(ROTATED, statistics([0.5, 0.0], [1.0, 1.0])).attributes((1, 1))
+    for change in ({**attributes, "axes": axes}, {key: attributes[key] for key in attributes if key != "axes"}):
+        with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: attribute kpu"):
+            Grid.from_attributes(change, "t/patch/zarr.json")
+
+
+def test_axes_by_hand() -> None:
+    """Two channels with correlation .6: the axes are the diagonals, with variances 1.6 and .4."""
+    moments = Accumulator(2)
+    moments.add(100, np.array([1.0, -2.0]), 100 * np.array([[4.0, 0.6 * 2 * 3], [0.6 * 2 * 3, 9.0]]))
+    grid = make_grid(CodecSpec(name="rotated", step=0.5), calibrated(moments, CodecSpec(name="rotated", step=0.5)))
+    half = np.sqrt(0.5)
+    assert grid.axes is not None
+    np.testing.assert_allclose(np.abs(grid.axes), [[half, half], [half, half]], rtol=1e-6)
+    np.testing.assert_allclose(grid.axes[0], [half, half], rtol=1e-6)
+    np.testing.assert_allclose(grid.scale, [1.0, 1.5])
+    # Standardised (1, 1) is sqrt(2) = 2.83 steps of .5 along the first axis: 3 steps, stored as 6.
+    features = (grid.centre + np.array([[2.0, 3.0]])).astype(np.float32)
+    stored = grid.encode(features)
+    assert stored.tolist() == [[6, 0]]
+    np.testing.assert_allclose(grid.decode(stored), grid.centre[None] + 1.5 * half * np.array([[2, 3]]), rtol=1e-6)
+    assert grid.encode(2 * grid.centre - features).tolist() == [[5, 0]]
+
+
+def test_folding_keeps_small_steps_small_and_every_step_apart() -> None:
+    steps = np.arange(-FOLDED_LIMIT, FOLDED_LIMIT + 1, dtype=np.int16)
+    stored = fold(steps)
+    assert fold(np.array([0, -1, 1, -2, 2], np.int16)).tolist() == [0, 1, 2, 3, 4]
+    assert stored.min() == 0 and len(np.unique(stored)) == len(steps)
+    np.testing.assert_array_equal(unfold(stored), steps)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, (4, 6), elements=moderate), st.integers(0, 99), st.sampled_from([0.02, 0.05, 0.2]))
+def test_the_error_of_a_rotated_vector_is_within_half_a_step_or_it_saturates(
+    features: np.ndarray[Any, Any], seed: int, step: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) * np.exp(rng.normal(0, 2, 6))
+    stats = statistics_of(mixed.astype(np.float32), step)
+    grid = make_grid(CodecSpec(name="rotated", step=step), stats)
+    exact = (features.astype(np.float64) - stats.centre) / stats.std
+    error = (grid.decode(grid.encode(features)).astype(np.float64) - stats.centre) / stats.std - exact
+    inside = ~grid.saturated(features).any(-1)
+    largest = np.abs(exact).max(-1) + np.abs(stats.centre / stats.std).max()  # float32 rounds in units of these
+    bound = step / 2 * (1 + 1e-4) + 1e-5 * largest
+    assert (np.sqrt(np.mean(error**2, axis=-1)) <= bound)[inside].all()
+
+
+def test_a_rotation_makes_correlated_features_smaller_at_the_same_error() -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(64, 100, 16)) @ rng.normal(size=(16, 48))).astype(np.float32)
+    features += 0.2 * rng.normal(size=features.shape).astype(np.float32)
+    stats = statistics_of(features)
+    sizes, errors = {}, {}
+    for codec in (UNIFORM, ROTATED):
+        grid = make_grid(codec, stats)
+        stored = grid.encode(features)
+        layout = ArrayLayout(64, 64, 1, features.shape[1:], grid.dtype, MASKED, grid.packing)
+        sizes[codec.name] = len(encode_shard(stored, layout, 0).data)
+        fidelity = measure(features, grid.decode(stored), grid.saturated(features), stats)
+        errors[codec.name] = np.sqrt(fidelity.squared_error.mean())
+    assert sizes["rotated"] < 0.7 * sizes["uniform"]
+    assert errors["rotated"] == pytest.approx(errors["uniform"], rel=0.02)
+
+
+def test_a_calibration_without_axes_is_refused() -> None:
+    moments = Accumulator(2)
+    moments.add(2, np.zeros(2), np.eye(2))
+    with pytest.raises(MismatchError, match="with axes"):
+        make_grid(ROTATED, calibrated(moments, UNIFORM))
+
+
 def test_statistics_snapped_to_another_step_are_refused() -> None:
     with pytest.raises(MismatchError, match=r"step 0\.1"):
         make_grid(CodecSpec(step=0.1), statistics([0.73], [1.0], step=0.05))
@@ -227,7 +310,7 @@ def test_heavy_tailed_features_are_small_and_close(kind: str, tail: float) -> No
     grid = make_grid(UNIFORM, stats)
     stored = grid.encode(features)
     rows = len(features)
-    layout = ArrayLayout(rows, rows, chunk_rows, features.shape[1:], grid.dtype, MASKED, grid.compressed)
+    layout = ArrayLayout(rows, rows, chunk_rows, features.shape[1:], grid.dtype, MASKED, grid.packing)
     size = len(encode_shard(stored, layout, 0).data) / (2 * features.size)
     fidelity = measure(features, grid.decode(stored), grid.saturated(features), stats)
     assert size <= 0.45

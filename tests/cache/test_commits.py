@@ -100,14 +100,14 @@ def test_a_retry_over_its_own_shards_gives_the_same_bytes(small_cache: SmallCach
     assert not (small_cache.path / ".tmp/quarantine").exists()
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
 def test_a_shard_within_tolerance_stays_and_the_record_describes_it(cache_of, codec: str) -> None:
     small = cache_of(codec)
     uncommit(small)
     standing = (small.path / SHARD).read_bytes()
     first = load_record_of(small)
     # Under one step of the grid, under a hundredth of a standard deviation, about one step of bfloat16.
-    commit_again(small, shift={"uniform": 0.03, "fp32": 0.005, "fp16": 0.005, "bf16": 0.001}[codec])
+    commit_again(small, shift={"uniform": 0.03, "rotated": 0.01, "fp32": 0.005, "fp16": 0.005, "bf16": 0.001}[codec])
     assert (small.path / SHARD).read_bytes() == standing
     assert load_record_of(small) == first  # the fidelity is that of what stands, against the features themselves
     assert verify(small.path).ok
@@ -126,7 +126,7 @@ def build_record(small: SmallCache) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32"])
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32"])
 def test_a_shard_of_other_values_is_moved_aside(cache_of, codec: str) -> None:
     small = cache_of(codec)
     before = tree(small.path)

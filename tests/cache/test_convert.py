@@ -19,7 +19,7 @@ from cache.verify import verify
 from tests.cache.builders import MASKED_ROW, NONFINITE_ROW, ROWS, SmallCache, build, make_plan, sample_table, tree
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
 def test_to_tars_and_back_gives_the_same_bytes(built_cache, tmp_path: Path, codec: str) -> None:
     zarr, tars = built_cache(codec).path, built_cache(f"{codec} in tars").path
     done = convert(zarr, tmp_path / "tars.kpu", shards="webdataset", run="there")
@@ -42,7 +42,7 @@ def test_only_the_format_of_a_teacher_changes(built_cache, tmp_path: Path) -> No
     assert verify(out.path).ok
 
 
-@pytest.mark.parametrize("codec", ["uniform", "bf16", "uniform in tars"])
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "bf16", "uniform in tars"])
 def test_dequantised_values_are_the_decoded_ones(built_cache, tmp_path: Path, codec: str) -> None:
     source = open_cache(built_cache(codec).path)
     convert(source.path, tmp_path / "o.kpu", shards="zarr", run="r", dequantise=True)

@@ -52,7 +52,7 @@ def test_an_absent_bucket_and_an_unknown_scheme_are_named(s3_bucket: str) -> Non
 
 def test_rows_of_a_shard_are_read_by_range(s3: Storage) -> None:
     rng = np.random.default_rng(0)
-    layout = ArrayLayout(100, 64, 1, (7, 33), np.dtype("int16"), -32768, True)
+    layout = ArrayLayout(100, 64, 1, (7, 33), np.dtype("int16"), -32768, "bytes")
     values = rng.integers(-300, 300, (36, 7, 33)).astype("int16")
     shard = encode_shard(values, layout, 0)
     s3.publish("teachers/t/patch/c/1/0/0", shard.data, run="r")
@@ -71,7 +71,7 @@ def test_rows_of_a_shard_are_read_by_range(s3: Storage) -> None:
 
 
 def test_far_apart_pieces_are_fetched_in_parallel_and_near_ones_together(s3: Storage) -> None:
-    layout = ArrayLayout(12, 64, 1, (1 << 18,), np.dtype("float32"), 0.0, False)
+    layout = ArrayLayout(12, 64, 1, (1 << 18,), np.dtype("float32"), 0.0, "plain")
     shard = encode_shard(np.arange(12, dtype=np.float32)[:, None] + np.zeros((1, 1 << 18), np.float32), layout, 0)
     s3.publish("shard", shard.data, run="r")
     record = ShardRecord(bytes=len(shard.data), seal=shard.seal)

@@ -1,3 +1,4 @@
+import base64
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from tests.cache.builders import (
     unit_images,
 )
 
-CODECS = ["uniform", "fp32", "fp16", "bf16"]
+CODECS = ["uniform", "rotated", "fp32", "fp16", "bf16"]
 ALL = [("alpha", "global"), ("alpha", "patch"), ("beta", "global"), ("beta", "layer6.patch")]
 
 
@@ -46,7 +47,9 @@ def test_what_is_read_is_what_the_teacher_gave_within_the_codecs_bound(
     values = cache.read(teacher, output, valid)
     assert values.dtype == np.float32
     error = np.abs(values - features[valid]) / cache.teachers[teacher].statistics[output].std
-    bound = {"uniform": 0.0251, "fp32": 0, "fp16": 2.0**-11, "bf16": 2.0**-8}[codec]
+    bound = {"uniform": 0.0251, "rotated": 0.0251, "fp32": 0, "fp16": 2.0**-11, "bf16": 2.0**-8}[codec]
+    if codec == "rotated":  # the bound is that of a vector
+        error = np.sqrt(np.mean(error**2, axis=-1))
     if codec in ("fp16", "bf16"):
         error /= np.maximum(np.abs(features[valid]) / cache.teachers[teacher].statistics[output].std, 0.01)
     assert error.max() <= bound
@@ -99,6 +102,9 @@ def test_zarr_and_tensorstore_read_the_same(built_cache, codec: str, teacher: st
     stored = encoded.values
     if codec == "bf16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    if codec == "rotated":
+        axes = np.frombuffer(base64.b64decode(attributes["axes"]), "<f4").reshape(2 * [stored.shape[-1]])
+        stored = ((stored >> 1) ^ -(stored & 1)).astype(np.float32) @ axes
     by_hand = np.float32(attributes["centre"]) + np.float32(attributes["scale"]) * stored.astype(np.float32)
     valid = expected_mask(teacher)
     assert np.array_equal(by_hand[valid], cache.read(teacher, output, valid))

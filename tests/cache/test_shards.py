@@ -14,29 +14,36 @@ from zarr.storage import LocalStore
 
 from cache import layout as places
 from cache.arrays import array_metadata, group_metadata
+from cache.chunks import Packing
 from cache.errors import CorruptError
 from cache.localstore import LocalStorage
 from cache.shards import ArrayLayout, ShardReader, encode_shard, open_shard
 from cache.spec import ShardRecord
 
-# name: (dtype, fill, compressed) of every codec, and of the arrays below images/
-KINDS: dict[str, tuple[str, float, bool]] = {
-    "uniform": ("int16", -32768, True),
-    "fp32": ("float32", float("nan"), False),
-    "fp16": ("float16", float("nan"), False),
-    "bf16": ("uint16", 0x7FC0, False),
-    "digest": ("uint8", 0, True),
-    "size": ("int32", 0, True),
+# name: (dtype, fill, packing) of every codec, and of the arrays below images/
+KINDS: dict[str, tuple[str, float, Packing]] = {
+    "uniform": ("int16", -32768, "bytes"),
+    "rotated": ("int16", -32768, "bits"),
+    "fp32": ("float32", float("nan"), "plain"),
+    "fp16": ("float16", float("nan"), "plain"),
+    "bf16": ("uint16", 0x7FC0, "plain"),
+    "digest": ("uint8", 0, "bytes"),
+    "size": ("int32", 0, "bytes"),
 }
 ITEMS: dict[str, tuple[int, tuple[int, ...]]] = {"map": (1, (5, 6)), "vector": (8, (6,)), "scalar": (8, ())}
 TARS: dict[str, tuple[int, tuple[int, ...]]] = {"map in tars": (1, (5, 6)), "vector in tars": (1, (6,))}
 
 
 def make_layout(kind: str, item: str, rows: int = 37) -> ArrayLayout:
-    dtype, fill, compressed = KINDS[kind]
+    dtype, fill, _ = KINDS[kind]
     chunk_rows, item_shape = {**ITEMS, **TARS}[item]
     member = "t.patch" if item in TARS else None
-    return ArrayLayout(rows, 16, chunk_rows, item_shape, np.dtype(dtype), fill, compressed, member)
+    return ArrayLayout(rows, 16, chunk_rows, item_shape, np.dtype(dtype), fill, packing_of(kind, member), member)
+
+
+def packing_of(kind: str, member: str | None) -> Packing:
+    packing = KINDS[kind][2]
+    return packing if member is None or packing == "plain" else "gzip"
 
 
 def make_values(layout: ArrayLayout, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -143,10 +150,10 @@ def test_rows_outside_the_unit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("member", [None, "t.patch"])
-@pytest.mark.parametrize("kind", ["uniform", "fp16"])
+@pytest.mark.parametrize("kind", ["uniform", "rotated", "fp16"])
 def test_large_reads_use_threads_and_give_the_same(tmp_path: Path, kind: str, member: str | None) -> None:
-    dtype, fill, compressed = KINDS[kind]
-    layout = ArrayLayout(256, 256, 1, (64, 384), np.dtype(dtype), fill, compressed, member)
+    dtype, fill, _ = KINDS[kind]
+    layout = ArrayLayout(256, 256, 1, (64, 384), np.dtype(dtype), fill, packing_of(kind, member), member)
     values = make_values(layout)
     with ThreadPoolExecutor(2) as pool:
         shard = encode_shard(values, layout, 0, pool=pool)
@@ -231,7 +238,7 @@ def test_swapped_shards_are_seen_even_with_equal_indices(kind: str, item: str) -
     layout = make_layout(kind, item)
     values = make_values(layout)
     (first, first_record), (second, second_record) = (encode_unit(values, layout, unit) for unit in (0, 1))
-    if not layout.compressed and item == "map":
+    if layout.packing == "plain" and item == "map":
         assert first[-260:] == second[-260:], "equal sizes give equal indices"
     for data, record, unit in ((first, second_record, 1), (second, first_record, 0)):
         with pytest.raises(CorruptError, match=r"seal differs|were committed"):
@@ -242,9 +249,9 @@ def test_a_shard_of_another_layout_is_refused() -> None:
     layout = make_layout("fp32", "map")
     data, record = encode_unit(make_values(layout), layout, 0)
     for other in (
-        ArrayLayout(37, 16, 1, (5, 7), np.dtype("float32"), 0.0, False),
-        ArrayLayout(37, 8, 1, (5, 6), np.dtype("float32"), 0.0, False),
-        ArrayLayout(10, 16, 1, (5, 6), np.dtype("float32"), 0.0, False),
+        ArrayLayout(37, 16, 1, (5, 7), np.dtype("float32"), 0.0, "plain"),
+        ArrayLayout(37, 8, 1, (5, 6), np.dtype("float32"), 0.0, "plain"),
+        ArrayLayout(10, 16, 1, (5, 6), np.dtype("float32"), 0.0, "plain"),
     ):
         with pytest.raises(CorruptError):
             open_bytes(data, other, record)

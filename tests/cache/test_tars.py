@@ -11,23 +11,24 @@ import pytest
 import webdataset
 
 from cache.arrays import array_layout, array_metadata
+from cache.chunks import Packing
 from cache.errors import CorruptError
 from cache.members import decode_member, encode_member, is_fill, member_name
 from cache.shards import ArrayLayout, encode_shard
 
-KINDS: dict[str, tuple[str, float, bool]] = {
-    "uniform": ("int16", -32768, True),
-    "fp32": ("float32", float("nan"), False),
-    "fp16": ("float16", float("nan"), False),
-    "bf16": ("uint16", 0x7FC0, False),
+KINDS: dict[str, tuple[str, float, Packing]] = {
+    "uniform": ("int16", -32768, "gzip"),
+    "fp32": ("float32", float("nan"), "plain"),
+    "fp16": ("float16", float("nan"), "plain"),
+    "bf16": ("uint16", 0x7FC0, "plain"),
 }
 MASKED = [3, 16]
 ROWS, UNIT_ROWS = 37, 16
 
 
 def make_layout(kind: str, item_shape: tuple[int, ...] = (5, 6), member: str = "alpha.patch") -> ArrayLayout:
-    dtype, fill, compressed = KINDS[kind]
-    return ArrayLayout(ROWS, UNIT_ROWS, 1, item_shape, np.dtype(dtype), fill, compressed, member)
+    dtype, fill, packing = KINDS[kind]
+    return ArrayLayout(ROWS, UNIT_ROWS, 1, item_shape, np.dtype(dtype), fill, packing, member)
 
 
 def make_values(layout: ArrayLayout) -> np.ndarray[Any, Any]:

@@ -42,7 +42,7 @@ def same_statistics(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[n].covariance, other[n].covariance) for n in one)
 
 
-@pytest.mark.parametrize("codec", ["uniform", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
 def test_a_teacher_comes_back_as_it_was_published(cache_of, codec: str) -> None:
     small = cache_of(codec)
     for name, published in small.teachers.items():

@@ -12,7 +12,7 @@ from tests.toys import assert_refused, kpu, kpu_json, snapshot
 OUTPUTS = [("alpha", "global"), ("alpha", "patch"), ("beta", "global"), ("beta", "layer6.patch")]
 
 
-@pytest.mark.parametrize("codec", ["fp32", "uniform", "uniform in tars"])
+@pytest.mark.parametrize("codec", ["fp32", "uniform", "rotated", "uniform in tars"])
 def test_every_output_is_measured_and_nothing_changes(tmp_path: Path, codec: str) -> None:
     path = build(tmp_path / "c.kpu", codec=codec).path
     before = snapshot(path)
@@ -25,7 +25,7 @@ def test_every_output_is_measured_and_nothing_changes(tmp_path: Path, codec: str
         for kind in ("random", "windowed", "raw", "copy"):
             assert reading[kind]["rows_per_second"] > 0
             assert reading[kind]["bytes_per_second"] > 0
-    assert len(result["codecs"]) == 7 * len(OUTPUTS)
+    assert len(result["codecs"]) == 11 * len(OUTPUTS)
     assert {tried["grid"] for tried in result["codecs"]} == {None if codec == "fp32" else 0.05}
 
 
@@ -33,16 +33,17 @@ def test_codecs_cost_what_they_promise(tmp_path: Path) -> None:
     path = build(tmp_path / "c.kpu", codec="fp32").path
     tried = [t for t in bench(str(path), teachers=["beta"]).codecs if t.output == "layer6.patch"]
     assert [(t.codec, t.step) for t in tried] == [
-        *(("uniform", step) for step in (0.02, 0.05, 0.1, 0.2)),
+        *((name, step) for name in ("uniform", "rotated") for step in (0.02, 0.05, 0.1, 0.2)),
         *((name, None) for name in ("fp16", "bf16", "fp32")),
     ]
-    for t in tried[:4]:
+    for t in tried[:8]:
         assert t.step is not None and 0 < t.rmse <= t.worst <= t.step / 2
-    assert tried[0].rmse < tried[1].rmse < tried[2].rmse < tried[3].rmse
+    for four in (tried[:4], tried[4:8]):
+        assert four[0].rmse < four[1].rmse < four[2].rmse < four[3].rmse
     exact = tried[-1]
     assert (exact.rmse, exact.worst) == (0, 0)
     assert exact.cosine == pytest.approx(1)
-    assert exact.of_fp16 > tried[4].of_fp16 >= 1
+    assert exact.of_fp16 > tried[8].of_fp16 >= 1
 
 
 def test_text_names_limits_and_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images, model = write_images(place / "images", 70), write_teacher(place)
     (images / "005.png").write_bytes(b"no image")
     arguments = ["-t", f"t={model}:toy", "-t", f"u={model}:wider", "--set", "teachers.u.codec.name=bf16"]
+    arguments += ["-t", f"v={model}:wider", "--set", "teachers.v.codec.name=rotated"]
     assert kpu("extract", images, *arguments, "-o", place / "o.kpu").exit_code == 0
     return place / "o.kpu"
 

@@ -73,6 +73,20 @@ def test_every_codec_gives_the_same_targets_within_its_bound(extract: Extract, t
             assert not lossless.targets[teacher][output][BROKEN].any()
 
 
+def test_rotated_integers_give_the_same_targets_but_for_their_rounding(extract: Extract) -> None:
+    rotated = extract("rotated", "codec.name=rotated", general="toy", big="wider", shy="poisoned")
+    exact = extract("fp32", "codec.name=fp32", general="toy", big="wider", shy="poisoned")
+    for statistics_of in (rotated, exact):  # the run's statistics are the grid's own, or of another cache
+        corpus = Corpus([str(statistics_of), str(rotated)], dict.fromkeys(ALL, OUTPUTS), "general")
+        batch = Upload(corpus, CPU)(corpus.fetch(np.arange(IMAGES, 2 * IMAGES)))
+        expected = Upload(one := open_both(exact), CPU)(everything(one))
+        for teacher in ALL:
+            for output in OUTPUTS:
+                error = batch.targets[teacher][output] - expected.targets[teacher][output]
+                assert 1e-4 < error.square().mean(-1).sqrt().max() <= 0.0251
+                assert not batch.targets[teacher][output][BROKEN].any()
+
+
 def test_a_second_cache_uses_the_statistics_of_the_first(toys: Path, others: Path) -> None:
     corpus = open_both(toys, others)
     assert corpus.rows == IMAGES + 40
