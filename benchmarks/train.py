@@ -6,7 +6,8 @@
 
 Each variant of `time` and `busy` runs in a process of its own, in rounds, so that a machine that drifts in speed drifts
 for all of them; the figures are medians over rounds. `resident` repeats targets that are on the device already; images,
-where the student looks at them, are read and decoded whatever the source. Peak memory is that of the process (of the
+where the student looks at them, are read and decoded whatever the source. `cached` rows are read and decoded for the
+first time; `kept` ones are in memory as stored, as from a second epoch on. Peak memory is that of the process (of the
 GPU, where there is one). Real images come from
 KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md); the weights of the ViTs are random, which changes no timing.
 What a codec changes in what is learned is measured by `students.py`.
@@ -25,6 +26,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -45,6 +47,7 @@ STUDENTS: Final[dict[str, dict[str, Any]]] = {
     "side, global": {"student": {"kind": "side"}, "outputs": ["global"]},
 }
 SOURCES: Final = ("resident", "cached")
+KEPT: Final = "kept"
 LIVE: Final = ("full", "live")
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where caches and runs lie.")]
@@ -73,14 +76,15 @@ def busy(
     rounds: Annotated[int, typer.Option(help="How often every variant runs.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time side students on cached against resident targets, every row read and decoded for the first time."""
+    """Time side students on cached against resident targets."""
     cache = extract_cifar(folder, "train", 10_000, "uniform 0.05")
-    base = {"caches": [str(cache)], "base": "general"}
+    base = {"caches": [str(cache)], "base": "general", "loader": {"memory": "auto"}}
     students: dict[str, dict[str, Any]] = {
         "side": {**base, "student": SIDE},
         "side, global": {**base, "outputs": ["global"]},
     }
-    _show(_rounds(students, list(itertools.product(students, SOURCES)), batch, steps, rounds, device), batch)
+    variants = list(itertools.product(students, (*SOURCES, KEPT)))
+    _show(_rounds(students, variants, batch, steps, rounds, device), batch)
 
 
 @app.command(hidden=True)
@@ -145,12 +149,12 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
     from trainer.world import join_world
 
     values = {
+        "loader": {"memory": 0},
         **student,
         "batch_size": batch,
         "device": device,
         "validation": 0.0,
         "targets": {"source": "live" if source == "live" else "cache"},
-        "loader": {"memory": 0},
     }
     config = validate_config(values, "benchmark")
     world = join_world(config)
@@ -165,6 +169,9 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
             images = stack.enter_context(closing(_batches(config, without_targets, model, world)))
             ready = (replace(next(kept), images=batch.images) for batch in images)
         else:
+            if source == KEPT:
+                for first in range(0, corpus.rows, batch):
+                    corpus.fetch(np.arange(first, min(first + batch, corpus.rows)))
             ready = stack.enter_context(closing(_batches(config, corpus, model, world)))
         for _ in range(2):
             training.advance([next(ready)], measure=False)

@@ -124,10 +124,13 @@ class Cache:
         values[hidden] = np.nan
         return values
 
-    def read_encoded(self, teacher: str, output: str, rows: Rows) -> Encoded:
-        """Rows as stored, [n, D] or [n, T, D], with the grid that they lie on. Raises as `read`, masked rows aside."""
+    def read_encoded(self, teacher: str, output: str, rows: Rows, *, out: npt.NDArray[Any] | None = None) -> Encoded:
+        """Rows as stored, [n, D] or [n, T, D], with the grid that they lie on. Raises as `read`, masked rows aside.
+
+        They are decoded straight into `out`, where it is given; it must be of their shape and dtype, in C order.
+        """
         published = self._teacher(teacher)
-        stored, _ = self._stored(published, output, self._rows(rows))
+        stored, _ = self._stored(published, output, self._rows(rows), out)
         grid = published.grids[output]
         return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
 
@@ -174,13 +177,22 @@ class Cache:
             yield unit, places, numbers[places] - unit * self.plan.unit_rows
 
     def _stored(
-        self, teacher: PublishedTeacher, output: str, numbers: npt.NDArray[np.int64]
+        self,
+        teacher: PublishedTeacher,
+        output: str,
+        numbers: npt.NDArray[np.int64],
+        out: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], Mask]:
-        """Stored values [n, ...] and which of the rows are masked, bool [n]."""
+        """Stored values [n, ...], in `out` if given, and which of the rows are masked, bool [n]."""
         if output not in teacher.layouts:
             raise ConfigError(f"teacher {teacher.spec.name!r} has outputs {list(teacher.layouts)}, not {output!r}")
         array = teacher.layouts[output]
-        stored = np.empty((len(numbers), *array.item_shape), array.dtype)
+        shape = (len(numbers), *array.item_shape)
+        stored = np.empty(shape, array.dtype) if out is None else out
+        if stored.shape != shape or stored.dtype != array.dtype or not stored.flags.c_contiguous:
+            raise ValueError(
+                f"out: expected {array.dtype}{list(shape)} in C order, found {stored.dtype}{list(stored.shape)}"
+            )
         hidden = np.zeros(len(numbers), dtype=bool)
         for unit, places, within in self._by_unit(numbers):
             masked = self._unit(teacher, unit).masked

@@ -85,12 +85,17 @@ class HostBatch:
 class Corpus:
     """The caches of a run, their rows one after another.
 
+    Up to `memory` bytes of rows are kept once they were read. With `pinned` batches are read straight into memory that
+    a GPU copies from by itself.
+
     Raises (on opening):
         ConfigError: a teacher, output or layer that is asked for is not there, or a cache is incomplete.
         MismatchError: two caches have different teachers under one name.
     """
 
-    def __init__(self, paths: Sequence[str], wanted: Wanted, base: str, *, memory: int = 0) -> None:
+    def __init__(
+        self, paths: Sequence[str], wanted: Wanted, base: str, *, memory: int = 0, pinned: bool = False
+    ) -> None:
         self.caches = [open_cache(path) for path in paths]
         self.wanted = {name: tuple(outputs) for name, outputs in wanted.items()}
         self.starts = np.cumsum([0, *(cache.rows for cache in self.caches)])
@@ -102,7 +107,7 @@ class Corpus:
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
             _require(name in self.sources, f"teachers: no cache has {name!r}; found {self._all_names()}")
-        self._shelf = Shelf(memory)
+        self._shelf, self._pinned = Shelf(memory), pinned
 
     @property
     def digest(self) -> str:
@@ -172,9 +177,11 @@ class Corpus:
                 valid = self._shelf.valid(cache, name, within)
                 weights[name][torch.from_numpy(places)] = torch.from_numpy(valid.astype(np.float32))
                 for output in self.wanted[name]:
-                    values = self._shelf.take(cache, name, output, within)
+                    array = cache.teachers[name].published.layouts[output]
+                    tensor, values = _empty((len(within), *array.item_shape), array.dtype, pinned=self._pinned)
+                    self._shelf.take(cache, name, output, within, values)
                     values[~valid] = 0
-                    stored[number, name, output] = _tensor(values, cache.teachers[name].grid(output))
+                    stored[number, name, output] = tensor
         return HostBatch(rows, epochs, parts, stored, weights)
 
     def _parts(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
@@ -251,10 +258,14 @@ def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
     return Standardiser(factor, offset, axes)
 
 
-def _tensor(values: npt.NDArray[Any], grid: Grid) -> Tensor:
-    if grid.codec.name == "bf16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
+def _empty(shape: tuple[int, ...], dtype: "np.dtype[Any]", *, pinned: bool) -> tuple[Tensor, npt.NDArray[Any]]:
+    """A tensor for stored values and the same memory for NumPy; uint16 are the bits of bfloat16."""
+    bits = np.dtype(np.int16) if dtype == np.uint16 else dtype
+    if pinned:
+        tensor = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, bits)).dtype, pin_memory=True)
+    else:  # NumPy asks for huge pages, torch does not
+        tensor = torch.from_numpy(np.empty(shape, bits))
+    return tensor if bits == dtype else tensor.view(torch.bfloat16), tensor.numpy().view(dtype)
 
 
 def _require(holds: bool, message: str) -> None:

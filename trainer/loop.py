@@ -193,7 +193,7 @@ def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainCon
 def open_corpus(config: TrainConfig, world: World) -> Corpus:
     """The caches of a run, checked."""
     memory = free_memory(world.local_size) if config.loader.memory == "auto" else config.loader.memory
-    return Corpus(config.caches, choose_outputs(config), config.base, memory=memory)
+    return Corpus(config.caches, choose_outputs(config), config.base, memory=memory, pinned=world.device.type == "cuda")
 
 
 def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool) -> RunFolder:

@@ -30,14 +30,15 @@ class Shelf:
         self._left, self._lock = memory, Lock()
         self._kept: dict[tuple[str, str, str], _Room | None] = {}
 
-    def take(self, cache: Cache, teacher: str, output: str, rows: Rows) -> npt.NDArray[Any]:
-        """Rows as stored, [n, ...], in memory of the caller's own. Raises as `Cache.read_encoded`."""
+    def take(self, cache: Cache, teacher: str, output: str, rows: Rows, out: npt.NDArray[Any]) -> None:
+        """Fill `out` [n, ...] with rows as stored. Raises as `Cache.read_encoded`."""
         array = cache.teachers[teacher].published.layouts[output]
         shape = (cache.rows, *array.item_shape)
         room = self._room((cache.path, teacher, output), shape, array.dtype, array.chunk_rows, optional=True)
         if room is None:
-            return cache.read_encoded(teacher, output, rows).values
-        return room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values)
+            cache.read_encoded(teacher, output, rows, out=out)
+        else:
+            room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values, out)
 
     def valid(self, cache: Cache, teacher: str, rows: Rows) -> npt.NDArray[np.bool_]:
         """As `Cache.valid`."""
@@ -45,7 +46,9 @@ class Shelf:
             (cache.path, teacher, ""), (cache.rows,), np.dtype(bool), cache.plan.unit_rows, optional=False
         )
         assert room is not None
-        return room.take(rows, lambda missing: cache.valid(missing, teacher))
+        valid = np.empty(len(rows), dtype=bool)
+        room.take(rows, lambda missing: cache.valid(missing, teacher), valid)
+        return valid
 
     def _room(
         self,
@@ -74,14 +77,14 @@ class _Room:
     known: npt.NDArray[np.bool_]
     together: int
 
-    def take(self, rows: Rows, read: Callable[[Rows], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    def take(self, rows: Rows, read: Callable[[Rows], npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
         chunks = np.unique(rows[~self.known[rows]] // self.together)
         if chunks.size:
             missing = (chunks[:, None] * self.together + np.arange(self.together)).ravel()
             missing = missing[missing < len(self.known)]
             self.values[missing] = read(missing)
             self.known[missing] = True
-        return self.values[rows]
+        np.take(self.values, rows, axis=0, out=out, mode="clip")  # by default NumPy would fill a copy first
 
 
 def free_memory(processes: int = 1) -> int:

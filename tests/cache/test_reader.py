@@ -121,6 +121,18 @@ def test_zarr_lists_every_member(built_cache) -> None:
     assert group["images/status"][MASKED_ROW] == 3
 
 
+def test_rows_are_decoded_into_memory_that_is_given(built_cache) -> None:
+    cache = open_cache(built_cache("uniform").path)
+    rows = [3, 1, 19]
+    expected = cache.read_encoded("alpha", "patch", rows).values
+    out = np.zeros_like(expected)
+    assert cache.read_encoded("alpha", "patch", rows, out=out).values is out
+    np.testing.assert_array_equal(out, expected)
+    for wrong in (out[:2], out.astype(np.int32), np.asfortranarray(out)):
+        with pytest.raises(ValueError, match=r"^out: expected int16\[3, "):
+            cache.read_encoded("alpha", "patch", rows, out=wrong)
+
+
 def test_a_cache_says_what_it_holds(built_cache) -> None:
     small = built_cache("uniform")
     cache = open_cache(small.path)

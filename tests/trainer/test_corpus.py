@@ -156,3 +156,10 @@ def test_which_outputs_a_run_reads(configure: Configure, toys: Path) -> None:
     with pytest.raises(ConfigError, match="expected the base 'general' among them"):
         choose_outputs(configure(teachers=["big"]))
     del toys
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_batches_for_a_gpu_are_read_into_pinned_memory(toys: Path) -> None:
+    corpus = Corpus([str(toys)], ALL, "general", pinned=True)
+    for stored in everything(corpus).stored.values():
+        assert stored.is_pinned()
