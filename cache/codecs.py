@@ -27,12 +27,12 @@ from cache.statistics import F32, Accumulator, Statistics, are_axes, find_axes, 
 
 LIMIT: Final = 32767  # the largest stored integer of `uniform`; -LIMIT the smallest, one below it is the fill
 FOLDED_LIMIT: Final = LIMIT // 2  # the most steps from the centre along an axis of `rotated`
-FARTHEST: Final = 2.0**60  # steps that are turned onto axes; there they saturate
+HUGE: Final = 2.0**60  # steps that are turned onto axes; there they saturate
 MASKED: Final = -32768
 MIDDLE: Final = 128  # what the mean of a channel is stored as
 ZERO: Final = 16  # what a raw 0 is stored as, in every channel, where many values are 0
 MANY_ZEROS: Final = 1 / 16  # of all values
-_FARTHEST: Final = 1024  # steps between mean and 0 of a channel whose 0 is stored as ZERO, at most
+_NEAR: Final = 1024  # steps between mean and 0 of a channel whose 0 is stored as ZERO, at most
 BF16_NAN: Final = 0x7FC0
 
 _DTYPES: Final = {"uniform": np.int16, "rotated": np.int16, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -88,7 +88,7 @@ class Grid:
         """Of chunks: integers are compressed, floating-point noise is not worth it."""
         if not self.on_grid:
             return "plain"
-        return "bytes" if self.axes is None else "bits"
+        return "bits" if self.codec.name == "rotated" else "bytes"
 
     def encode(self, features: F32) -> npt.NDArray[Any]:
         """Stored values of float32[..., D], of the same shape.
@@ -190,7 +190,7 @@ class Grid:
         steps: F32 = features - self.middle
         steps /= self.scale
         if self.axes is not None:  # bounded, for infinity times 0 is not a number
-            steps = np.clip(steps, -FARTHEST, FARTHEST) @ self.axes.T
+            steps = np.clip(steps, -HUGE, HUGE) @ self.axes.T
         np.rint(steps, out=steps)
         steps += self.offset.astype(np.float32)
         return steps
@@ -239,7 +239,7 @@ def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
     steps = np.rint(centre / scale)
     offset = np.full(len(centre), MIDDLE, np.int32)
     if statistics.zeros >= MANY_ZEROS:
-        near = np.abs(steps) <= _FARTHEST
+        near = np.abs(steps) <= _NEAR
         offset[near] = steps[near].astype(np.int32) + ZERO
     return Grid(codec, (steps - offset.astype(np.float32)) * scale, scale, offset)
 

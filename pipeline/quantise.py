@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.codecs import FARTHEST, MASKED, Grid
+from cache.codecs import HUGE, MASKED, Grid
 from cache.statistics import Statistics
 
 _DTYPES = {
@@ -190,7 +190,7 @@ class DeviceGrid:
         if self._axes_DD is None:
             return u_ND
         if wide == torch.float32:
-            u_ND.clamp_(-FARTHEST, FARTHEST)
+            u_ND.clamp_(-HUGE, HUGE)
         return u_ND @ self._axes_DD.T.to(wide)
 
 
