@@ -51,17 +51,20 @@ class Standardiser:
     offset: Tensor
     axes: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Standardiser":
+        """The same on a device."""
+        axes = None if self.axes is None else self.axes.to(device)
+        return Standardiser(self.factor.to(device), self.offset.to(device), axes)
+
     def __call__(self, stored: Tensor) -> Tensor:
-        """float32 of the shape of `stored`, on its device."""
-        factor, offset = (each.to(stored.device, non_blocking=True) for each in (self.factor, self.offset))
+        """float32 of the shape of `stored`, which is on this device."""
         if self.axes is not None:
-            axes = self.axes.to(stored.device, non_blocking=True)
             steps = (stored >> 1) ^ -(stored & 1)
-            return (steps.to(torch.float32) @ axes).mul_(factor).add_(offset)
+            return (steps.to(torch.float32) @ self.axes).mul_(self.factor).add_(self.offset)
         values = torch.empty_like(stored, dtype=torch.float32)
         vectors = max(1, (stored.numel() if stored.is_cuda else _BLOCK) // stored.shape[-1])
         for part, into in zip(*(each.flatten(0, -2).split(vectors) for each in (stored, values)), strict=True):
-            into.copy_(part).mul_(factor).add_(offset)
+            into.copy_(part).mul_(self.factor).add_(self.offset)
         return values
 
 

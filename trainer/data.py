@@ -125,7 +125,7 @@ class Upload:
         self, corpus: Corpus, device: torch.device, pixels: InputSpec | None = None, *, raw: bool = False
     ) -> None:
         self.corpus, self._device, self._pixels = corpus, device, pixels
-        self._standardisers = corpus.standardisers(raw=raw)
+        self._standardisers = {key: each.to(device) for key, each in corpus.standardisers(raw=raw).items()}
         self._shapes = {name: source.shapes for name, source in corpus.sources.items()}
 
     def __call__(self, host: HostBatch) -> Batch:
