@@ -55,6 +55,7 @@ def _tier_a() -> Tier:
     cells |= _competitions()
     common = {
         "outputs": ["global"],
+        "student.merge": "add",
         "student.width": 64,
         "student.depth": 2,
         "projector.hidden": 128,
@@ -107,6 +108,7 @@ def _tier_b() -> Tier:
     }
     common = {
         "outputs": ["global", "patch"],
+        "student.merge": "add",
         "student.layers": ["layer1.patch", "layer2.patch"],
         "batch_size": 256,
         "optim.epochs": 8,

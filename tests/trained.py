@@ -71,7 +71,7 @@ def small_run(place: Path, name: str = "run", **changes: Any) -> Path:
     values: dict[str, Any] = {
         "caches": [str(labelled_cache(place))],
         "base": "general",
-        "student": {"width": 8, "depth": 1},
+        "student": {"width": 8, "depth": 1, "merge": "add"},
         "projector": {"hidden": 16},
         "optim": {"epochs": 3, "lr": 0.03},
         "log": {"every": 4, "checkpoint": 4},

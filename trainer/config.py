@@ -28,8 +28,9 @@ class StudentConfig(Section):
     """What is trained. `side` needs the cached base alone; `frozen` is the base itself, a control.
 
     `layers` are further outputs of the base that a side student reads; `width` and `depth` are those of the adapter
-    (channels; blocks). `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`;
-    null stands for the base's own; `weights` is a file, `random` or null for the model's own.
+    (channels; blocks). `merge` says how base and adapter become one; `auto` is `concat` for side students.
+    `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`; null stands for the base's own;
+    `weights` is a file, `random` or null for the model's own.
     """
 
     kind: Literal["side", "parallel", "full", "frozen"] = Field(
@@ -37,10 +38,15 @@ class StudentConfig(Section):
     )
     model: Text | None = Field(default=None, description="timm:<model>, torch:<file.py>:<factory> or null")
     weights: Text | None = Field(default=None, description="the path of a weights file, random, or null")
-    merge: Literal["add", "concat"] = Field(default="add", description="add or concat")
+    merge: Literal["auto", "add", "concat"] = Field(default="auto", description="auto, add or concat")
     layers: tuple[Text, ...] = Field(default=(), description=_NAMES)
     width: Positive = Field(default=160, description=_COUNT)
     depth: Positive = Field(default=3, description=_COUNT)
+
+    @property
+    def concat(self) -> bool:
+        """Whether the student is [base, adapter], and not their sum."""
+        return self.merge == "concat" or (self.merge == "auto" and self.kind == "side")
 
     @model_validator(mode="after")
     def _model_belongs_to_images(self) -> "StudentConfig":
@@ -210,6 +216,15 @@ class TrainConfig(Section):
     def _whole_share(self) -> "TrainConfig":
         if self.batch_size % self.workers:
             raise ValueError(f"expected a batch_size that {self.workers} workers share evenly, found {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_preserve(self) -> "TrainConfig":
+        if self.preserve.weight > 0 and self.student.concat:
+            raise ValueError(
+                f"expected preserve.weight 0 with student.merge concat, which keeps the base as it is, found "
+                f"{self.preserve.weight}; leave it out, or set student.merge to add"
+            )
         return self
 
 

@@ -84,7 +84,7 @@ class Inheritance(nn.Module):
             {
                 _key(output): _Readout(self.student.shapes[output], self.base_shapes[output])
                 for output in config.outputs
-                if self.space is not None and config.student.merge == "concat" and config.student.kind == "side"
+                if self.space is not None and config.student.concat
             }
         )
 

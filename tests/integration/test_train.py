@@ -328,6 +328,7 @@ MODES = {
     "plain": [],
     "joint": [
         "unify.mode=joint",
+        "student.merge=add",
         "preserve.weight=1.0",
         "optim.lr=0.01",
         "log.checkpoint=100",

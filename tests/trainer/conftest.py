@@ -74,7 +74,7 @@ def small_config(cache: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "caches": [str(cache)],
         "base": "general",
-        "student": {"width": 8, "depth": 1},
+        "student": {"width": 8, "depth": 1, "merge": "add"},
         "projector": {"hidden": 8},
         "unify": {"hidden": 8, "steps": 5, "pca_rows": 64},
         "optim": {"epochs": 2, "lr": 0.03},

@@ -15,7 +15,7 @@ caches: [a.kpu, s3://bucket/b.kpu]
 base: dino
 teachers: [dino, clip]
 outputs: [global]
-student: {kind: parallel, model: "timm:vit_tiny_patch16_224", weights: random, merge: concat, layers: [layer3.patch],
+student: {kind: parallel, model: "timm:vit_tiny_patch16_224", weights: random, merge: add, layers: [layer3.patch],
   width: 64, depth: 1}
 targets: {source: live, normalize: phi-s}
 projector: {hidden: 512, norm: true}
@@ -106,6 +106,7 @@ def test_overrides_win_over_everything(tmp_path: Path) -> None:
         ("loss={cosine: 0, smooth_l1: 0}", "loss: expected at least one weight above 0, found none"),
         ("order=full", "order: expected a mapping of name, window, found 'full'"),
         ("workers=3", "expected a batch_size that 3 workers share evenly, found 256"),
+        ("preserve.weight=1", "expected preserve.weight 0 with student.merge concat, which keeps the base as it is"),
         ("seed=-1", "seed: expected a whole number from 0 to 2**63 - 1, found -1"),
         ("images.root=[", "--set images.root=[: the value is not YAML"),
         ("optim", "--set 'optim': expected KEY=VALUE"),

@@ -26,7 +26,7 @@ from trainer.exporting.exported import Affine
 from trainer.exporting.program import PROGRAM
 from trainer.objective.normalize import make_normalizer
 
-SIDE = (("width", 8), ("depth", 1))
+SIDE = (("width", 8), ("depth", 1), ("merge", "add"))
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def test_by_reference(place: Path, tmp_path: Path) -> None:
 def test_every_kind_of_student(kind: str, place: Path, tmp_path: Path) -> None:
     student = {
         "frozen": (("kind", "frozen"),),
-        "concat": (*SIDE, ("merge", "concat")),
+        "concat": (("width", 8), ("depth", 1)),
         "full": (("kind", "full"), ("model", "timm:test_resnet"), ("weights", "random")),
         "parallel": (("kind", "parallel"), ("width", 4)),
     }[kind]

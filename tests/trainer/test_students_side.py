@@ -27,7 +27,7 @@ def batch(shapes: dict[str, OutputShape] = SHAPES) -> dict[str, torch.Tensor]:
 
 def side(outputs: tuple[str, ...] = BOTH, **options: object) -> Student:
     torch.manual_seed(0)
-    config = StudentConfig(width=16, depth=1, layers=("layer1.patch",), **options)  # type: ignore[arg-type]
+    config = StudentConfig(width=16, depth=1, layers=("layer1.patch",), **{"merge": "add", **options})  # type: ignore[arg-type]
     return make_student(config, base_info(), outputs)
 
 
@@ -75,6 +75,13 @@ def test_add_is_its_formula() -> None:
     assert torch.equal(student(x)["global"], x["global"])
 
 
+def test_by_default_the_base_is_kept() -> None:
+    assert StudentConfig().concat
+    assert side(merge="auto").shapes == side(merge="concat").shapes
+    for kind, model in (("frozen", None), ("parallel", None), ("full", "timm:x")):
+        assert not StudentConfig(kind=kind, model=model).concat  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("outputs", [("global",), ("patch",)])
 def test_one_output(outputs: tuple[str, ...]) -> None:
     student = side(outputs)
@@ -83,7 +90,7 @@ def test_one_output(outputs: tuple[str, ...]) -> None:
 
 def test_vectors_alone() -> None:
     shapes = {"global": OutputShape(5)}
-    student = make_student(StudentConfig(width=8), base_info(shapes), ("global",))
+    student = make_student(StudentConfig(width=8, merge="add"), base_info(shapes), ("global",))
     assert not any(isinstance(part, torch.nn.Conv2d) for part in student.modules())
     assert student(batch(shapes))["global"].shape == (2, 5)
 

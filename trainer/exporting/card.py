@@ -70,7 +70,7 @@ def _outputs(description: Description) -> str:
     lines = []
     for output in description.outputs:
         shape = description.base_shapes[output]
-        wide = shape.channels + (description.student.width if description.student.merge == "concat" else 0)
+        wide = shape.channels + (description.student.width if description.student.concat else 0)
         place = f"[B, {wide}]" if shape.grid is None else f"[B, {shape.tokens}, {wide}] on a grid of {shape.grid}"
         lines.append(f'- `found["{output}"]` {place}: features, in standard deviations of the base\'s own')
     if description.base.name in description.heads:

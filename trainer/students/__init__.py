@@ -23,7 +23,7 @@ def make_student(config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) 
         ConfigError: a layer, model or weights file is not there, or a key does not go with the kind.
         MismatchError: weights do not fit the model.
     """
-    if config.merge == "concat" and config.kind != "side":
+    if config.concat and config.kind != "side":
         raise ConfigError(f"student.merge: expected add with kind {config.kind}, found concat; concat goes with side")
     if config.kind == "frozen":
         return FrozenStudent(base, outputs)

@@ -34,9 +34,9 @@ class SideStudent(Student):
                     f"student.layers: expected outputs of the base, among {sorted(base.shapes)}, found {name!r}; "
                     "name one of these"
                 )
-        wider = config.width if config.merge == "concat" else 0
+        wider = config.width if config.concat else 0
         super().__init__({o: OutputShape(base.shapes[o].channels + wider, base.shapes[o].grid) for o in outputs})
-        self.concat = config.merge == "concat"
+        self.concat = config.concat
         inputs = {name: base.shapes[name] for name in names}
         channels = {o: config.width if self.concat else base.shapes[o].channels for o in outputs}
         grids = [shape.grid for shape in inputs.values() if shape.grid is not None]
