@@ -1,14 +1,16 @@
 """What storing targets changes in what students learn from them: every codec, and teachers in the loop.
 
     python benchmarks/students.py                   # 5,000 CIFAR images, 3 epochs, 3 seeds
-    python benchmarks/students.py --rows 1000 --epochs 1 --seeds 1
+    python benchmarks/students.py --epochs 8 --only "uniform 0.05" --only "uniform 0.2"
 
 The same student is trained on the same batches again and again: on a lossless cache, on caches of several codecs, and
-on teachers that run in the loop. All are evaluated on lossless features of images that none of them saw. Real images
+on teachers that run in the loop. All are evaluated on lossless features of images that none of them saw. `of fp16` is
+the size of a cache's features, the layers that the student reads included, against fp16. Real images
 and teachers come from KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md).
 """
 
 import itertools
+import math
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from train_data import CODECS, LOSSLESS, SIDE, extract_cifar
 
+from cache import open_cache
 from trainer.ablate import reach
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
@@ -37,6 +40,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Training images.")] = 5_000,
     epochs: Annotated[int, typer.Option(help="Passes over them.")] = 3,
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Only these targets, beside the lossless ones.")] = None,
 ) -> None:
     """Compare students that learned from caches and from live teachers, on images that none of them saw."""
     from cli.live import run_teachers
@@ -44,11 +48,12 @@ def main(
     from trainer.evaluation.evaluate import evaluate
     from trainer.loop import fit
 
-    caches = {name: extract_cifar(folder, "train", rows, name) for name in CODECS}
+    names = [name for name in [*CODECS, LIVE] if not only or name in (LOSSLESS, *only)]
+    caches = {name: extract_cifar(folder, "train", rows, name) for name in names if name != LIVE}
     test = extract_cifar(folder, "test", 2_000, LOSSLESS, same=caches[LOSSLESS])
     found: dict[str, list[dict[str, float]]] = {}
     said: dict[str, Said] = {}
-    for seed, targets in itertools.product(range(seeds), [*CODECS, LIVE]):
+    for seed, targets in itertools.product(range(seeds), names):
         values = {
             "caches": [str(caches.get(targets, caches[LOSSLESS]))],
             "base": "general",
@@ -68,14 +73,35 @@ def main(
         found.setdefault(targets, []).append(figures)
         said.setdefault(targets, []).append(_said(out, test))
         print(f"{targets}, seed {seed}: {figures}", flush=True)
-    _show(found, said, f"{rows} images, {epochs} epochs, {seeds} seeds; students on 2,000 others")
+    _show(
+        found,
+        said,
+        {name: _size(path) for name, path in caches.items()},
+        f"{rows} images, {epochs} epochs, {seeds} seeds; students on 2,000 others",
+    )
 
 
-def _show(found: Mapping[str, list[dict[str, float]]], said: Mapping[str, Said], title: str) -> None:
+def _size(path: Path) -> float:
+    """Bytes of all features of a cache against fp16."""
+    cache, stored, values = open_cache(path), 0, 0
+    for name, teacher in cache.teachers.items():
+        for output in teacher.outputs.values():
+            shards = (path / "teachers" / name / output.name / "c").rglob("*")
+            stored += sum(shard.stat().st_size for shard in shards if shard.is_file())
+            values += cache.rows * math.prod(output.shape)
+    return stored / (2 * values)
+
+
+def _show(
+    found: Mapping[str, list[dict[str, float]]], said: Mapping[str, Said], sizes: Mapping[str, float], title: str
+) -> None:
     """R2 is the mean over all teachers and outputs; changes are paired by seed, with 95% intervals."""
     table = Table(title=title)
-    columns = ("targets", "R2", "probe", "R2 from lossless", "R2 from live", "agrees with lossless", "with live", "s")
-    for column in columns:
+    others = [other for other in (LOSSLESS, LIVE) if other in found]
+    names = {LOSSLESS: "lossless", LIVE: "live"}
+    changes = [f"R2 from {names[other]}" for other in others]
+    agreements = [f"agrees with {names[other]}" for other in others]
+    for column in ("targets", "of fp16", "R2", "probe", *changes, *agreements, "s"):
         table.add_column(column, justify="left" if column == "targets" else "right")
 
     def means(targets: str, key: str) -> float:
@@ -90,9 +116,10 @@ def _show(found: Mapping[str, list[dict[str, float]]], said: Mapping[str, Said],
         return f"{statistics.mean(shares):.4f}"
 
     for targets in found:
-        against = [compare(targets, other) for compare in (change, agreement) for other in (LOSSLESS, LIVE)]
+        against = [compare(targets, other) for compare in (change, agreement) for other in others]
         scores = [f"{means(targets, key):.4f}" for key in ("r2", "probe")]
-        table.add_row(targets, *scores, *against, f"{means(targets, 'seconds'):.0f}")
+        size = f"{sizes[targets]:.3f}" if targets in sizes else ""
+        table.add_row(targets, size, *scores, *against, f"{means(targets, 'seconds'):.0f}")
     Console(width=140).print(table)
 
 
