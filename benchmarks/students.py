@@ -99,9 +99,8 @@ def _show(
     table = Table(title=title)
     others = [other for other in (LOSSLESS, LIVE) if other in found]
     names = {LOSSLESS: "lossless", LIVE: "live"}
-    changes = [f"R2 from {names[other]}" for other in others]
-    agreements = [f"agrees with {names[other]}" for other in others]
-    for column in ("targets", "of fp16", "R2", "probe", *changes, *agreements, "s"):
+    compared = [f"{what} {names[other]}" for what in ("R2 from", "agrees with") for other in others]
+    for column in ("targets", "of fp16", "R2", "probe", *compared, "s"):
         table.add_column(column, justify="left" if column == "targets" else "right")
 
     def means(targets: str, key: str) -> float:
