@@ -42,7 +42,6 @@ from cache.statistics import F32, Accumulator, Statistics, snap
 Stored = npt.NDArray[Any]
 STEPS: Final = (0.02, 0.05, 0.1, 0.2)
 VECTORS: Final = 64  # rows in a chunk of vectors
-BLOCK: Final = 2**18
 DEFAULT: Final = "uniform 0.05"
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from train_data import CODECS, LOSSLESS, SIDE, extract_cifar
 
 from cache import open_cache
+from cache.status import status
 from trainer.ablate import reach
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
@@ -83,13 +84,10 @@ def main(
 
 def _size(path: Path) -> float:
     """Bytes of all features of a cache against fp16."""
-    cache, stored, values = open_cache(path), 0, 0
-    for name, teacher in cache.teachers.items():
-        for output in teacher.outputs.values():
-            shards = (path / "teachers" / name / output.name / "c").rglob("*")
-            stored += sum(shard.stat().st_size for shard in shards if shard.is_file())
-            values += cache.rows * math.prod(output.shape)
-    return stored / (2 * values)
+    cache = open_cache(path)
+    outputs = (output for teacher in cache.teachers.values() for output in teacher.outputs.values())
+    values = cache.rows * sum(math.prod(output.shape) for output in outputs)
+    return sum(teacher.bytes for teacher in status(path).teachers.values()) / (2 * values)
 
 
 def _show(

@@ -96,7 +96,7 @@ def _tar_attributes(layout: ArrayLayout) -> dict[str, Any]:
         "fill": None if np.isnan(layout.fill) else layout.fill,
         "rows_per_tar": layout.unit_rows,
         "member": layout.member,
-        "gzip": layout.packing == "gzip",
+        "gzip": layout.gzipped,
     }
 
 

@@ -202,7 +202,7 @@ def calibrated(moments: Accumulator, codec: CodecSpec) -> Statistics:
     Raises:
         SourceError: no vector was merged.
     """
-    return for_codec(moments.finish(codec.step or DEFAULT_STEP), codec)
+    return for_codec(moments.finish(DEFAULT_STEP), codec)
 
 
 def for_codec(statistics: Statistics, codec: CodecSpec) -> Statistics:

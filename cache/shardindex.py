@@ -48,7 +48,7 @@ class TarIndex(Index):
 
     def decode(self, raw: bytes, target: npt.NDArray[Any]) -> None:
         """Decode an intact member into a target of one row; see `Index.decode`."""
-        decode_member(raw, target[0], compressed=self.layout.packing == "gzip")
+        decode_member(raw, target[0], compressed=self.layout.gzipped)
 
 
 def parse_index(raw: bytes, layout: ArrayLayout, rows: int, payload: int) -> Index | None:

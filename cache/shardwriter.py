@@ -45,6 +45,11 @@ class ArrayLayout:
             raise ValueError(f"unit_rows must be a multiple of chunk_rows, and no dimension empty: {self}")
 
     @property
+    def gzipped(self) -> bool:
+        """Whether the members of a tar are."""
+        return self.packing == "gzip"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows, *self.item_shape)
 
@@ -132,14 +137,13 @@ def encode_tar(values: npt.NDArray[Any], layout: ArrayLayout, unit: int, pool: E
     first = unit * layout.unit_rows
     present = [row for row in range(len(values)) if not is_fill(values[row], layout.fill)]
     payloads = (pool.map if pool else map)(
-        partial(encode_member, compressed=layout.packing == "gzip"), (values[row] for row in present)
+        partial(encode_member, compressed=layout.gzipped), (values[row] for row in present)
     )
     parts: list[bytes] = []
     index = np.full((layout.chunks_per_shard, 2), ABSENT, dtype="<u8")
     offset = 0
     for row, payload in zip(present, payloads, strict=True):
-        name = member_name(first + row, layout.member, compressed=layout.packing == "gzip")
-        header = tar_header(name, len(payload))
+        header = tar_header(member_name(first + row, layout.member, compressed=layout.gzipped), len(payload))
         padding = bytes(-len(payload) % TAR_BLOCK)
         parts += [header, payload, padding]
         index[row] = offset + len(header), len(payload) | int.from_bytes(crc(payload), "little") << TAR_CRC_SHIFT
