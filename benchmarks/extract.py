@@ -2,11 +2,12 @@
 
     python benchmarks/extract.py --case vit --minutes 4
     python benchmarks/extract.py --case cifar --executors inline ray
+    python benchmarks/extract.py --case enlarged        # for a GPU: 10,000 small images for a ViT-S/14
 
 Runs are interleaved (bare, inline, ray, bare, ...) until the time is up, so that a machine that drifts in speed drifts
 for all of them; the figure is the median of the ratios within a round. Start-up (loading models, planning,
-calibration) is left out of the rates and reported on its own. Real images and CIFAR weights come from KPU_TEST_DATA
-(default ../shared, see CONTRIBUTING.md).
+calibration) is left out of the rates and reported on its own. A GPU, where there is one, runs the teachers of both, in
+bf16. Real images and CIFAR weights come from KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from real_data import DATA, REPOSITORY, RESNET, cifar_teacher, cifar_weights
 from timm.data import create_transform, resolve_model_data_config
 
 from pipeline.config import validate_config
+from pipeline.device import choose_device
 from pipeline.extract import extract
 
 CIFAR = {"general": "resnet56", "animals": "resnet20", "vehicles": "resnet20"}
@@ -56,7 +58,7 @@ def imagenet_images() -> list[bytes]:
 
 
 def cifar_images() -> list[bytes]:
-    table = pq.read_table(DATA / "data/cifar10/test-00000-of-00001.parquet", columns=["image"])
+    table = pq.read_table(CIFAR_TEST, columns=["image"])
     return [row["bytes"] for row in table["image"].to_pylist()]
 
 
@@ -66,7 +68,7 @@ TIMM = {"dino": "vit_small_patch14_dinov2", "clip": "vit_base_patch16_clip_224",
 def timm_teachers(names: tuple[str, ...]) -> list[Any]:
     def load(name: str) -> tuple[Any, Any]:
         size = {"img_size": 224} if name.startswith("vit_small_patch14") else {}
-        model = timm.create_model(name, pretrained=False, **size).eval()
+        model = timm.create_model(name, pretrained=False, **size).eval().to(choose_device())
         own = resolve_model_data_config(model) | {"input_size": (3, 224, 224)}
         transform = create_transform(**own, is_training=False)
 
@@ -99,21 +101,25 @@ def cifar_teachers() -> list[Any]:
             own["input_size"], is_training=False, mean=own["mean"], std=own["std"], crop_pct=own["crop_pct"],
             interpolation=own["interpolation"],
         )  # fmt: skip
-        return transform, module.eval()
+        return transform, module.eval().to(choose_device())
 
     return [load(name, factory) for name, factory in CIFAR.items()]
 
 
-def timm_case(*names: str) -> Case:
+IMAGENET = str(DATA / "data/imagenet-sample/*.tar")
+CIFAR_TEST = str(DATA / "data/cifar10/test-00000-of-00001.parquet")
+
+
+def timm_case(*names: str, source: str = IMAGENET, images: Callable[[], list[bytes]] = imagenet_images) -> Case:
     return Case(
         {
-            "data": {"source": str(DATA / "data/imagenet-sample/*.tar")},
+            "data": {"source": source},
             "teachers": {
                 name: {"model": f"timm:{TIMM[name]}", "weights": "random", "input": {"size": 224}} for name in names
             },
             "calibration_rows": 64,
         },
-        imagenet_images,
+        images,
         lambda: timm_teachers(tuple(TIMM[name] for name in names)),
     )
 
@@ -121,9 +127,10 @@ def timm_case(*names: str) -> Case:
 CASES = {
     "vit": timm_case("dino"),
     "three": timm_case("dino", "clip", "convnext"),
+    "enlarged": timm_case("dino", source=CIFAR_TEST, images=cifar_images),
     "cifar": Case(
         {
-            "data": {"source": str(DATA / "data/cifar10/test-00000-of-00001.parquet")},
+            "data": {"source": CIFAR_TEST},
             "teachers": {name: cifar_teacher(factory, name) for name, factory in CIFAR.items()},
         },
         cifar_images,
@@ -135,7 +142,8 @@ CASES = {
 def bare_loop(case: Case, batch_size: int, threads: int) -> float:
     """Decode and run, in rows/s; the models are loaded and have seen one batch before the clock starts."""
     torch.set_num_threads(threads)
-    images, teachers = case.images(), case.teachers()
+    images, teachers, device = case.images(), case.teachers(), torch.device(choose_device())
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def decode(data: bytes) -> list[torch.Tensor]:
         image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -144,13 +152,15 @@ def bare_loop(case: Case, batch_size: int, threads: int) -> float:
     def run(batch: list[bytes], pool: ThreadPoolExecutor) -> None:
         rows = list(pool.map(decode, batch))
         for index, (_, features) in enumerate(teachers):
-            features(torch.stack([row[index] for row in rows]))
+            features(torch.stack([row[index] for row in rows]).to(device))
 
-    with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(threads) as pool, torch.inference_mode(), bf16:
         run(images[:batch_size], pool)
         start = perf_counter()
         for at in range(0, len(images), batch_size):
             run(images[at : at + batch_size], pool)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return len(images) / (perf_counter() - start)
 
 

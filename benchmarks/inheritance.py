@@ -98,6 +98,7 @@ def run(
     seeds: Annotated[int, typer.Option(help="At most so many; 0 for each cell's own number.")] = 0,
     cells: Annotated[str, typer.Option(help="Only these cells, separated by semicolons.")] = "",
     keep: Annotated[bool, typer.Option(help="Keep the folders of the runs.")] = False,
+    processes: Annotated[int, typer.Option(help="How many train at once; 0 for the tier's own number.")] = 0,
 ) -> None:
     """Train and evaluate every cell that has no result yet, then print the table."""
     chosen = TIERS[tier]()
@@ -110,7 +111,7 @@ def run(
         for name in names
         if seed < min(chosen.cells[name].seeds, seeds or most) and (name, seed) not in done
     ]
-    with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes or chosen.processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(_one, tier, name, seed, folder, keep) for name, seed in missing]
         for number, future in enumerate(as_completed(waiting), start=1):
             result = future.result()

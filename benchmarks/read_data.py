@@ -120,7 +120,7 @@ def _samples(rows: int) -> pa.Table:
         "view": pa.array(np.zeros(rows, np.int32)),
         "file": pa.array(keys),
         "label": pa.nulls(rows, pa.int64()),
-        "draws": pa.nulls(rows, pa.list_(pa.float64(), 5)),
+        "draws": pa.nulls(rows, pa.list_(pa.float64())),
     }
     return pa.table(columns, schema=sample_schema("folder"))
 

@@ -3,6 +3,7 @@
     python benchmarks/train.py time                 # three ViT-S teachers, a ViT-Ti student and two side students
     python benchmarks/train.py time --device cuda --batch 256
     python benchmarks/train.py busy                 # a side student on CIFAR maps, batch 256, cached against resident
+    python benchmarks/train.py busy --device cuda --steps 38 --rows 50000
 
 Each variant of `time` and `busy` runs in a process of its own, in rounds, so that a machine that drifts in speed drifts
 for all of them; the figures are medians over rounds. `resident` repeats targets that are on the device already; images,
@@ -75,16 +76,26 @@ def busy(
     steps: Annotated[int, typer.Option(help="Steps that are timed, after two that are not.")] = 12,
     rounds: Annotated[int, typer.Option(help="How often every variant runs.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rows: Annotated[int, typer.Option(help="Images: as many as all steps of a variant take, so that each is new.")] = (
+        10_000
+    ),
+    threads: Annotated[str, typer.Option(help="That read ahead.")] = "auto",
 ) -> None:
-    """Time side students on cached against resident targets."""
-    cache = extract_cifar(folder, "train", 10_000, "uniform 0.05")
-    base = {"caches": [str(cache)], "base": "general", "loader": {"memory": "auto"}}
+    """Time side students on cached against resident targets, and say how much of the memory's speed that takes."""
+    cache = extract_cifar(folder, "train", rows, "uniform 0.05")
+    base = {
+        "caches": [str(cache)],
+        "base": "general",
+        "loader": {"memory": "auto", "threads": threads if threads == "auto" else int(threads)},
+    }
     students: dict[str, dict[str, Any]] = {
         "side": {**base, "student": SIDE},
         "side, global": {**base, "outputs": ["global"]},
     }
     variants = list(itertools.product(students, (*SOURCES, KEPT)))
-    _show(_rounds(students, variants, batch, steps, rounds, device), batch)
+    found = _rounds(students, variants, batch, steps, rounds, device)
+    _show(found, batch)
+    _show_bandwidth(found, batch, torch.device(device))
 
 
 @app.command(hidden=True)
@@ -140,6 +151,33 @@ def _show(found: dict[tuple[str, str], list[dict[str, float]]], batch: int) -> N
     Console(width=120).print(table)
 
 
+def _show_bandwidth(found: Mapping[tuple[str, str], list[dict[str, float]]], batch: int, device: torch.device) -> None:
+    """How fast targets flow as stored, beside how fast memory is copied (bytes read), and for a GPU brought to it."""
+    limits = {"memory": _copy_rate(torch.empty(2**28, dtype=torch.uint8), torch.device("cpu"))}
+    if device.type == "cuda":
+        limits["host to device"] = _copy_rate(torch.empty(2**28, dtype=torch.uint8, pin_memory=True), device)
+        limits["device memory"] = _copy_rate(torch.empty(2**28, dtype=torch.uint8, device=device), device)
+    for name, limit in limits.items():
+        print(f"copying, {name}: {limit / 1e9:.1f} GB/s")
+    for (student, source), runs in found.items():
+        rate = runs[0]["stored_bytes"] / statistics.median(run["seconds"] for run in runs)
+        shares = ", ".join(f"{rate / limit:.3f} of {name}" for name, limit in limits.items())
+        each = runs[0]["stored_bytes"] / batch
+        print(f"{student}, {source}: {each:,.0f} bytes a row, {rate / 1e9:.2f} GB/s: {shares}")
+
+
+def _copy_rate(origin: torch.Tensor, device: torch.device) -> float:
+    """Bytes a second, the best of ten."""
+    target, found = torch.empty_like(origin, device=device), []
+    for _ in range(10):
+        _settle(device)
+        begun = perf_counter()
+        target.copy_(origin, non_blocking=True)
+        _settle(device)
+        found.append(origin.nbytes / (perf_counter() - begun))
+    return max(found)
+
+
 def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, device: str) -> dict[str, float]:
     from trainer.config import validate_config
     from trainer.corpus import Corpus
@@ -181,11 +219,12 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
             training.advance([next(ready)], measure=False)
         _settle(world.device)
         seconds = (perf_counter() - begun) / steps
+    stored = sum(values.nbytes for values in corpus.fetch(np.arange(batch)).stored.values())
     if world.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"seconds": seconds, "peak_mib": peak}
+    return {"seconds": seconds, "peak_mib": peak, "stored_bytes": stored}
 
 
 def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", world: "World") -> "Generator[Batch]":

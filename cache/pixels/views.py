@@ -34,16 +34,16 @@ class View(NamedTuple):
 FULL: Final = View()
 
 
-def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.FixedSizeListArray:
+def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.ListArray:
     """Random numbers of `views` views of each key, all views of a key together.
 
     Returns:
-        fixed_size_list<float64, 5> [len(keys) * views], each number uniform in [0, 1) with 53 random bits; null
-        throughout where `views` is 1, which stands for the plain full view.
+        list<float64> [len(keys) * views] of five numbers each, uniform in [0, 1) with 53 random bits; null throughout
+        where `views` is 1, which stands for the plain full view.
     """
     rows = len(keys) * views
     if views == 1:
-        return pa.nulls(rows, pa.list_(pa.float64(), DRAWS))
+        return pa.nulls(rows, pa.list_(pa.float64()))
     base = hashlib.blake2b(digest_size=8 * DRAWS, key=seed.to_bytes(16, "little", signed=True), person=b"kpu-views")
     numbers = [view.to_bytes(8, "little") for view in range(views)]
     digests = bytearray()
@@ -53,7 +53,8 @@ def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.FixedSizeListAr
             state = base.copy()
             state.update(number + name)
             digests += state.digest()
-    return pa.FixedSizeListArray.from_arrays(pa.array(_uniform(bytes(digests))), DRAWS)
+    starts = np.arange(0, DRAWS * rows + 1, DRAWS, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(_uniform(bytes(digests))))
 
 
 def _uniform(digests: bytes) -> np.ndarray[Any, Any]:

@@ -57,7 +57,7 @@ def sample_table(rows: int = ROWS, first: int = 0) -> pa.Table:
         "view": pa.array(np.zeros(rows, np.int32)),
         "file": pa.array(keys),
         "label": pa.array(numbers % 3, mask=numbers % 7 == 6),
-        "draws": pa.nulls(rows, pa.list_(pa.float64(), 5)),
+        "draws": pa.nulls(rows, pa.list_(pa.float64())),
     }
     return pa.table(columns, schema=sample_schema("folder"))
 

@@ -135,7 +135,7 @@ def tables():
                 "offset": pa.array(rows * 113_664),
                 "length": pa.array(rows % 100_000),
                 "label": pa.array(rows % 1000),
-                "draws": pa.nulls(len(rows), pa.list_(pa.float64(), 5)),
+                "draws": pa.nulls(len(rows), pa.list_(pa.float64())),
             },
             schema=schema,
         )
