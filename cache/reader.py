@@ -1,7 +1,7 @@
 """Reading a cache: rows of features by number, checked on every read."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cache import layout
 from cache.commits import output_shard
 from cache.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from cache.gather import FEWEST_ROWS, Gather, open_gather
 from cache.images import load_images, load_status
 from cache.locations import open_storage
 from cache.opened import Teacher, Teachers
@@ -18,12 +19,12 @@ from cache.plans import load_plan
 from cache.published import PublishedTeacher
 from cache.recent import Recent
 from cache.records import Mask, load_unit, nonfinite_rows, open_committed
+from cache.rownumbers import Rows, by_unit, row_numbers
 from cache.samples import Samples
 from cache.shards import ShardReader
 from cache.spec import ImageStatus, Plan, ShardRecord
 from cache.storage import Storage
 
-Rows = Sequence[int] | npt.NDArray[Any] | slice | int
 _OPEN_SHARDS: Final = 256  # each holds a file descriptor, of which a process often has 1,024
 _KNOWN_UNITS: Final = 2048
 
@@ -70,6 +71,7 @@ class Cache:
         self._units: Recent[tuple[str, int], _Unit] = Recent(_KNOWN_UNITS)
         self._shards: Recent[tuple[str, str, int], ShardReader] = Recent(_OPEN_SHARDS)
         self._status: Recent[int, npt.NDArray[np.uint8]] = Recent(_KNOWN_UNITS)
+        self._gathers: Recent[str, Gather | None] = Recent(_KNOWN_UNITS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_cache, (self.path,)
@@ -81,9 +83,9 @@ class Cache:
             MissingUnitError: a row's unit is not committed, by any teacher or by the one named.
             CorruptError: a file that had to be read is damaged.
         """
-        numbers = self._rows(slice(None) if rows is None else rows)
+        numbers = row_numbers(slice(None) if rows is None else rows, self.rows)
         valid = np.empty(len(numbers), dtype=bool)
-        for unit, places, within in self._by_unit(numbers):
+        for unit, places, within in by_unit(numbers, self.plan.unit_rows):
             if teacher is not None:
                 masked = self._unit(self._teacher(teacher), unit).masked
                 valid[places] = True if masked is None else ~masked[within]
@@ -112,7 +114,7 @@ class Cache:
         if masked not in ("raise", "nan"):
             raise ConfigError(f"masked: expected 'raise' or 'nan', found {masked!r}")
         published = self._teacher(teacher)
-        numbers = self._rows(rows)
+        numbers = row_numbers(rows, self.rows)
         stored, hidden = self._stored(published, output, numbers)
         if masked == "raise" and hidden.any():
             row = int(numbers[np.flatnonzero(hidden)[0]])
@@ -130,15 +132,15 @@ class Cache:
         They are decoded straight into `out`, where it is given; it must be of their shape and dtype, in C order.
         """
         published = self._teacher(teacher)
-        stored, _ = self._stored(published, output, self._rows(rows), out)
+        stored, _ = self._stored(published, output, row_numbers(rows, self.rows), out)
         grid = published.grids[output]
         return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
 
     def image_digests(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """BLAKE2b-128 of the encoded image bytes, uint8 [n, 16]. Raises as `valid`."""
-        numbers = self._rows(rows)
+        numbers = row_numbers(rows, self.rows)
         digests = np.empty((len(numbers), 16), np.uint8)
-        for unit, places, within in self._by_unit(numbers):
+        for unit, places, within in by_unit(numbers, self.plan.unit_rows):
             images = load_images(self._storage, self.plan, unit)
             if images is None:
                 raise MissingUnitError(layout.IMAGES, unit)
@@ -149,32 +151,6 @@ class Cache:
         if name not in self.teachers:
             raise ConfigError(f"teacher {name!r}: expected one of {sorted(self.teachers)} in {self.path}")
         return self.teachers[name].published
-
-    def _rows(self, rows: Rows) -> npt.NDArray[np.int64]:
-        if isinstance(rows, slice):
-            return np.arange(*rows.indices(self.rows), dtype=np.int64)
-        numbers = np.atleast_1d(np.asarray(rows))
-        if numbers.dtype == bool and numbers.shape == (self.rows,):
-            return np.flatnonzero(numbers)
-        if not numbers.size:
-            return np.empty(0, np.int64)
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-            raise TypeError(f"rows: expected integers in one dimension, found {numbers.dtype}{list(numbers.shape)}")
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= self.rows:
-            raise IndexError(f"row {low if low < 0 else high}: the cache has rows 0 to {self.rows - 1}")
-        return numbers.astype(np.int64)
-
-    def _by_unit(
-        self, numbers: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Row numbers [n] as (unit, places in `numbers`, rows within the unit), one unit after another."""
-        units = numbers // self.plan.unit_rows
-        order = np.argsort(units, kind="stable")
-        bounds = np.flatnonzero(np.diff(units[order], prepend=-1))
-        for places in np.split(order, bounds[1:]) if len(order) else ():
-            unit = int(units[places[0]])
-            yield unit, places, numbers[places] - unit * self.plan.unit_rows
 
     def _stored(
         self,
@@ -193,13 +169,35 @@ class Cache:
             raise ValueError(
                 f"out: expected {array.dtype}{list(shape)} in C order, found {stored.dtype}{list(stored.shape)}"
             )
+        parts = list(by_unit(numbers, self.plan.unit_rows))
         hidden = np.zeros(len(numbers), dtype=bool)
-        for unit, places, within in self._by_unit(numbers):
+        for unit, places, within in parts:
             masked = self._unit(teacher, unit).masked
             if masked is not None:
                 hidden[places] = masked[within]
-            self._shard(teacher, output, unit).read(within, stored, at=places)
+        if not self._gathered(teacher, output, [unit for unit, _, _ in parts], numbers, stored, ~hidden):
+            for unit, places, within in parts:
+                self._shard(teacher, output, unit).read(within, stored, at=places)
         return stored, hidden
+
+    def _gathered(
+        self,
+        teacher: PublishedTeacher,
+        output: str,
+        units: list[int],
+        numbers: npt.NDArray[np.int64],
+        stored: npt.NDArray[Any],
+        valid: Mask,
+    ) -> bool:
+        """Whether `stored` could be filled by a gather from all `units` at once."""
+        if len(numbers) < FEWEST_ROWS:
+            return False
+        folder, array = f"{layout.teacher(teacher.spec.name)}/{output}", teacher.layouts[output]
+        gather = self._gathers.get(folder, lambda _: open_gather(self._storage, folder, array))
+        if gather is None:
+            return False
+        gather.check(units, lambda unit: self._open_shard(teacher, output, unit))
+        return gather.read(numbers, stored, valid)
 
     def _unit(self, teacher: PublishedTeacher, unit: int) -> _Unit:
         return self._units.get((teacher.spec.name, unit), lambda _: self._load_unit(teacher, unit))

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.chunks import CRC_BYTES, is_intact, use_one_thread
+from cache.cores import usable_cores
 from cache.digests import DIGEST_BYTES, digest
 from cache.errors import CorruptError
 from cache.shardindex import Index, parse_index
@@ -189,7 +190,7 @@ class ShardReader:
         """How many threads share a read: on a network one a span, to overlap the round trips; else one a core."""
         if self._handle.remote:
             return min(spans, _THREADS)
-        return min(spans, _THREADS, _cores()) if decoded_bytes >= _PARALLEL_BYTES else 1
+        return min(spans, _THREADS, usable_cores()) if decoded_bytes >= _PARALLEL_BYTES else 1
 
     def _read_spans(self, spans: Sequence[_Span], out: npt.NDArray[Any]) -> None:
         """Fetch, check, decode, and put each row where it belongs in `out`."""
@@ -228,10 +229,6 @@ class ShardReader:
 
     def _corrupt(self, reason: str) -> CorruptError:
         return CorruptError(self._file, reason, unit=self._unit, teacher=self._teacher)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

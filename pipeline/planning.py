@@ -2,12 +2,12 @@
 
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from cache.cores import usable_cores
 from cache.errors import MismatchError
 from cache.listing import listed_rows
 from cache.plans import load_plan, publish_plan
@@ -26,7 +26,7 @@ UNITS_WANTED = 16
 
 def choose_threads(config: ExecutorConfig, standing: Plan | None, observer: Observer) -> int:
     """CPU threads of one worker: those of the plan, so that a resumed cache has the same bits."""
-    wanted = len(os.sched_getaffinity(0)) if config.threads == "auto" else config.threads
+    wanted = usable_cores() if config.threads == "auto" else config.threads
     if standing is None or standing.threads == wanted:
         return wanted
     if config.threads == "auto":

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
+from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
 from trainer.config import TrainConfig
 from trainer.files import write_error
@@ -132,7 +133,7 @@ def connected(address: str | None, cpus: int) -> Iterator[Path]:
     address = address or os.environ.get("RAY_ADDRESS")
     extra: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE_BYTES}
     if not address:
-        extra["num_cpus"] = max(cpus, len(os.sched_getaffinity(0)))
+        extra["num_cpus"] = max(cpus, usable_cores())
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     with ExitStack() as stack:
         # Workers put the driver's folder first on their import path: a file cache.py there would replace our package.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from cache.cores import usable_cores
 from cache.errors import ConfigError, KpuError
 from trainer.allocator import keep_freed_memory
 from trainer.config import TrainConfig
@@ -91,7 +92,7 @@ def join_world(config: TrainConfig) -> World:
     if not cuda:
         keep_freed_memory()
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size > 1 else 1
-    threads = config.threads if config.threads != "auto" else max(1, len(os.sched_getaffinity(0)) // beside)
+    threads = config.threads if config.threads != "auto" else max(1, usable_cores() // beside)
     torch.set_num_threads(threads)
     precision = config.precision if config.precision != "auto" else ("bf16" if cuda else "fp32")
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,7 +81,6 @@ def encode_unit(values: np.ndarray[Any, Any], layout: ArrayLayout, unit: int) ->
 @pytest.mark.parametrize("item", ITEMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_zarr_and_tensorstore_read_what_is_written(tmp_path: Path, kind: str, item: str) -> None:
-    tensorstore = pytest.importorskip("tensorstore")
     layout = make_layout(kind, item)  # 37 rows in units of 16: the last unit holds 5, less than a chunk of 8
     values = make_values(layout)
     values[9:24] = layout.fill  # whole chunks of fill, which Zarr's own writers would leave out

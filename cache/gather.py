@@ -1,0 +1,98 @@
+"""Many rows of one array at once, by tensorstore, whose threads do not hold Python's lock.
+
+A chunk costs the reader of `cache.shards` half the processor time, but most of that with the lock held: beside a loader
+of many threads, a thread that launches work on a GPU comes to a standstill. So tensorstore reads where cores are
+plentiful, and the other reader where they are few, in tars, in object stores, and whenever anything looks wrong: it
+says what. Each shard is held against its commit record before it is read here for the first time.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cache.cores import usable_cores
+from cache.localstore import LocalStorage
+from cache.shardwriter import ArrayLayout
+from cache.storage import Storage
+
+FEWEST_CORES: Final = 4
+FEWEST_ROWS: Final = 16  # below, starting it costs more than it gains
+_MEMORY: Final = 64 << 20  # for the indices of shards
+_READS: Final = 16  # files at a time
+
+
+class Gather:
+    """Rows of an array below `folder`; safe to use from several threads, but not in a fork."""
+
+    def __init__(self, storage: LocalStorage, folder: str, layout: ArrayLayout) -> None:
+        self._fill = np.asarray(layout.fill, layout.dtype)
+        self._checked: set[int] = set()
+        self._engine = _engine()
+        store = {"driver": "file", "path": f"{storage.url}/{folder}"}
+        self._array = self._engine.library.open(
+            {"driver": "zarr3", "kvstore": store, "recheck_cached_data": False},
+            read=True,
+            context=self._engine.context,
+        ).result()
+
+    def check(self, units: Iterable[int], check: Callable[[int], object]) -> None:
+        """Call `check` for each of `units` that it was not called for before."""
+        for unit in units:
+            if unit not in self._checked:
+                check(unit)
+                self._checked.add(unit)
+
+    def read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> bool:
+        """Fill the C-contiguous `out` [n, ...] with `rows` [n] as stored; False where that did not go as it should.
+
+        A chunk or shard that is not there reads as the fill value, which no row of `valid` [n] holds.
+        """
+        if self._engine.is_of_another_process:
+            return False
+        try:
+            self._engine.library.array(out).write(self._array[rows]).result()
+        except (ValueError, OSError):  # how tensorstore reports anything, a wrong checksum included
+            return False
+        first = out.reshape(len(out), -1)[:, 0]
+        absent = np.isnan(first) if np.isnan(self._fill) else first == self._fill
+        return not (absent & valid).any()
+
+
+def open_gather(storage: Storage, folder: str, layout: ArrayLayout) -> Gather | None:
+    """For an array of this layout; None where the other reader serves it better, or alone."""
+    if layout.member is not None or not isinstance(storage, LocalStorage) or usable_cores() < FEWEST_CORES:
+        return None
+    return None if _engine().is_of_another_process else Gather(storage, folder, layout)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """The library, and the threads and memory that all arrays share.
+
+    Threads do not survive a fork: to a fork of a process that used them, a call would never return.
+    """
+
+    library: Any
+    context: Any
+    process: int
+
+    @property
+    def is_of_another_process(self) -> bool:
+        return self.process != os.getpid()
+
+
+@cache
+def _engine() -> _Engine:
+    import tensorstore  # takes a moment to load
+
+    shared = {
+        "cache_pool": {"total_bytes_limit": _MEMORY},
+        "data_copy_concurrency": {"limit": usable_cores()},
+        "file_io_concurrency": {"limit": _READS},
+    }
+    return _Engine(tensorstore, tensorstore.Context(shared), os.getpid())

@@ -1,0 +1,119 @@
+"""Rows gathered by tensorstore are those of the other reader, and whatever is wrong is said by that one."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache import gather, open_cache
+from cache.errors import CorruptError
+from tests.cache.builders import MASKED_ROW, ROWS
+
+ALL = [("alpha", "global"), ("alpha", "patch"), ("beta", "global"), ("beta", "layer6.patch")]
+ORDER = np.random.default_rng(0).permutation(np.tile(np.arange(ROWS), 2))
+
+
+@pytest.fixture(autouse=True)
+def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "FEWEST_CORES", 1)
+
+
+def own(path: Path, teacher: str, output: str, rows: Any) -> np.ndarray:
+    """What the other reader gives: it serves few rows."""
+    cache = open_cache(path)
+    return np.concatenate([cache.read_encoded(teacher, output, [row]).values for row in rows])
+
+
+def test_it_is_used_for_many_rows_on_many_cores(built_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    read = gather.Gather.read
+
+    def noted(self: gather.Gather, rows: Any, out: Any, valid: Any) -> bool:
+        calls.append(len(rows))
+        return read(self, rows, out, valid)
+
+    monkeypatch.setattr(gather.Gather, "read", noted)
+    for codec, cores, expected in (("uniform", 1, [ROWS]), ("uniform", 10**6, []), ("uniform in tars", 1, [])):
+        monkeypatch.setattr(gather, "FEWEST_CORES", cores)
+        cache = open_cache(built_cache(codec).path)
+        cache.read_encoded("alpha", "patch", slice(None))
+        cache.read_encoded("alpha", "patch", [0, 1])
+        assert calls == expected
+        calls.clear()
+
+
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("teacher", "output"), ALL)
+def test_both_readers_give_the_same(built_cache: Any, codec: str, teacher: str, output: str) -> None:
+    path = built_cache(codec).path
+    found = open_cache(path).read_encoded(teacher, output, ORDER).values
+    assert found.tobytes() == own(path, teacher, output, ORDER).tobytes()
+
+
+@pytest.mark.parametrize("codec", ["uniform", "fp32"])
+def test_a_shard_that_disappears_is_no_zeros(cache_of: Any, codec: str) -> None:
+    path = cache_of(codec).path
+    cache = open_cache(path)
+    (path / "teachers/alpha/patch/c/1/0/0").unlink()
+    with pytest.raises(CorruptError, match="patch/c/1") as raised:
+        cache.read_encoded("alpha", "patch", slice(None))
+    assert raised.value.unit == 1 and raised.value.teacher == "alpha"
+
+
+def test_a_shard_that_disappears_later_is_noticed(cache_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "_MEMORY", 0)  # else what was read before may serve
+    gather._engine.cache_clear()
+    path = cache_of("uniform").path
+    cache = open_cache(path)
+    cache.read_encoded("alpha", "patch", slice(None))
+    (path / "teachers/alpha/patch/c/1/0/0").unlink()
+    with pytest.raises(CorruptError, match="patch/c/1"):
+        cache.read_encoded("alpha", "patch", slice(None))
+
+
+@pytest.mark.parametrize("output", ["global", "patch"])
+def test_a_flipped_byte_is_named(cache_of: Any, output: str) -> None:
+    path = cache_of("uniform").path
+    shard = next(file for file in (path / f"teachers/alpha/{output}/c/0").rglob("*") if file.is_file())
+    raw = bytearray(shard.read_bytes())
+    raw[10] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(CorruptError, match="does not match its crc32c") as raised:
+        open_cache(path).read_encoded("alpha", output, slice(None))
+    assert raised.value.unit == 0
+
+
+def test_swapped_shards_are_named(cache_of: Any) -> None:
+    path = cache_of("fp32").path
+    first, second = (path / f"teachers/alpha/patch/c/{unit}/0/0" for unit in (0, 1))
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    with pytest.raises(CorruptError, match="not the shard that was committed"):
+        open_cache(path).read_encoded("alpha", "patch", slice(None))
+
+
+def test_masked_rows_are_no_alarm(built_cache: Any) -> None:
+    values = open_cache(built_cache("uniform").path).read("alpha", "patch", slice(None), masked="nan")
+    assert np.isnan(values[MASKED_ROW]).all()
+
+
+def _sum(cache: Any, found: Any) -> None:
+    found.put(int(cache.read_encoded("alpha", "patch", slice(None)).values.astype(np.int64).sum()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_reads_on(built_cache: Any) -> None:
+    """As the workers of a data loader do; tensorstore's threads do not survive a fork."""
+    cache = open_cache(built_cache("uniform").path)
+    expected = int(cache.read_encoded("alpha", "patch", slice(None)).values.astype(np.int64).sum())
+    context = multiprocessing.get_context("fork")
+    for each in (cache, open_cache(cache.path)):
+        found = context.Queue()
+        worker = context.Process(target=_sum, args=(each, found))
+        worker.start()
+        assert found.get(timeout=60) == expected
+        worker.join(60)
+        assert worker.exitcode == 0
