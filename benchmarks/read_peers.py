@@ -20,7 +20,7 @@ from cache import open_cache
 
 BASE: Final = TEACHERS[0]
 STEP: Final = 0.05
-_BLOCK: Final = 1 << 16  # values that are standardised at a time: they stay in the processor's cache
+_BLOCK: Final = 1 << 18  # values that are standardised at a time: they stay in the processor's cache
 _SHUFFLE: Final = 1000  # samples in WebDataset's buffer
 _AHEAD: Final = 4
 
@@ -48,8 +48,8 @@ def standardise(stored: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor
     rows = max(1, _BLOCK * len(stored) // stored.numel())
     values = torch.empty((rows, *stored.shape[1:]))
     for part, target in zip(stored.split(rows), targets.split(rows), strict=True):
-        some = values[: len(part)].copy_(part).mul_(factor)
-        target.copy_(some if offset is None else some.add_(offset))
+        some = values[: len(part)].copy_(part)
+        target.copy_(some.mul_(factor) if offset is None else torch.addcmul(offset, some, factor, out=some))
     return targets
 
 

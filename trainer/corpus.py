@@ -24,7 +24,7 @@ from trainer.resident import Rows, Shelf
 from trainer.shapes import OutputShape, shape_of
 from trainer.split import validation_mask
 
-_BLOCK: Final = 2**17  # values that a CPU standardises at once: three passes over a whole batch would leave its cache
+_BLOCK: Final = 2**18  # values that a CPU standardises at once: two passes over a whole batch would leave its cache
 Wanted = Mapping[str, Sequence[str]]
 """Outputs by teacher."""
 
@@ -60,11 +60,11 @@ class Standardiser:
         """float32 of the shape of `stored`, which is on this device."""
         if self.axes is not None:
             steps = (stored >> 1) ^ -(stored & 1)
-            return (steps.to(torch.float32) @ self.axes).mul_(self.factor).add_(self.offset)
+            return torch.addcmul(self.offset, steps.to(torch.float32) @ self.axes, self.factor)
         values = torch.empty_like(stored, dtype=torch.float32)
         vectors = max(1, (stored.numel() if stored.is_cuda else _BLOCK) // stored.shape[-1])
         for part, into in zip(*(each.flatten(0, -2).split(vectors) for each in (stored, values)), strict=True):
-            into.copy_(part).mul_(self.factor).add_(self.offset)
+            torch.addcmul(self.offset, into.copy_(part), self.factor, out=into)
         return values
 
 
