@@ -3,10 +3,11 @@
     python benchmarks/students.py                   # 5,000 CIFAR images, 3 epochs, 3 seeds
     python benchmarks/students.py --epochs 8 --only "uniform 0.05" --only "uniform 0.2"
 
-The same student is trained on the same batches again and again: on a lossless cache, on caches of several codecs, and
-on teachers that run in the loop. All are evaluated on lossless features of images that none of them saw. `of fp16` is
-the size of a cache's features, the layers that the student reads included, against fp16. Real images
-and teachers come from KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md).
+The same student is trained on the same batches again and again: on a lossless cache, on caches of several codecs, on
+what the codecs of others (`codec_peers.py`) would give back, and on teachers that run in the loop. All are evaluated on
+lossless features of images that none of them saw. `of fp16` is the size of a cache's features, the layers that the
+student reads included, against fp16. Real images and teachers come from KPU_TEST_DATA (default ../shared, see
+CONTRIBUTING.md). ZFP needs `pip install zfpy==1.0.1`.
 """
 
 import itertools
@@ -23,6 +24,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from student_peers import peers_of, restored, size_of
 from train_data import CODECS, LOSSLESS, SIDE, extract_cifar
 
 from cache import open_cache
@@ -49,24 +51,29 @@ def main(
     from trainer.evaluation.evaluate import evaluate
     from trainer.loop import fit
 
-    names = [name for name in [*CODECS, LIVE] if not only or name in (LOSSLESS, *only)]
-    caches = {name: extract_cifar(folder, "train", rows, name) for name in names if name != LIVE}
+    lossless = extract_cifar(folder, "train", rows, LOSSLESS)
+    others = peers_of(lossless)
+    names = [name for name in [*CODECS, *others, LIVE] if not only or name in (LOSSLESS, *only)]
+    caches = {name: extract_cifar(folder, "train", rows, name) for name in names if name in CODECS}
+    makers = {LIVE: run_teachers, **{name: restored(outputs) for name, outputs in others.items()}}
+    sizes = {name: _size(path) for name, path in caches.items()}
+    sizes |= {name: size_of(lossless, others[name]) for name in names if name in others}
     test = extract_cifar(folder, "test", 2_000, LOSSLESS, same=caches[LOSSLESS])
     found: dict[str, list[dict[str, float]]] = {}
     said: dict[str, Said] = {}
     for seed, targets in itertools.product(range(seeds), names):
         values = {
-            "caches": [str(caches.get(targets, caches[LOSSLESS]))],
+            "caches": [str(caches.get(targets, lossless))],
             "base": "general",
             "student": SIDE,
-            "targets": {"source": "live" if targets == LIVE else "cache"},
+            "targets": {"source": "live" if targets in makers else "cache"},
             "optim": {"epochs": epochs},
             "seed": seed,
         }
         out = folder / "runs" / f"{targets}-{seed}".replace(" ", "-")
         shutil.rmtree(out, ignore_errors=True)
         begun = perf_counter()
-        fit(validate_config(values, targets), out, live=run_teachers)
+        fit(validate_config(values, targets), out, live=makers.get(targets))
         seconds = perf_counter() - begun
         scores = evaluate(out, [str(test)], controls=False)
         r2 = [value for each in scores["teachers"].values() for key, value in each.items() if key.startswith("r2_")]
@@ -77,7 +84,7 @@ def main(
     _show(
         found,
         said,
-        {name: _size(path) for name, path in caches.items()},
+        sizes,
         f"{rows} images, {epochs} epochs, {seeds} seeds; students on 2,000 others",
     )
 

@@ -11,6 +11,7 @@ LOSSLESS: Final = "fp32"
 CODECS: Final[dict[str, dict[str, Any]]] = {
     LOSSLESS: {"name": "fp32"},
     "fp16": {"name": "fp16"},
+    "bf16": {"name": "bf16"},
     **{f"uniform {step}": {"name": "uniform", "step": step} for step in (0.05, 0.1, 0.2, 0.3)},
     **{f"rotated {step}": {"name": "rotated", "step": step} for step in (0.05, 0.2)},
 }

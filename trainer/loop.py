@@ -15,7 +15,7 @@ from cache.failpoints import failpoint
 from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
-from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload
+from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload, loader_threads
 from trainer.evaluation.scores import batches_of, score
 from trainer.events import Events
 from trainer.files import held
@@ -260,5 +260,7 @@ def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: L
         if live is None:
             raise ConfigError("targets.source: expected cache, found live; only `kpu-train fit` can run teachers")
         fetch = live(corpus, config, fetch)
-    threads = config.loader.threads if config.loader.threads != "auto" else 2
+    threads = config.loader.threads
+    if threads == "auto":
+        threads = loader_threads(next(model.parameters()).device, images=model.student.needs_images)
     return Loader(fetch, threads, config.loader.ahead)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.trainer.conftest import Configure
+from trainer import data
 from trainer.corpus import Corpus, HostBatch
-from trainer.data import Drawn, Loader, Stream, Upload
+from trainer.data import Drawn, Loader, Stream, Upload, loader_threads
 from trainer.order import FullOrder
 
 OUTPUTS = ("global", "patch")
@@ -78,6 +79,16 @@ def test_batches_come_in_order_whatever_the_threads(threads: int, ahead: int) ->
     with Loader(numbered, threads, ahead) as loader:
         found = [(drawn.position, int(host.rows[0])) for drawn, host in loader.load(iter(draws(20)))]
     assert found == [(i + 1, i) for i in range(20)]
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 2), (8, 4), (128, 8)])
+def test_more_threads_read_where_a_gpu_waits_for_images(
+    cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "usable_cores", lambda: cores)
+    gpu = torch.device("cuda")
+    found = [loader_threads(device, images=images) for device, images in ((CPU, True), (gpu, False), (gpu, True))]
+    assert found == [2, 2, expected]
 
 
 def test_no_more_is_read_than_asked_for_and_little_ahead() -> None:
