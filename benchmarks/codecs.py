@@ -2,6 +2,7 @@
 
     python benchmarks/codecs.py my.kpu --teacher dino --output patch     # a cache of codec fp32
     python benchmarks/codecs.py features.npy                             # float32 [rows, D] or [rows, tokens, D]
+    python benchmarks/codecs.py my.kpu --teacher dino --rmse 0.0145 --rmse 0.06     # sizes at these errors, and no more
 
 Statistics come from the even rows and everything is measured on the odd ones, so that nothing is fitted to what it is
 judged by. A chunk is what a cache has: one row of a map, 64 rows of vectors, with a checksum. Speed is that of turning
@@ -15,12 +16,14 @@ device. The variants take turns; the figure is the median over rounds against th
 """
 
 import functools
+import itertools
+import math
 import statistics as medians
 from collections.abc import Iterator
 from operator import truediv
 from pathlib import Path
 from time import process_time
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import torch
@@ -30,8 +33,8 @@ from numcodecs import blosc
 from rich.console import Console
 from rich.table import Table
 
-from cache.chunks import Packing, crc, decode_chunk, encode_chunk, use_one_thread
-from cache.codecs import Grid, calibrated, make_grid
+from cache.chunks import crc, decode_chunk, encode_chunk, use_one_thread
+from cache.codecs import calibrated, make_grid
 from cache.fidelity import measure, summarise
 from cache.reader import open_cache
 from cache.spec import CodecSpec, Fidelity
@@ -41,28 +44,28 @@ STEPS: Final = (0.02, 0.05, 0.1, 0.2)
 DEFAULT: Final = "uniform 0.05"
 
 
+def project_codec(spec: CodecSpec, accumulator: Accumulator, *, turned: bool = False) -> Codec:
+    """A codec of the project; `turned` has unpacking include the product that leads back from the axes."""
+    grid = make_grid(spec, calibrated(accumulator, spec))
+    name = spec.name if spec.step is None else f"{spec.name} {spec.step}"
+
+    def unpack(raw: bytes, out: Stored) -> Stored:
+        decode_chunk(raw, out, grid.packing)
+        if turned:
+            assert grid.axes is not None
+            grid.steps(out).astype(np.float32) @ grid.axes
+        return out
+
+    pack = functools.partial(encode_chunk, packing=grid.packing)
+    return Codec(f"{name}, product on the CPU" if turned else name, grid.encode, grid.decode, pack, unpack)
+
+
 def project_codecs(accumulator: Accumulator) -> Iterator[Codec]:
     """What the project has."""
     stepped = [CodecSpec(name=name, step=step) for name in ("uniform", "rotated") for step in STEPS]
     for spec in (CodecSpec(name="fp16"), CodecSpec(name="bf16"), *stepped):
-        grid = make_grid(spec, calibrated(accumulator, spec))
-
-        def unpack(raw: bytes, out: Stored, packing: Packing = grid.packing) -> Stored:
-            decode_chunk(raw, out, packing)
-            return out
-
-        pack = functools.partial(encode_chunk, packing=grid.packing)
-        name = spec.name if spec.step is None else f"{spec.name} {spec.step}"
-        yield Codec(name, grid.encode, grid.decode, pack, unpack)
-        if name == "rotated 0.05":
-            assert grid.axes is not None
-
-            def unpack_and_turn(raw: bytes, out: Stored, grid: Grid = grid, axes: F32 = grid.axes) -> Stored:
-                decode_chunk(raw, out, grid.packing)
-                grid.steps(out).astype(np.float32) @ axes
-                return out
-
-            yield Codec(f"{name}, product on the CPU", grid.encode, grid.decode, pack, unpack_and_turn)
+        yield project_codec(spec, accumulator)
+    yield project_codec(CodecSpec(name="rotated", step=0.05), accumulator, turned=True)
 
 
 def candidates(accumulator: Accumulator) -> Iterator[Codec]:
@@ -124,6 +127,19 @@ def judge(codec: Codec, features: F32, statistics: Statistics) -> tuple[float, F
     return sum(map(len, packed)) / features.size / 2, fidelity
 
 
+def size_at(
+    name: Literal["uniform", "rotated"], rmse: float, accumulator: Accumulator, features: F32
+) -> tuple[float, float]:
+    """The step at which a codec has this error, found by bisection, and its bytes against fp16."""
+    low, high = rmse, 16 * rmse
+    while high / low > 1.01:
+        step = math.sqrt(low * high)
+        codec = project_codec(CodecSpec(name=name, step=step), accumulator)
+        size, fidelity = judge(codec, features, accumulator.finish(step))
+        low, high = (step, high) if fidelity.rmse < rmse else (low, step)
+    return step, size
+
+
 def race(codecs: list[Codec], features: F32, rounds: int) -> tuple[list[dict[str, float]], list[float]]:
     """Speed of packing and of unpacking relative to the default, and the default's in MB/s of fp16."""
     chunks = {codec.name: chunks_of(codec.store(features)) for codec in codecs}
@@ -158,6 +174,9 @@ def main(
     output: Annotated[str, typer.Option(help="Of the teacher.")] = "patch",
     rows: Annotated[int, typer.Option(help="How many rows are read.")] = 512,
     rounds: Annotated[int, typer.Option(help="How often every codec packs and unpacks.")] = 5,
+    rmse: Annotated[
+        list[float] | None, typer.Option(help="Only sizes at this error, by the step that gives it.")
+    ] = None,
 ) -> None:
     """Print the table of one output."""
     use_one_thread()
@@ -166,6 +185,11 @@ def main(
     fitted, judged = features[0::2], np.ascontiguousarray(features[1::2])
     accumulator = Accumulator(features.shape[-1])
     accumulator.update(fitted.reshape(-1, features.shape[-1]))
+    if rmse:
+        for name, error in itertools.product(("uniform", "rotated"), rmse):
+            step, size = size_at(name, error, accumulator, judged)
+            print(f"{path.name} {teacher} {output}: {name} at RMSE {error}: {size:.3f} of fp16, step {step:.4f}")
+        return
     statistics = accumulator.finish(0.05)
     codecs = [*project_codecs(accumulator), *candidates(accumulator), *peers(statistics)]
     (packing, unpacking), rates = race(codecs, judged, rounds)

@@ -5,17 +5,19 @@ from typing import Any, Final
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from trainer.config import OptimConfig, TrainConfig
+from trainer.muon import Muon
 
 _ON_FEATURES: Final = ("side", "frozen")
 _LEARNING_RATES: Final = {("muon", True): 16e-3, ("muon", False): 1e-3, ("adamw", True): 8e-3, ("adamw", False): 1e-3}
 """By optimiser, and whether the student learns on features rather than images (`docs/decisions.md`)."""
 
-_TIMM_NAMES: Final = {"adamw": "adamw", "muon": "nmuon"}  # timm's muon has no Nesterov momentum
+_MOMENTUM: Final = 0.9
 
 
 def optimizer_name(config: TrainConfig) -> str:
@@ -39,8 +41,11 @@ def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) 
     square is then 0.2 of the rate: Liu et al. 2025, arXiv 2502.16982); vectors (biases, scales of normalisations,
     gammas) take NAdamW's steps at the same rate, and never decay.
     """
+    if name == "muon":
+        groups = param_groups_weight_decay(model, weight_decay)
+        return Muon(groups, lr=lr, momentum=_MOMENTUM, nesterov=True)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt=_TIMM_NAMES[name], lr=lr, weight_decay=weight_decay, filter_bias_and_bn=True
+        model, opt=name, lr=lr, weight_decay=weight_decay, filter_bias_and_bn=True
     )
     return optimizer
 

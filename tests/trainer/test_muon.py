@@ -1,0 +1,52 @@
+"""Matrices of one shape go through Muon together, and come out as by timm's own."""
+
+from functools import partial
+
+import pytest
+import timm.optim.muon as timm_muon
+import torch
+from torch import nn
+
+from trainer.muon import Muon
+
+
+def model_of() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleList(
+        [nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8), nn.Conv2d(4, 8, 2), nn.Conv2d(1, 8, 3), nn.LayerNorm(8)]
+    )
+
+
+def trained(kind: type[torch.optim.Optimizer], steps: int = 5) -> dict[str, torch.Tensor]:
+    model = model_of()
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.05, momentum=0.9, nesterov=True)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for number, parameter in enumerate(model.parameters()):
+            unused = step == 2 and number == 0
+            parameter.grad = None if unused else torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_steps_are_those_of_timm_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = trained(Muon)
+    exact = partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", exact)
+    expected = trained(timm_muon.Muon)
+    for name, value in own.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        assert not torch.equal(value, dict(model_of().named_parameters())[name])
+
+
+def test_its_state_is_that_of_timm() -> None:
+    states = []
+    for kind in (Muon, timm_muon.Muon):
+        model = model_of()
+        optimizer = kind(model.parameters(), nesterov=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        states.append({number: sorted(state) for number, state in optimizer.state_dict()["state"].items()})
+    assert states[0] == states[1]

@@ -1,0 +1,61 @@
+"""Muon (Jordan et al. 2024) as timm has it, but for how matrices go through it: those of one shape together.
+
+timm orthogonalises each by itself, in bfloat16. Most launches of a training step on a GPU are then the optimiser's, and
+a processor without bfloat16 arithmetic spends most of a step on emulating it (`docs/decisions.md`).
+"""
+
+from typing import Any, Final
+
+import timm.optim.muon as timm_muon
+import torch
+from torch import Tensor
+
+_COEFFICIENTS: Final[Any] = timm_muon._COEFFICIENTS["quintic"]
+
+
+class Muon(timm_muon.Muon):
+    """Steps of matrices and filter banks are made orthogonal, in float32 on a CPU; vectors take timm's NAdamW steps.
+
+    State and hyperparameters are timm's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; the gradients of matrices are gone afterwards. There is no `closure`."""
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None and timm_muon._is_suitable_for_muon(parameter):
+                    rows = parameter.shape[0]
+                    alike.setdefault((rows, parameter.numel() // rows), []).append(parameter)
+            for shape, parameters in alike.items():
+                self._step_alike(group, shape, parameters)
+        return super().step(closure)  # type: ignore[no-untyped-call]
+
+    def _step_alike(self, group: dict[str, Any], shape: tuple[int, int], parameters: list[Tensor]) -> None:
+        """One step of all matrices of one shape."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self._momentum(parameter) for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
+        orthogonal = timm_muon.zeropower_via_newtonschulz(
+            torch.stack([update.reshape(shape) for update in updates]),
+            group["ns_steps"],
+            _COEFFICIENTS,
+            eps=group["eps"],
+            dtype=torch.bfloat16 if parameters[0].is_cuda else torch.float32,
+        ).float()
+        rate = group["lr"] * timm_muon.get_lr_scale(torch.Size(shape), group["adjust_lr_fn"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        steps = [step.reshape(parameter.shape) for step, parameter in zip(orthogonal, parameters, strict=True)]
+        torch._foreach_add_(parameters, steps, alpha=-rate)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["use_muon"] = True
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
