@@ -53,7 +53,8 @@ def test_dequantised_values_are_the_decoded_ones(built_cache, tmp_path: Path, co
         assert out.teachers[name].published.model_fingerprint == teacher.published.model_fingerprint
         for output in teacher.outputs:
             found, expected = (c.read(name, output, slice(None), masked="nan") for c in (out, source))
-            np.testing.assert_array_equal(found, expected)
+            reach = 2e-5 if codec == "rotated" else 0  # how a product is summed up depends on how many rows there are
+            np.testing.assert_allclose(found, expected, rtol=reach, atol=reach)
         for unit in range(source.plan.units):
             kept, made = (load_record(open_storage(c.path), c.plan, name, unit) for c in (source, out))
             assert (made.row_digest, made.masked_digest, made.nonfinite) == (
