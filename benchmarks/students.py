@@ -58,7 +58,7 @@ def main(
     makers = {LIVE: run_teachers, **{name: restored(outputs) for name, outputs in others.items()}}
     sizes = {name: _size(path) for name, path in caches.items()}
     sizes |= {name: size_of(lossless, others[name]) for name in names if name in others}
-    test = extract_cifar(folder, "test", 2_000, LOSSLESS, same=caches[LOSSLESS])
+    test = extract_cifar(folder, "test", 2_000, LOSSLESS, same=lossless)
     found: dict[str, list[dict[str, float]]] = {}
     said: dict[str, Said] = {}
     for seed, targets in itertools.product(range(seeds), names):

@@ -219,11 +219,11 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
             training.advance([next(ready)], measure=False)
         _settle(world.device)
         seconds = (perf_counter() - begun) / steps
-    stored = sum(values.nbytes for values in corpus.fetch(np.arange(batch)).stored.values())
     if world.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    stored = sum(values.nbytes for values in corpus.fetch(np.arange(batch)).stored.values())
     return {"seconds": seconds, "peak_mib": peak, "stored_bytes": stored}
 
 

@@ -1,5 +1,7 @@
 """Whole caches of any shape, unit, codec and format: what is read is within the bound, and damage is never read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,15 +95,23 @@ def _never(_output: str, _stored: Any) -> RowFidelity:
     raise AssertionError("nobody else writes here")
 
 
+@contextmanager
+def written(made: Made, fewest: int) -> Iterator[Path]:
+    """A cache of it; tensorstore reads where there are at least `fewest` cores."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "FEWEST_CORES", fewest)
+        path = Path(folder) / "any.kpu"
+        write(path, made)
+        yield path
+
+
 @BOTH
 @settings(max_examples=25, deadline=None)
 @given(anything(), st.data())
 def test_any_rows_of_any_cache_are_within_the_bound(fewest: int, made: Made, data: st.DataObject) -> None:
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "FEWEST_CORES", fewest)
-        write(Path(folder) / "any.kpu", made)
-        assert verify(Path(folder) / "any.kpu").ok
-        cache = open_cache(Path(folder) / "any.kpu")
+    with written(made, fewest) as path:
+        assert verify(path).ok
+        cache = open_cache(path)
         assert np.array_equal(cache.valid(), made.valid)
         count = len(made.features)
         rows = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=2 * count), label="rows"), int)
@@ -125,10 +135,7 @@ def test_any_rows_of_any_cache_are_within_the_bound(fewest: int, made: Made, dat
 @settings(max_examples=25, deadline=None)
 @given(anything(), st.data())
 def test_a_changed_byte_is_reported_and_never_read(fewest: int, made: Made, data: st.DataObject) -> None:
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "FEWEST_CORES", fewest)
-        path = Path(folder) / "any.kpu"
-        write(path, made)
+    with written(made, fewest) as path:
         cache = open_cache(path)
         before = cache.read("t", "out", slice(None), masked="nan")
         files = sorted(file for file in (path / "teachers").rglob("*") if file.is_file())
