@@ -142,15 +142,16 @@ def _one(tier: str, cell: str, seed: int, folder: Path, keep: bool) -> dict[str,
     scores = evaluate(out, [str(folder / "test.kpu")], controls=cell == next(iter(chosen.cells)) and seed == 0)
     if not keep:
         shutil.rmtree(out)
-    return {
+    result = {
         "tier": tier,
         "cell": cell,
         "seed": seed,
-        "seconds": trained,
-        "evaluation_seconds": perf_counter() - begun - trained,
-        "summary": fitted.summary,
-        "scores": scores,
+        "steps": fitted.summary["steps"],
+        "seconds": round(trained, 1),
+        "evaluation_seconds": round(perf_counter() - begun - trained, 1),
+        "figures": {name: round(value, 5) for name, value in _figures(fitted.summary, scores).items()},
     }
+    return result | {key: scores[key] for key in ("frozen_base", "teacher_alone") if key in scores}
 
 
 @app.command()
@@ -158,7 +159,7 @@ def table(tier: Which, folder: Folder = HOME) -> None:
     """Means over seeds, then paired differences with 95% intervals (t distribution)."""
     results = _results(folder, tier)
     cells: Mapping[str, Cell] = TIERS[tier]().cells
-    runs = {cell: {r["seed"]: _figures(r) for r in results if r["cell"] == cell} for cell in cells}
+    runs = {cell: {r["seed"]: dict(r["figures"]) for r in results if r["cell"] == cell} for cell in cells}
     _add_balance(runs)
     runs = {cell: found for cell, found in runs.items() if found}
     names = list(dict.fromkeys(name for found in runs.values() for figures in found.values() for name in figures))
@@ -175,8 +176,8 @@ def table(tier: Which, folder: Folder = HOME) -> None:
     _print(f"Tier {tier}: means", names, means)
     _print(f"Tier {tier}: paired differences, 95%", names, paired)
     for result in results:
-        if "teacher_alone" in result["scores"]:
-            print(json.dumps({key: result["scores"][key] for key in ("frozen_base", "teacher_alone")}, indent=1))
+        if "teacher_alone" in result:
+            print(json.dumps({key: result[key] for key in ("frozen_base", "teacher_alone")}, indent=1))
 
 
 def _print(title: str, names: list[str], rows: Mapping[str, list[str]]) -> None:
@@ -188,10 +189,10 @@ def _print(title: str, names: list[str], rows: Mapping[str, list[str]]) -> None:
     Console(width=280).print(shown)
 
 
-def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+def _figures(summary: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one run under short names; R2 is the mean over outputs, `valid` over all, on held-back rows."""
-    scores, found = result["scores"], dict[str, float | None]()
-    held_back = [r2 for values in result["summary"]["validation"]["teachers"].values() for r2 in values.values()]
+    found = dict[str, float | None]()
+    held_back = [r2 for values in summary["validation"]["teachers"].values() for r2 in values.values()]
     for name, values in scores["teachers"].items():
         short = name.partition("_")[0]
         r2 = [value for key, value in values.items() if key.startswith("r2_") and value is not None]

@@ -103,6 +103,7 @@ def _tier_b() -> Tier:
         REFERENCE: Cell(seeds=3),
         "preserve": Cell({"preserve.weight": 1.0}, over, 3),
         "concat": Cell({"student.merge": "concat"}, over, 3),
+        "concat, 8 epochs": Cell({"student.merge": "concat", "optim.epochs": 8}, seeds=3),
         PLACEBO: Cell({"unify.mode": "untrained"}, over, 3),
         "t2s pretrained": Cell({"unify.mode": "pretrained"}, (REFERENCE, PLACEBO), 3),
     }
@@ -111,7 +112,7 @@ def _tier_b() -> Tier:
         "student.merge": "add",
         "student.layers": ["layer1.patch", "layer2.patch"],
         "batch_size": 256,
-        "optim.epochs": 8,
+        "optim.epochs": 4,
     }
     return Tier(common, cells, processes=1)
 
