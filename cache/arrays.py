@@ -63,17 +63,6 @@ def array_metadata(layout: ArrayLayout, attributes: Mapping[str, Any]) -> bytes:
     return stored["zarr.json"].to_bytes()
 
 
-def group_attributes(raw: bytes, file: str) -> dict[str, Any]:
-    """Attributes of a group's `zarr.json`.
-
-    Raises:
-        CorruptError: `raw` is not the metadata of a Zarr v3 group.
-    """
-    document = _parse(raw, file)
-    _expect(file, "node_type", "group", document.get("node_type"))
-    return _attributes(document, file)
-
-
 def array_layout(raw: bytes, file: str) -> tuple[ArrayLayout, dict[str, Any]]:
     """Layout and attributes of an array's `zarr.json`.
 

@@ -20,7 +20,7 @@ from cache.plans import load_plan
 from cache.published import shard_layout
 from cache.reader import Cache
 from cache.shardwriter import encode_shard
-from cache.spec import CodecSpec, OutputSpec
+from cache.spec import CodecSpec, OutputSpec, Plan
 from cache.statistics import Statistics
 
 STEPS: Final = (0.02, 0.05, 0.1, 0.2)
@@ -142,12 +142,13 @@ def _reading(
     cache: Cache, storage: Counted, name: str, output: OutputSpec, units: Rows, rows: int, seed: int, copied: float
 ) -> Reading:
     rng = np.random.default_rng(seed)
-    everywhere = rng.permutation(_rows_of(cache, units))[:rows]
+    everywhere = draw_rows(rng, cache.plan, units, rows)
     few = rng.permutation(units)[: -(-rows // cache.plan.unit_rows)]
-    window = rng.permutation(_rows_of(cache, few))[:rows]
+    window = draw_rows(rng, cache.plan, few, rows)
+    whole = sum(len(cache.plan.unit_range(int(unit))) for unit in few)
     teacher = cache.teachers[name].published
     keys = [output_shard(teacher, output, int(unit)) for unit in few]
-    stored = sum(storage.size(key) or 0 for key in keys) / len(_rows_of(cache, few))
+    stored = sum(storage.size(key) or 0 for key in keys) / whole
     decoded = teacher.layouts[output.name].row_bytes
 
     def read(wanted: Rows) -> int:
@@ -161,7 +162,7 @@ def _reading(
             for first in range(0, handle.size, _PIECE):
                 handle.read(first, min(_PIECE, handle.size - first))
             handle.close()
-        return len(_rows_of(cache, few))
+        return whole
 
     return Reading(
         teacher=name,
@@ -198,7 +199,7 @@ def _copy_speed() -> float:
 
 def _try_codecs(cache: Cache, name: str, output: OutputSpec, units: Rows, rows: int, seed: int) -> Iterator[Tried]:
     limit = max(1, min(rows, _CODEC_ROWS, _CODEC_BYTES // (4 * math.prod(output.shape))))
-    drawn = np.random.default_rng(seed).permutation(_rows_of(cache, units))[: 2 * limit]
+    drawn = draw_rows(np.random.default_rng(seed), cache.plan, units, 2 * limit)
     usable = drawn[cache.valid(drawn, name)][:limit]
     if not len(usable):
         return
@@ -240,7 +241,14 @@ def try_codec(
     return size / (2 * features.size), found.squared_error, found.cosine
 
 
-def _rows_of(cache: Cache, units: Rows) -> Rows:
-    """Row numbers of units, int64, ascending where the units are."""
-    ranges = [cache.plan.unit_range(int(unit)) for unit in units]
-    return np.concatenate([np.arange(r.start, r.stop, dtype=np.int64) for r in ranges])
+def draw_rows(rng: np.random.Generator, plan: Plan, units: Rows, wanted: int) -> Rows:
+    """`wanted` row numbers of `units` (int64 [n]) in random order, none twice; all of them where there are fewer.
+
+    Memory grows with the number of units and of rows wanted, not with that of rows.
+    """
+    first = units * plan.unit_rows
+    ends = np.cumsum(np.minimum(plan.rows - first, plan.unit_rows))
+    places = rng.choice(ends[-1], min(wanted, int(ends[-1])), replace=False)
+    unit = np.searchsorted(ends, places, side="right")
+    rows: Rows = first[unit] + places - np.concatenate([[0], ends])[unit]
+    return rows

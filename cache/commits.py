@@ -36,6 +36,7 @@ from cache.teachers import PublishedTeacher
 __all__ = [
     "EncodedOutput",
     "UnitImages",
+    "agree",
     "committed_units",
     "load_images",
     "load_images_record",
@@ -158,10 +159,10 @@ def _publish_output(
         stored = stored.copy()
         stored[~valid] = array.fill
 
-    def agree(standing: npt.NDArray[Any]) -> bool:
-        return _agree(teacher, output.name, standing, stored, valid)
+    def is_ours(standing: npt.NDArray[Any]) -> bool:
+        return agree(teacher, output.name, standing, stored, valid)
 
-    settled = shards.publish(output_shard(teacher, output, unit), array, lambda: encode(stored, array, unit), agree)
+    settled = shards.publish(output_shard(teacher, output, unit), array, lambda: encode(stored, array, unit), is_ours)
     if settled is None:
         return None
     rows = ours.rows if settled.values is None else remeasure(output.name, settled.values)
@@ -180,10 +181,13 @@ def _check_images(storage: Storage, plan: Plan, unit: int, masked: Mask, row_dig
         )
 
 
-def _agree(
+def agree(
     teacher: PublishedTeacher, name: str, standing: npt.NDArray[Any], ours: npt.NDArray[Any], valid: Mask
 ) -> bool:
-    """Same masked rows, and within one grid step (lossless codecs: LOSSLESS_TOLERANCE) in the others."""
+    """Whether stored rows [n, ...] of output `name` are masked alike, and within one grid step where `valid` [n].
+
+    Lossless codecs have no step: LOSSLESS_TOLERANCE.
+    """
     grid, fill, std = teacher.grids[name], teacher.layouts[name].fill, teacher.statistics[name].std
     for row in range(len(ours)):  # one at a time: the differences of a whole shard would fill the memory
         if not valid[row]:

@@ -1,7 +1,6 @@
 """What storing cost: stored against unquantised features, in channel standard deviations. The reference, in float64."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,25 +75,6 @@ def summarise(rows: RowFidelity, valid: npt.NDArray[np.bool_], first_row: int) -
         worst_row=first_row + worst,
         worst_rmse=_six_digits(math.sqrt(errors[worst])),
         saturated=int(rows.saturated[valid].sum()),
-    )
-
-
-def pool(parts: Sequence[tuple[Fidelity, int]]) -> Fidelity:
-    """One record for many units, from (fidelity, number of valid rows) of each.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not parts:
-        raise ValueError("no fidelity to pool")
-    rows = sum(count for _, count in parts)
-    worst = max((part for part, _ in parts), key=lambda part: part.worst_rmse)
-    return Fidelity(
-        rmse=_six_digits(math.sqrt(sum(part.rmse**2 * count for part, count in parts) / rows)),
-        cosine=_six_digits(sum(part.cosine * count for part, count in parts) / rows),
-        worst_row=worst.worst_row,
-        worst_rmse=worst.worst_rmse,
-        saturated=sum(part.saturated for part, _ in parts),
     )
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from cache import layout
-from cache.errors import FullDiskError, StorageError
-from cache.localstore import LocalStorage
+from cache.localstore import LocalStorage, write_error
 from cache.storage import Storage, check_key
 
 _LEASE: Final = "lease"
@@ -43,20 +42,20 @@ def lease(storage: Storage, run: str) -> Iterator[None]:
 
 
 @contextmanager
-def mutex(storage: Storage, name: str = "gc") -> Iterator[None]:
-    """Wait for, and hold, the one lock of that name among all processes and threads that use this cache.
+def mutex(storage: Storage) -> Iterator[None]:
+    """Wait for, and hold, the one lock among all processes and threads that use this cache.
 
     For short sections that look before they move or delete. Object stores have no such lock: nothing is held there.
     """
     if not isinstance(storage, LocalStorage):
         yield
         return
-    path = storage.root / layout.TEMPORARY / f"{check_key(name)}.lock"
+    path = storage.root / layout.TEMPORARY / "gc.lock"
     try:
         path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _error(error, path) from error
+        raise write_error(error, path) from error
     try:
         with suppress(OSError):  # a file system without locks: the section runs unguarded
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -91,7 +90,7 @@ def _take_new(folder: Path) -> int:
         folder.mkdir(parents=True)
         descriptor = os.open(folder / _LEASE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _error(error, folder) from error
+        raise write_error(error, folder) from error
     with suppress(OSError):  # a file system without locks: nobody else can take the lease either
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
@@ -103,7 +102,7 @@ def _is_dead(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise _error(error, folder) from error
+        raise write_error(error, folder) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or a file system without locks, where nobody can be declared dead
@@ -111,9 +110,3 @@ def _is_dead(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _error(error: OSError, path: Path) -> StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FullDiskError(f"cannot write {path}: {error.strerror}; free some space and start again")
-    return StorageError(f"cannot write {path}: {error.strerror}")

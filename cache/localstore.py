@@ -185,6 +185,8 @@ class LocalStorage:
         advice = ""
         if error.errno == errno.ENOENT:
             advice = "; this run's temporary files or the cache itself were removed; start the command again"
+        if error.errno == errno.EMFILE:
+            advice = "; allow this process more of them with `ulimit -n`"
         if error.errno in _NO_LINKS:
             advice = "; expected a writable file system with hard links; use another one"
         return StorageError(f"{self.root}: cannot {action} {key}: {reason}{advice}")
@@ -250,3 +252,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_error(error: OSError, path: Path) -> StorageError:
+    """The error to raise where the operating system refuses to write `path`."""
+    if error.errno in FULL:
+        return FullDiskError(f"cannot write {path}: {error.strerror}; free some space and start again")
+    return StorageError(f"cannot write {path}: {error.strerror}")

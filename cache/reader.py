@@ -1,9 +1,11 @@
 """Reading a cache: rows of features by number, checked on every read."""
 
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +27,9 @@ from cache.shards import ShardReader
 from cache.spec import ImageStatus, Plan, ShardRecord
 from cache.storage import Storage
 
-_OPEN_SHARDS: Final = 256  # each holds a file descriptor, of which a process often has 1,024
+_OPEN_SHARDS: Final = 256  # of one cache at most
 _KNOWN_UNITS: Final = 2048
+_caches: Final = WeakSet["Cache"]()  # the open ones in folders, whose open shards each hold a file descriptor
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ class Cache:
         self.samples = Samples(storage, plan)
         self._storage = storage
         self._units: Recent[tuple[str, int], _Unit] = Recent(_KNOWN_UNITS)
-        self._shards: Recent[tuple[str, str, int], ShardReader] = Recent(_OPEN_SHARDS)
+        local = "://" not in storage.url
+        self._shards: Recent[tuple[str, str, int], ShardReader] = Recent(_kept_open if local else _OPEN_SHARDS)
+        if local:
+            _caches.add(self)
         self._status: Recent[int, npt.NDArray[np.uint8]] = Recent(_KNOWN_UNITS)
         self._gathers: Recent[str, Gather | None] = Recent(_KNOWN_UNITS)
 
@@ -252,3 +258,11 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
             "`kpu-cache extract`"
         )
     return Cache(storage, plan)
+
+
+def _kept_open() -> int:
+    """How many shards each cache keeps open: together not many more than a quarter of the files a process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _OPEN_SHARDS
+    return max(1, min(_OPEN_SHARDS, limit // 4 // len(_caches)))

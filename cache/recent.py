@@ -10,9 +10,12 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The `size` values used last, made on demand. Two threads may make the same value at once; neither waits."""
+    """The values used last, made on demand. Two threads may make the same value at once; neither waits.
 
-    def __init__(self, size: int) -> None:
+    `size` is how many are kept; a function is asked whenever one is added.
+    """
+
+    def __init__(self, size: int | Callable[[], int]) -> None:
         self._size, self._values, self._lock = size, OrderedDict[K, V](), Lock()
 
     def get(self, key: K, make: Callable[[K], V]) -> V:
@@ -24,6 +27,7 @@ class Recent(Generic[K, V]):
         value = make(key)
         with self._lock:
             self._values[key] = value
-            while len(self._values) > self._size:
+            size = self._size if isinstance(self._size, int) else self._size()
+            while len(self._values) > size:
                 self._values.popitem(last=False)
         return value

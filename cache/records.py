@@ -1,7 +1,7 @@
 """Reading commit records, and the masks in them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -35,6 +35,17 @@ def committed_units(storage: Storage, folder: str, units: int) -> Mask:
     found = [unit for name in names if (match := _NAME.fullmatch(name)) and (unit := int(match[1])) < units]
     committed[found] = True
     return committed
+
+
+def units_left(storage: Storage, plan: Plan, teachers: Iterable[str]) -> dict[str, Mask]:
+    """By teacher, which units it has not committed, bool [units], from the listings alone."""
+    return {name: ~committed_units(storage, layout.teacher(name), plan.units) for name in teachers}
+
+
+def count_rows(plan: Plan, units: Mask) -> int:
+    """How many rows the units that are marked in `units`, bool [units], have together."""
+    lacking = plan.units * plan.unit_rows - plan.rows  # in the last unit
+    return int(np.count_nonzero(units)) * plan.unit_rows - lacking * int(units[-1])
 
 
 def load_record(storage: Storage, plan: Plan, teacher: str, unit: int) -> UnitRecord:

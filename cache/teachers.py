@@ -146,23 +146,27 @@ def encoding_fingerprint(grids: dict[str, Grid]) -> str:
 
 
 def check_same(published: TeacherSpec, spec: TeacherSpec) -> None:
-    """Compare a teacher as published with one about to be added under its name; where weights lie may differ.
+    """Compare a teacher as published with one about to be added under its name.
 
     Raises:
         MismatchError: naming each field that differs.
     """
+    if differences := list_differences(published, spec):
+        raise MismatchError(
+            f"teacher {spec.name!r} stands in this cache and was made otherwise: {'; '.join(differences)}. "
+            "Use the same settings, or add this one under a new teacher name"
+        )
+
+
+def list_differences(published: TeacherSpec, spec: TeacherSpec) -> list[str]:
+    """Each field in which two teachers differ, with both values; where weights lie may differ."""
 
     def fields(value: TeacherSpec) -> dict[str, Any]:
         flat = {**value.model_dump(mode="json", exclude={"weights"}), "model": value.model_part["model"]}
         flat["outputs"] = {output.pop("name"): output for output in flat["outputs"]}
         return flat
 
-    differences = list(_differences(fields(published), fields(spec), ""))
-    if differences:
-        raise MismatchError(
-            f"teacher {spec.name!r} stands in this cache and was made otherwise: {'; '.join(differences)}. "
-            "Use the same settings, or add this one under a new teacher name"
-        )
+    return list(_differences(fields(published), fields(spec), ""))
 
 
 def _differences(published: dict[str, Any], found: dict[str, Any], prefix: str) -> Iterator[str]:

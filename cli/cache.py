@@ -91,9 +91,10 @@ def retry_failed(cache: CachePath, as_json: Json = False) -> None:
     """Try again the units that failed, each with the configuration of the latest run in which it failed."""
     from cli.show import show_summary, summary_json
     from pipeline.config import validate_config
+    from pipeline.paths import absolute
     from pipeline.retry import failed_runs
 
-    out = cache if "://" in cache else str(Path(cache).absolute())
+    out = absolute(cache)
     runs = failed_runs(cache)
     summaries = []
     for run, units in runs:

@@ -26,20 +26,22 @@ from trainer.resident import Rows
 def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch) -> Fetch:
     """A `fetch` that runs the teachers of `corpus` on the images of the rows, with the views that were extracted.
 
-    Which rows are masked is the caches' word; images come from `fetch` where the student needs them. What it stores is
-    raw, float32 on the teachers' device.
+    Which rows are masked is the caches' word. What it stores is raw, float32 on the teachers' device.
 
     Raises:
         ConfigError: the images are not where a cache, or `images.root`, says.
         TeacherError: a teacher does not load.
         MismatchError: a teacher is not the one that was extracted.
     """
-    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
     parts = [_Live(corpus, number, config, device) for number in range(len(corpus.caches))]
-    threads = torch.get_num_threads()  # a new thread would take its own number
+    threads = torch.get_num_threads()  # a new thread would take its own number, and the first GPU
 
     def run(rows: Rows, epochs: Rows) -> HostBatch:
         torch.set_num_threads(threads)
+        if cuda:
+            torch.cuda.set_device(device)
         batch = fetch(rows, epochs)
         stored: dict[tuple[int, str, str], Tensor] = {}
         for number, places in batch.parts:

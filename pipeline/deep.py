@@ -36,7 +36,7 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
     problems = list(report.problems)
     config = _config(cache, path)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    worker = Worker(WorkerSetup(config, shipped, _source(cache), cache.plan.threads, "verify"))
+    worker = Worker(WorkerSetup(config, shipped, _source(cache), "verify"), cache.plan.threads)
     try:
         for description in worker.describe():
             standing = cache.teachers[description.spec.name].spec

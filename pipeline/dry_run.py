@@ -3,13 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 
-from cache import layout
-from cache.commits import committed_units
 from cache.listing import listed_rows
 from cache.locations import open_storage
+from cache.records import count_rows, units_left
 from cache.sources import Source, open_source
 from cache.spec import Frozen, Plan, TeacherSpec
 from cache.teachers import teacher_names
@@ -71,7 +69,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     shipped = {name: ship(teacher) for name, teacher in loaded.teachers.items()}
     threads = choose_threads(config.executor, standing, observer)
     observer.phase("load", ", ".join(shipped))
-    with open_executor(config.executor, WorkerSetup(loaded, shipped, source.spec, threads, new_run_id())) as executor:
+    with open_executor(WorkerSetup(loaded, shipped, source.spec, new_run_id()), threads, observer) as executor:
         specs = [description.spec for description in executor.call("describe")]
         check_teachers(config, specs)
         observer.phase("plan", f"listing {source.spec.root}")
@@ -112,10 +110,8 @@ def _rows_left(config: ExtractConfig, standing: Plan | None) -> dict[str, int]:
     """By teacher, rows in units that it has not committed; of a cache that does not stand, more than it can have."""
     if standing is None:
         return dict.fromkeys(config.teachers, sys.maxsize)
-    storage = open_storage(config.out)
-    lengths = np.array([len(standing.unit_range(unit)) for unit in range(standing.units)])
-    done = {name: committed_units(storage, layout.teacher(name), standing.units) for name in config.teachers}
-    return {name: int(lengths[~committed].sum()) for name, committed in done.items()}
+    left = units_left(open_storage(config.out), standing, config.teachers)
+    return {name: count_rows(standing, units) for name, units in left.items()}
 
 
 def _list(source: Source, config: ExtractConfig, standing: Plan | None) -> tuple[pa.Table, int]:

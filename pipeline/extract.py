@@ -3,15 +3,17 @@
 Whatever was done before is found in the cache and not done again, so the same call resumes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 
+import numpy as np
+
 from cache import layout
-from cache.commits import committed_units
-from cache.errors import IncompleteError
+from cache.errors import IncompleteError, StorageError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
+from cache.records import Mask, count_rows, units_left
 from cache.sources import open_source
 from cache.spec import Plan
 from cache.storage import Storage
@@ -52,8 +54,8 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     threads = choose_threads(config.executor, standing, observer)
 
     observer.phase("load", ", ".join(shipped))
-    setup = WorkerSetup(config, shipped, source.spec, threads, run_id)
-    with left_as_it_was(config.out), open_executor(config.executor, setup) as executor:
+    setup = WorkerSetup(config, shipped, source.spec, run_id)
+    with left_as_it_was(config.out), open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
         check_teachers(config, [teacher.spec for teacher in teachers])
         loaded = perf_counter()
@@ -61,7 +63,7 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
         storage = open_storage(config.out, create=True)
         with lease(storage, run_id):
             observer.phase("plan", f"listing {source.spec.root}")
-            plan = plan_cache(storage, source, config, [t.spec for t in teachers], threads, run_id)
+            plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id)
             planned = perf_counter()
             collect_garbage(storage, quarantine=False)
 
@@ -70,9 +72,13 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
                 startup = {"load": loaded - begun, "plan": planned - loaded, "calibrate": perf_counter() - planned}
                 run.started(plan, startup)
 
-                _work_off(storage, plan, config, executor, run, observer, units)
+                try:
+                    _work_off(storage, plan, config, executor, run, observer, units)
+                except StorageError as error:
+                    error.exit_code = IncompleteError.exit_code  # the location was sound when the run began
+                    raise
                 failpoint("run.finished")
-                summary = run.finish(remaining_tasks(storage, plan, config, None))
+                summary = run.finish(remaining_tasks(units_left(storage, plan, config.teachers)))
     collect_garbage(storage, quarantine=False)
     observer.end(summary)
     return summary
@@ -88,10 +94,14 @@ def _work_off(
     units: frozenset[int] | None,
 ) -> None:
     """Run every pending unit; stop early where nothing succeeds any more."""
-    remaining = sum(len(plan.unit_range(task.unit)) for task in remaining_tasks(storage, plan, config, units))
-    observer.begin(total=plan.rows, pending=remaining, workers=executor.workers)
+    left = units_left(storage, plan, config.teachers)
+    if units is not None:
+        wanted = np.isin(np.arange(plan.units), list(units))
+        left = {name: missing & wanted for name, missing in left.items()}
+    pending = count_rows(plan, np.logical_or.reduce(list(left.values())))
+    observer.begin(total=plan.rows, pending=pending, workers=executor.workers)
     in_a_row = 0
-    for report in executor.run(remaining_tasks(storage, plan, config, units)):
+    for report in executor.run(_looked_up(storage, remaining_tasks(left))):
         run.record(report)
         observer.report(report)
         in_a_row = in_a_row + 1 if report.failures else 0
@@ -101,17 +111,16 @@ def _work_off(
             )
 
 
-def remaining_tasks(
-    storage: Storage, plan: Plan, config: ExtractConfig, units: frozenset[int] | None
-) -> Iterator[Task]:
-    """Tasks that are left, in order of units; each is looked up again when drawn: another driver may have done it."""
-    folders = {name: layout.teacher(name) for name in config.teachers}
-    done = {name: committed_units(storage, folder, plan.units) for name, folder in folders.items()}
-    for unit in range(plan.units) if units is None else sorted(units):
-        missing = tuple(
-            name
-            for name, folder in folders.items()
-            if not done[name][unit] and storage.size(layout.commit(folder, unit)) is None
-        )
+def remaining_tasks(left: Mapping[str, Mask]) -> Iterator[Task]:
+    """Tasks that are left, in order of units; `left` are, by teacher, the units that it has not committed."""
+    for unit in np.flatnonzero(np.logical_or.reduce(list(left.values()))).tolist():
+        yield Task(unit, tuple(name for name, missing in left.items() if missing[unit]))
+
+
+def _looked_up(storage: Storage, tasks: Iterable[Task]) -> Iterator[Task]:
+    """`tasks` without what another driver has committed since the listing; each is looked up when it is drawn."""
+    for task in tasks:
+        commits = {name: layout.commit(layout.teacher(name), task.unit) for name in task.teachers}
+        missing = tuple(name for name, commit in commits.items() if storage.size(commit) is None)
         if missing:
-            yield Task(unit, missing)
+            yield Task(task.unit, missing)

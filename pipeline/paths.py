@@ -13,7 +13,8 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """An absolute form of a local path or glob, without resolving links; a URL stays as it is."""
+    """An absolute form of a local path, `file://` URL or glob, without resolving links; other URLs stay as they are."""
+    path = path.removeprefix("file://")  # all that fsspec takes away: percent signs mean themselves
     return path if is_url(path) else os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from cache.cores import usable_cores
 from cache.errors import MismatchError
 from cache.listing import listed_rows
 from cache.plans import load_plan, publish_plan
@@ -24,18 +23,16 @@ SMALLEST_UNIT, LARGEST_UNIT = 64, 4096
 UNITS_WANTED = 16
 
 
-def choose_threads(config: ExecutorConfig, standing: Plan | None, observer: Observer) -> int:
-    """CPU threads of one worker: those of the plan, so that a resumed cache has the same bits."""
-    wanted = usable_cores() if config.threads == "auto" else config.threads
-    if standing is None or standing.threads == wanted:
-        return wanted
+def choose_threads(config: ExecutorConfig, standing: Plan | None, observer: Observer) -> int | None:
+    """CPU threads of one worker: those of the plan, so that a resumed cache has the same bits; None: the executor's."""
     if config.threads == "auto":
-        return standing.threads
-    observer.warn(
-        f"executor.threads: this cache was begun with {standing.threads} threads; with {wanted} its values may differ "
-        "from those by rounding (never by more than one grid step)"
-    )
-    return wanted
+        return None if standing is None else standing.threads
+    if standing is not None and standing.threads != config.threads:
+        observer.warn(
+            f"executor.threads: this cache was begun with {standing.threads} threads; with {config.threads} its "
+            "values may differ from those by rounding (never by more than one grid step)"
+        )
+    return config.threads
 
 
 def choose_unit_rows(rows: int, teachers: Sequence[TeacherSpec]) -> int:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from socket import gethostname
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cache.codecs import Grid, calibrated, make_grid
 from cache.commits import load_images, publish_images, publish_unit
@@ -26,7 +28,7 @@ from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.sources import source_reader
 from cache.spec import ImageStatus, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator, Statistics
-from cache.teachers import PublishedTeacher, load_teacher
+from cache.teachers import PublishedTeacher, list_differences, load_teacher
 from pipeline.collect import Computed
 from pipeline.config import ExtractConfig
 from pipeline.device import choose_device
@@ -35,6 +37,7 @@ from pipeline.measure import Measurement, encoded_sizes, measurement
 from pipeline.quantise import DeviceGrid
 from pipeline.reports import Failure, Stopwatch, Task, UnitReport
 from pipeline.teachers import ShippedTeacher
+from pipeline.teachers.backbone import reason
 
 T = TypeVar("T")
 
@@ -46,7 +49,6 @@ class WorkerSetup:
     config: ExtractConfig
     teachers: dict[str, ShippedTeacher]
     source: SourceSpec
-    threads: int
     run: str
 
 
@@ -59,20 +61,20 @@ class Description:
 
 
 class Worker:
-    """Frozen teachers on one device, and the cache that they fill."""
+    """Frozen teachers on one device, and the cache that they fill; `threads` is of the CPU."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, threads: int) -> None:
         self._setup = setup
         self._config = setup.config
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="worker")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="worker")
         self._engine = self._on_device(
             lambda: Engine(
                 setup.config,
                 setup.teachers,
                 source_reader(setup.source),
                 device=choose_device(),
-                threads=setup.threads,
+                threads=threads,
                 pool=self._pool,
             )
         )
@@ -81,7 +83,14 @@ class Worker:
         self._plan: Plan | None = None
 
     def _on_device(self, work: Callable[[], T]) -> T:
-        return self._device_thread.submit(work).result()
+        try:
+            return self._device_thread.submit(work).result()
+        except torch.OutOfMemoryError as error:  # a forward pass says so itself, with its batch
+            raise TeacherError(
+                f"teachers {', '.join(self._config.teachers)}: they and a batch of {self._config.executor.batch_size} "
+                "do not fit into the device's memory together; use a smaller executor.batch_size, more of the GPU for "
+                f"each worker, or extract fewer teachers at a time ({reason(error)})"
+            ) from error
 
     def stop(self) -> None:
         """Give up computing after the batch in hand; what is computed is still committed."""
@@ -161,15 +170,15 @@ class Worker:
         return {output: calibrated(total, codec) for output, total in totals.items()}
 
     def _prepare(self, name: str) -> None:
-        """Read back how the teacher was calibrated, and hold the weights loaded here against it."""
+        """Read back how the teacher was calibrated, and hold what was loaded here against it."""
         if name in self._published:
             return
         published = load_teacher(self._storage, self._open(), name)
-        here = self._engine.teachers[name].weights_digest
-        if here != published.spec.weights_digest:
+        here = self._engine.teachers[name].spec(self._config.codec_of(name), self._config.format)
+        if differences := list_differences(published.spec, here):
             raise TeacherError(
-                f"teacher {name!r}: the weights loaded here have digest {here}, the cache was made with "
-                f"{published.spec.weights_digest}; give every worker the same weights"
+                f"teacher {name!r} was loaded otherwise on {gethostname()} than the cache was begun with: "
+                f"{'; '.join(differences)}; give every worker the same weights, packages and kind of device"
             )
         self._grids[name] = self._on_device(partial(self._engine.device_grids, published.grids, published.statistics))
         self._published[name] = published

@@ -16,9 +16,11 @@ from typing import Any, Final
 import numpy as np
 from scipy.stats import t as student_t
 
-from cache.errors import ConfigError, IncompleteError, KpuError
+from cache.errors import ConfigError, IncompleteError, KpuError, MismatchError
+from trainer.corpus import Corpus, choose_outputs
 from trainer.files import replace_file, write_error
-from trainer.loop import fit
+from trainer.loop import fit, settle_teachers
+from trainer.resident import free_memory
 from trainer.runs import RunFolder
 from trainer.sweeps import Sweep, Trial, name_of
 
@@ -67,6 +69,7 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
 
     Raises:
         ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster.
+        MismatchError: a training of another sweep stands in the folder of one of this; nothing was changed.
         IncompleteError: some trainings failed; those that ended are kept.
     """
     try:
@@ -75,7 +78,7 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
         raise write_error(error, sweep.out) from error
     if sweep.executor == "ray":
         sweep = replace(sweep, trials=tuple(map(_on_own_cores, sweep.trials)))
-    waiting = [trial for trial in sweep.trials if _summary(sweep, trial) is None]
+    waiting = [trial for trial in sweep.trials if not _ended(sweep, trial)]
     say = tell or (lambda _: None)
     say(f"{len(sweep.trials)} trainings: {len(sweep.cells)} cells, {len(sweep.seeds)} seeds, {len(waiting)} to do")
     failures = _by_ray(sweep, waiting, address) if sweep.executor == "ray" else _inline(sweep, waiting, say)
@@ -89,9 +92,9 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
 
 
 def compare(sweep: Sweep, figures: list[dict[str, float]]) -> list[Row]:
-    """The table of `figures`, one mapping for each of `sweep.trials`."""
+    """The table of `figures`, one mapping for each of `sweep.trials`; NaN where a cell lacks a figure of another."""
     rows = []
-    for figure in figures[0]:
+    for figure in dict.fromkeys(figure for found in figures for figure in found):
         values = np.full((len(sweep.cells), len(sweep.seeds)), np.nan)
         for trial, found in zip(sweep.trials, figures, strict=True):
             values[trial.cell, sweep.seeds.index(trial.seed)] = found.get(figure, np.nan)
@@ -122,11 +125,18 @@ def reach(differences: "np.ndarray[Any, Any]") -> float:
     return float(student_t.ppf((1 + LEVEL) / 2, count - 1) * differences.std(ddof=1) / math.sqrt(count))
 
 
-def run_trial(trials: list[tuple[Trial, Path]], number: int) -> str | None:
-    """Begin a training, or go on with it; why it failed, None where it did not."""
+def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1) -> str | None:
+    """Begin a training, or go on with it; why it failed, None where it did not.
+
+    `beside` trainings, this one included, share the memory of this machine.
+    """
     trial, path = trials[number]
+    config = trial.config
+    if beside > 1 and config.loader.memory == "auto":
+        loader = config.loader.model_copy(update={"memory": free_memory(beside)})
+        config = config.model_copy(update={"loader": loader})
     try:
-        fit(trial.config, path, resume=RunFolder(path).begun)
+        fit(config, path, resume=RunFolder(path).begun)
     except KpuError as error:
         return str(error)
     return None
@@ -163,12 +173,23 @@ def _on_own_cores(trial: Trial) -> Trial:
     return replace(trial, config=trial.config.model_copy(update={"threads": 1}))
 
 
-def _summary(sweep: Sweep, trial: Trial) -> dict[str, Any] | None:
-    """How a training ended; None where it has not, or was done with another configuration."""
+def _ended(sweep: Sweep, trial: Trial) -> bool:
+    """Whether a training has ended.
+
+    Raises:
+        MismatchError: what stands in its folder was begun with another configuration or other caches.
+    """
     run = RunFolder(sweep.out / trial.name)
     if not run.begun:
-        return None
-    return None if run.changes(trial.config) else run.summary()
+        return False
+    config = settle_teachers(trial.config, run.path, resume=True)
+    difference = run.difference(config, Corpus(config.caches, choose_outputs(config), config.base))
+    if difference is not None:
+        raise MismatchError(
+            f"out: {run.path}: expected the training of {name_of(sweep.cells[trial.cell])} with seed {trial.seed}, "
+            f"found another: {difference}; choose another `out`"
+        )
+    return run.summary() is not None
 
 
 def _figures(sweep: Sweep, trial: Trial) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from cache.settings import Section, override, read_yaml, validate
 
 Text = Annotated[str, Field(min_length=1)]
+Target = Annotated[str, Field(pattern="^(global|patch)$")]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,14 +22,14 @@ _WEIGHT = "a number from 0"
 _SHARE = "a number from 0 to 1"
 _NAMES = "a list of names"
 
-_HOW: Final = {"caches": "CACHE... or caches"}
+_HOW: Final = {"caches": "--cache PATH or caches"}
 
 
 class StudentConfig(Section):
     """What is trained. `side` needs the cached base alone; `frozen` is the base itself, a control.
 
-    `layers` are further outputs of the base that a side student reads; `width` and `depth` are those of the adapter
-    (channels; blocks). `merge` says how base and adapter become one; `auto` is `concat` for side students.
+    `layers` are further outputs of the base that a side student reads, and no other; `width` and `depth` are those of
+    the adapter (channels; blocks). `merge` says how base and adapter become one; `auto` is `concat` for side students.
     `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`; null stands for the base's own;
     `weights` is a file, `random` or null for the model's own.
     """
@@ -49,9 +50,12 @@ class StudentConfig(Section):
         return self.merge == "concat" or (self.merge == "auto" and self.kind == "side")
 
     @model_validator(mode="after")
-    def _model_belongs_to_images(self) -> "StudentConfig":
-        if self.model is not None and self.kind in ("side", "frozen"):
-            raise ValueError(f"expected no model with kind {self.kind}, found {self.model!r}; remove it")
+    def _keys_belong_to_kinds(self) -> "StudentConfig":
+        for key, value in (("model", self.model), ("weights", self.weights)):
+            if value is not None and self.kind in ("side", "frozen"):
+                raise ValueError(f"expected no {key} with kind {self.kind}, found {value!r}; remove it")
+        if self.layers and self.kind != "side":
+            raise ValueError(f"expected no layers with kind {self.kind}, found {list(self.layers)}; remove them")
         if self.model is None and self.kind == "full":
             raise ValueError("expected a model with kind full, found null; give timm:<model>")
         return self
@@ -88,7 +92,7 @@ class LossConfig(Section):
 
 
 class UnifyConfig(Section):
-    """The shared latent space. `untrained` is a placebo: the same loss with maps that never learned.
+    """The shared latent space; with a `weight` of 0 it is off. `untrained` is a placebo: maps that never learned.
 
     `steps` are the batches that `pretrained` learns on; `pca` fits on as many rows as `pca_rows`. `reconstruction`,
     `variance` and `covariance` weigh the terms of the maps' own objective.
@@ -130,8 +134,8 @@ class BalanceConfig(Section):
 class OptimConfig(Section):
     """Optimiser and cosine schedule. `name` and `lr` auto depend on the kind of student.
 
-    `warmup` is a share of all steps; `ema` a half-life in rows, 0 for none. `accumulate` batches make one step; `clip`
-    is the largest gradient norm, 0 for none.
+    `warmup` is a share of all steps; `ema` the half-life of the weights' moving average in rows, 0 for none.
+    `accumulate` batches make one step; `clip` is the largest gradient norm, 0 for none.
     """
 
     name: Literal["adamw", "muon"] | Auto = Field(default="auto", description="adamw, muon or auto")
@@ -143,6 +147,16 @@ class OptimConfig(Section):
     ema: NotNegative = Field(default=0.0, description=_WEIGHT)
     accumulate: Positive = Field(default=1, description=_COUNT)
 
+    @field_validator("ema")
+    @classmethod
+    def _half_life(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(
+                f"expected a half-life in rows, 0 for none, found {value}; give a number of rows such as 100000, not "
+                "a decay"
+            )
+        return value
+
 
 class OrderConfig(Section):
     """In which order rows come; `window` is how many units `windowed` mixes."""
@@ -152,7 +166,7 @@ class OrderConfig(Section):
 
 
 class ImagesConfig(Section):
-    """For students that need images. `root` stands in for the root that the cache remembers; `size` in pixels."""
+    """For students that need images. `root` stands in for the folder or URL of the images that the cache remembers."""
 
     root: Text | None = Field(default=None, description="a path or URL, or null")
 
@@ -176,12 +190,15 @@ class LogConfig(Section):
 
 
 class TrainConfig(Section):
-    """Everything `kpu-train fit` needs to know."""
+    """Everything `kpu-train fit` needs to know.
+
+    `compile` has `torch.compile` make the student faster; projectors, shared space and losses run as they are.
+    """
 
     caches: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(description="a list of at least one cache")
     base: Text = Field(description="the name of the general-purpose teacher")
     teachers: tuple[Text, ...] | None = Field(default=None, description=f"{_NAMES}, or null for all")
-    outputs: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+    outputs: Annotated[tuple[Target, ...], Field(min_length=1)] = Field(
         default=("global", "patch"), description="a list of global and patch, or of one of them"
     )
     student: StudentConfig = StudentConfig()

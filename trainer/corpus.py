@@ -110,7 +110,7 @@ class Corpus:
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
             _require(name in self.sources, f"teachers: no cache has {name!r}; found {self._all_names()}")
-        self._shelf, self._pinned = Shelf(memory), pinned
+        self._shelf, self.pinned = Shelf(memory), pinned
 
     @property
     def digest(self) -> str:
@@ -181,7 +181,7 @@ class Corpus:
                 weights[name][torch.from_numpy(places)] = torch.from_numpy(valid.astype(np.float32))
                 for output in self.wanted[name]:
                     array = cache.teachers[name].published.layouts[output]
-                    tensor, values = _empty((len(within), *array.item_shape), array.dtype, pinned=self._pinned)
+                    tensor, values = _empty((len(within), *array.item_shape), array.dtype, pinned=self.pinned)
                     self._shelf.take(cache, name, output, within, values)
                     values[~valid] = 0
                     stored[number, name, output] = tensor

@@ -84,19 +84,23 @@ def loader_threads(device: torch.device, *, images: bool) -> int:
 
 
 class Loader:
-    """Reads batches ahead with threads. `waited` is the seconds that `next` has spent waiting for them."""
+    """Reads batches ahead with threads. `waited` is the seconds that `next` has spent waiting for them.
 
-    def __init__(self, fetch: Fetch, threads: int, ahead: int) -> None:
-        self._fetch, self._ahead = fetch, ahead
+    `targets`, where images take a `fetch` of their own, reads the same rows without them.
+    """
+
+    def __init__(self, fetch: Fetch, threads: int, ahead: int, *, targets: Fetch | None = None) -> None:
+        self._fetch, self._targets, self._ahead = fetch, targets or fetch, ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self.waited = 0.0
 
-    def load(self, drawn: Iterator[Drawn]) -> Iterator[tuple[Drawn, HostBatch]]:
-        """Yield the batches of `drawn` in order. An error of reading is raised at its place."""
+    def load(self, drawn: Iterator[Drawn], *, images: bool = True) -> Iterator[tuple[Drawn, HostBatch]]:
+        """Yield the batches of `drawn` in order, if asked with `images`. An error of reading is raised at its place."""
+        fetch = self._fetch if images else self._targets
         waiting: deque[tuple[Drawn, Future[HostBatch]]] = deque()
         try:
             for batch in drawn:
-                waiting.append((batch, self._pool.submit(self._fetch, batch.rows, batch.epochs)))
+                waiting.append((batch, self._pool.submit(fetch, batch.rows, batch.epochs)))
                 if len(waiting) > self._ahead:
                     yield self._take(waiting)
             while waiting:
@@ -139,20 +143,21 @@ class Upload:
         targets = {}
         for name, outputs in self.corpus.wanted.items():
             # Zero as stored is not zero once standardised, unless the codec counts steps from the centre.
-            masked = torch.nonzero(host.weights[name] == 0).flatten().to(self._device)
+            masked = torch.nonzero(host.weights[name] == 0).flatten()
             targets[name] = {output: self._output(host, name, output) for output in outputs}
             if len(masked):
+                masked = move(masked, self._device)
                 for values in targets[name].values():
                     values.index_fill_(0, masked, 0)
-        weights = {name: self._move(weight) for name, weight in host.weights.items()}
+        weights = {name: move(weight, self._device) for name, weight in host.weights.items()}
         images = None
         if host.images is not None and self._pixels is not None:
-            images = normalise(self._move(host.images), self._pixels)
+            images = normalise(move(host.images, self._device), self._pixels)
         return Batch(host.rows, host.epochs, targets, weights, images)
 
     def _output(self, host: HostBatch, name: str, output: str) -> Tensor:
         pieces = {
-            number: self._standardisers[number, name, output](self._move(host.stored[number, name, output]))
+            number: self._standardisers[number, name, output](move(host.stored[number, name, output], self._device))
             for number, _ in host.parts
             if (number, name, output) in host.stored
         }
@@ -163,10 +168,12 @@ class Upload:
         whole = torch.zeros((len(host.rows), *row), device=self._device)
         for number, places in host.parts:
             if number in pieces:
-                whole[torch.from_numpy(places).to(self._device)] = pieces[number]
+                whole[move(torch.from_numpy(places), self._device)] = pieces[number]
         return whole
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cpu" or tensor.device == self._device:
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in host memory on `device`, which a GPU copies by itself: nobody waits. One that is there stays."""
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # as it is, where it is pinned already

@@ -5,6 +5,7 @@ Letters: n rows asked for, B images of a batch, H and W the height and width of 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -110,10 +111,13 @@ class ImageReader:
 
 def normalise(pixels_BHWC: Tensor, input: InputSpec) -> Tensor:  # noqa: A002
     """(x / 255 - mean) / std per channel of uint8 pixels, as float32 [B, 3, H, W] on their device."""
-    shape = (1, 3, 1, 1)
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pixels_BHWC.device).view(shape)
-        for values in (input.mean, input.std)
-    )
+    mean, std = (_channels(values, pixels_BHWC.device) for values in (input.mean, input.std))
     values = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return values.div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """float32 [1, 3, 1, 1]; made once for a device, since a GPU would be waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

@@ -77,7 +77,8 @@ def fit(
         world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
-            learn_space(model, batches_from(stream, config, loader, upload), world, run, watch, resume=resume)
+            batches = batches_from(stream, config, loader, upload, images=False)
+            learn_space(model, batches, world, run, watch, resume=resume)
         else:
             model.settle_space()
         training = Training(config, model, world, steps)
@@ -173,9 +174,9 @@ def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload:
         MismatchError: naming the teacher and the figure.
     """
     config = training.config
-    if config.unify.mode == "joint":
+    if config.unify.mode == "joint" and training.model.space is not None:
         rows = stream.draw(0, min(GATED_ROWS, stream.rows)).rows
-        gate_space(training.model, batches_of(rows, config.batch_size, loader, upload))
+        gate_space(training.model, batches_of(rows, config.batch_size, loader, upload, images=False))
 
 
 def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:
@@ -239,9 +240,11 @@ def draw_batches(stream: Stream, config: TrainConfig, position: int, share: slic
         yield Drawn(drawn.rows[share], drawn.epochs[share], position)
 
 
-def batches_from(stream: Stream, config: TrainConfig, loader: Loader, upload: Upload) -> Iterator[Batch]:
-    """Whole training batches from the beginning, without end."""
-    for _, host in loader.load(draw_batches(stream, config, 0)):
+def batches_from(
+    stream: Stream, config: TrainConfig, loader: Loader, upload: Upload, *, images: bool = True
+) -> Iterator[Batch]:
+    """Whole training batches from the beginning, without end. `images` as for `Loader.load`."""
+    for _, host in loader.load(draw_batches(stream, config, 0), images=images):
         yield upload(host)
 
 
@@ -251,16 +254,17 @@ def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: L
     Raises:
         ConfigError: live targets are asked for where there is nothing to make them with.
     """
-    fetch: Fetch = corpus.fetch
-    if model.student.needs_images:
-        from trainer.pictures import with_images  # decoding is loaded only where it is needed
-
-        fetch = with_images(corpus, model.student, config)
+    targets: Fetch = corpus.fetch
     if config.targets.source == "live":
         if live is None:
             raise ConfigError("targets.source: expected cache, found live; only `kpu-train fit` can run teachers")
-        fetch = live(corpus, config, fetch)
+        targets = live(corpus, config, targets)
+    fetch = targets
+    if model.student.needs_images:
+        from trainer.pictures import with_images  # decoding is loaded only where it is needed
+
+        fetch = with_images(targets, corpus, model.student, config)
     threads = config.loader.threads
     if threads == "auto":
         threads = loader_threads(next(model.parameters()).device, images=model.student.needs_images)
-    return Loader(fetch, threads, config.loader.ahead)
+    return Loader(fetch, threads, config.loader.ahead, targets=targets)

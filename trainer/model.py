@@ -2,8 +2,8 @@
 
     L = sum_t c_t (L_s2t(t) + lu L_t2s(t)) / sum_t c_t + lk L_keep
 
-per row, then averaged over rows by weight (DESIGN section 7 of the project, after KPU, arXiv 2508.14707). A row that a
-teacher masks counts for the others only.
+per row, then averaged over rows by weight (`docs/architecture.md`, after KPU, arXiv 2508.14707). A row that a teacher
+masks counts for the others only.
 
 Letters: B rows of a batch, N teachers, D channels of the base.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.corpus import Source
-from trainer.data import Batch
+from trainer.data import Batch, move
 from trainer.objective.balance import coefficients, uniforms
 from trainer.objective.losses import row_loss, weighted_mean
 from trainer.objective.normalize import Normalizer, make_normalizer
@@ -122,7 +122,7 @@ class Inheritance(nn.Module):
         valid_BN = torch.stack([batch.weights[name] for name in names], dim=1)
         space: dict[str, Tensor] = {}
         total_BN, back_BN = direct_BN, None
-        if self.space is not None and config.unify.weight > 0:
+        if self.space is not None:
             latent = {o: self.readout[_key(o)](z) if _key(o) in self.readout else z for o, z in features.items()}
             standardised = {name: {o: batch.targets[name][o] for o in config.outputs} for name in names}
             if config.unify.mode == "joint" and self.training:
@@ -136,7 +136,7 @@ class Inheritance(nn.Module):
         count_BN = self._coefficients(batch, direct_BN.detach(), valid_BN)
         share_BN = count_BN / count_BN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         any_B = valid_BN.amax(dim=1)
-        total = weighted_mean((share_BN * total_BN).sum(dim=1), any_B) + sum(space.values(), torch.zeros(()).to(any_B))
+        total = weighted_mean((share_BN * total_BN).sum(dim=1), any_B) + sum(space.values(), any_B.new_zeros(()))
         keep = self._preserve(features, batch)
         if config.preserve.weight > 0:
             total = total + config.preserve.weight * keep
@@ -155,13 +155,15 @@ class Inheritance(nn.Module):
 
     def _coefficients(self, batch: Batch, losses_BN: Tensor, weights_BN: Tensor) -> Tensor:
         """How much each teacher counts in each row, float32 [B, N]."""
-        randoms_BN = torch.empty(losses_BN.shape, dtype=torch.float64)
+        randoms_BN: Tensor | None = None
         if self.config.balance.name != "uniform":
+            drawn_BN = np.empty(losses_BN.shape)
             for epoch in np.unique(batch.epochs):
                 places = np.flatnonzero(batch.epochs == epoch)
                 drawn = [uniforms(self.config.seed, int(epoch), batch.rows[places], name) for name in self.teachers]
-                randoms_BN[torch.from_numpy(places)] = torch.from_numpy(np.stack(drawn, axis=1))
-        return coefficients(self.config.balance, losses_BN, weights_BN > 0, randoms_BN.to(losses_BN.device))
+                drawn_BN[places] = np.stack(drawn, axis=1)
+            randoms_BN = move(torch.from_numpy(drawn_BN), losses_BN.device)
+        return coefficients(self.config.balance, losses_BN, weights_BN > 0, randoms_BN)
 
     def _preserve(self, features: Features, batch: Batch) -> Tensor:
         """How far the student is from the base, channel for channel; 0 where the base is a part of it as it is."""

@@ -4,13 +4,11 @@ timm orthogonalises each by itself, in bfloat16. Most launches of a training ste
 a processor without bfloat16 arithmetic spends most of a step on emulating it (`docs/decisions.md`).
 """
 
-from typing import Any, Final
+from typing import Any
 
 import timm.optim.muon as timm_muon
 import torch
 from torch import Tensor
-
-_COEFFICIENTS: Final[Any] = timm_muon._COEFFICIENTS["quintic"]
 
 
 class Muon(timm_muon.Muon):
@@ -25,7 +23,7 @@ class Muon(timm_muon.Muon):
         for group in self.param_groups:
             alike: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is not None and timm_muon._is_suitable_for_muon(parameter):
+                if parameter.grad is not None and self._is_matrix(parameter):
                     rows = parameter.shape[0]
                     alike.setdefault((rows, parameter.numel() // rows), []).append(parameter)
             for shape, parameters in alike.items():
@@ -41,7 +39,7 @@ class Muon(timm_muon.Muon):
         orthogonal = timm_muon.zeropower_via_newtonschulz(
             torch.stack([update.reshape(shape) for update in updates]),
             group["ns_steps"],
-            _COEFFICIENTS,
+            timm_muon.resolve_ns_coefficients(group["ns_coefficients"], timm_muon._COEFFICIENTS),
             eps=group["eps"],
             dtype=torch.bfloat16 if parameters[0].is_cuda else torch.float32,
         ).float()
@@ -52,10 +50,16 @@ class Muon(timm_muon.Muon):
         for parameter in parameters:
             parameter.grad = None
 
+    def _is_matrix(self, parameter: Tensor) -> bool:
+        """Whether `parameter` is a matrix or a filter bank, which timm, too, remembers in its state."""
+        state = self.state[parameter]
+        if "use_muon" not in state:
+            state["use_muon"] = timm_muon._is_suitable_for_muon(parameter)
+        return bool(state["use_muon"])
+
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["use_muon"] = True
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         return buffer

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
 import torch
 
 from trainer.config import TrainConfig
@@ -16,8 +15,8 @@ from trainer.students import Student
 _THREADS: Final = 1  # each loader thread decodes its own batch
 
 
-def with_images(corpus: Corpus, student: Student, config: TrainConfig) -> Fetch:
-    """A `fetch` that adds uint8 pixels [B, H, W, 3] as `student.input` wants them; masked rows are black.
+def with_images(fetch: Fetch, corpus: Corpus, student: Student, config: TrainConfig) -> Fetch:
+    """`fetch` with uint8 pixels [B, H, W, 3] added, as `student.input` wants them; masked rows are black.
 
     Raises:
         ConfigError: a source is not where its cache, or `images.root`, says.
@@ -26,11 +25,12 @@ def with_images(corpus: Corpus, student: Student, config: TrainConfig) -> Fetch:
     height, width = student.input.size
     readers = [ImageReader(cache, student.input, root=config.images.root, threads=_THREADS) for cache in corpus.caches]
 
-    def fetch(rows: Rows, epochs: Rows) -> HostBatch:
-        batch = corpus.fetch(rows, epochs)
-        pixels = np.zeros((len(rows), height, width, 3), np.uint8)
+    def fetch_both(rows: Rows, epochs: Rows) -> HostBatch:
+        batch = fetch(rows, epochs)
+        images = torch.empty((len(rows), height, width, 3), dtype=torch.uint8, pin_memory=corpus.pinned)
+        pixels = images.numpy()
         for number, places in batch.parts:
             pixels[places], _ = readers[number].load(rows[places] - corpus.starts[number])
-        return replace(batch, images=torch.from_numpy(pixels))
+        return replace(batch, images=images)
 
-    return fetch
+    return fetch_both

@@ -50,13 +50,18 @@ def check_student(model: Inheritance, spec: TeacherSpec, batches: Iterator[Batch
 
 
 def prepare_space(model: Inheritance, batches: Iterator[Batch], watch: Watch | None = None) -> dict[str, float] | None:
-    """Bring the space of `model` to where the student may lean on it; what the gates measured, None without a space.
+    """Bring the space of `model` to where the student may lean on it; what the gates measured, None where they do not.
+
+    A space of the base alone has nothing to learn.
 
     Raises:
         MismatchError: a teacher's map collapsed, or lost the base.
     """
     space, config = model.space, model.config.unify
     if space is None or config.mode == "joint":
+        return None
+    if not space.specialists:
+        space.freeze()
         return None
     if config.mode == "pca":
         count = -(-config.pca_rows // model.config.batch_size)

@@ -4,6 +4,7 @@ The only module of the trainer that knows Ray. Every process runs `trainer.loop.
 """
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -31,8 +32,8 @@ OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
 _POLL_SECONDS: Final = 0.5
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-Trial = Callable[[int], str | None]
-"""Does the trial of a number; why it failed, None where it did not."""
+Trial = Callable[[int, int], str | None]
+"""Does the trial of a number, with so many at once on its machine; why it failed, None where it did not."""
 
 
 def fit_with_ray(
@@ -93,7 +94,8 @@ def run_trials(trial: Trial, count: int, *, storage: Path, address: str | None, 
     """
     with connected(address, threads) as folder:
         gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        trainable = tune.with_resources(_Tried(trial, folder), {"cpu": threads, "gpu": gpu})
+        beside = min(count, _at_once(threads, gpu))
+        trainable = tune.with_resources(_Tried(trial, folder, beside), {"cpu": threads, "gpu": gpu})
         tuner = tune.Tuner(
             trainable,
             param_space={"number": tune.grid_search(list(range(count)))},
@@ -111,13 +113,20 @@ def run_trials(trial: Trial, count: int, *, storage: Path, address: str | None, 
 class _Tried:
     """A trial as Ray Tune calls it."""
 
-    def __init__(self, trial: Trial, folder: Path) -> None:
-        self._trial, self._folder = trial, folder
+    def __init__(self, trial: Trial, folder: Path, beside: int) -> None:
+        self._trial, self._folder, self._beside = trial, folder, beside
         self.__name__ = "trial"
 
     def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
         _enter(self._folder)
-        return {"failure": self._trial(values["number"]) or ""}
+        return {"failure": self._trial(values["number"], self._beside) or ""}
+
+
+def _at_once(threads: int, gpu: int) -> int:
+    """How many trials one machine of the cluster has room for, at most."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    rooms = [min(m.get("CPU", 0) // threads, m.get("GPU", 0) // gpu if gpu else math.inf) for m in machines]
+    return max(1, int(max(rooms, default=1)))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from cache import Cache
 from cache.errors import ConfigError, CorruptError, MismatchError
 from cache.spec import TeacherSpec
 from cache.statistics import dump_statistics, load_statistics
@@ -63,10 +64,10 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
-        """Begin a run.
+        """Begin a run. Paths of caches are kept absolute: what is done with the run may be called from elsewhere.
 
         Raises:
-            ConfigError: something stands at `path` already.
+            ConfigError: something stands at `path` already, or two paths are those of one cache.
             StorageError: it cannot be written there.
         """
         run = RunFolder(path)
@@ -74,6 +75,10 @@ class RunFolder:
             raise ConfigError(f"out: {path}: a run stands there; continue it with --resume, or choose another folder")
         if path.exists() and (not path.is_dir() or any(not _begins(file) for file in path.iterdir())):
             raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
+        paths = tuple(cache.path for cache in corpus.caches)
+        twice = next((cache for cache in paths if paths.count(cache) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"caches: expected each cache once, found {twice} again; remove one")
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,9 +95,11 @@ class RunFolder:
             "teachers": {name: source.spec.model_dump(mode="json") for name, source in sources.items()},
             "seeds": {name: source.seed for name, source in sources.items()},
             "caches": corpus.fingerprints(),
+            "images": [_images_of(cache) for cache in corpus.caches],
         }
         run._write(_SOURCES, _json(document))
-        run._write(_CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        resolved = config.model_copy(update={"caches": paths})
+        run._write(_CONFIG, yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).encode())
         return run
 
     def discard(self) -> None:
@@ -108,28 +115,37 @@ class RunFolder:
             MismatchError: it was begun with another configuration or other caches.
         """
         run = RunFolder(path)
-        changed = run.changes(config)
-        if changed:
-            differences = "; ".join(f"{key}: begun with {was!r}, now {now!r}" for key, (was, now) in changed.items())
-            raise MismatchError(f"{path}: expected the configuration of the run, found {differences}; start a new run")
-        then = [{**cache, "path": ""} for cache in run._sources()["caches"]]
-        now = [{**cache, "path": ""} for cache in corpus.fingerprints()]
-        if then != now:
+        difference = run.difference(config, corpus)
+        if difference is not None:
             raise MismatchError(
-                f"caches: expected those that {path} was begun with, found others (by the digests of their plans and "
-                "teachers); give the same caches, or start a new run"
+                f"{path}: expected what the run was begun with, found {difference}; give the same, or start a new run"
             )
         return run
 
-    def changes(self, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Where `config` would train something else than the run's: by key, what the run has and what `config` has.
+    def difference(self, config: TrainConfig, corpus: Corpus) -> str | None:
+        """Where `config` and the caches of `corpus` would train something else than the run's; None where nowhere.
 
         Raises:
             ConfigError: there is no run here.
         """
         begun, asked = (each.model_dump(mode="json") for each in (self.config(), config))
-        deciding = [key for key in asked if key not in MAY_CHANGE and not (key == "teachers" and asked[key] is None)]
-        return {key: (begun[key], asked[key]) for key in deciding if begun[key] != asked[key]}
+        changed = [key for key in asked if key not in MAY_CHANGE and begun[key] != asked[key]]
+        if changed:
+            return "; ".join(f"{key}: begun with {begun[key]!r}, now {asked[key]!r}" for key in changed)
+        if self.has_caches(corpus):
+            return None
+        then, now = (", ".join(each["path"] for each in caches) for caches in (self._caches(), corpus.fingerprints()))
+        return f"caches: begun with {then}, now {now}, whose plans or teachers are others (by their digests)"
+
+    def has_caches(self, corpus: Corpus) -> bool:
+        """Whether the caches of `corpus` are those that the run was begun with, wherever they are now."""
+        then, now = ([{**each, "path": ""} for each in caches] for caches in (self._caches(), corpus.fingerprints()))
+        return then == now
+
+    def learned_from(self, cache: Cache) -> bool:
+        """Whether the run was begun with the images of a cache: by its plan, or by where and what they are."""
+        plans = {each["plan"] for each in self._caches()}
+        return cache.plan.digest in plans or _images_of(cache) in self._sources().get("images", [])
 
     def config(self) -> TrainConfig:
         """The resolved configuration.
@@ -207,6 +223,11 @@ class RunFolder:
         """Keep the trained model."""
         self._write(MODEL, data)
 
+    def _caches(self) -> list[dict[str, Any]]:
+        """What `Corpus.fingerprints` said when the run was begun."""
+        caches: list[dict[str, Any]] = self._sources()["caches"]
+        return caches
+
     def _sources(self) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads(self._read(_SOURCES))
         return loaded
@@ -240,6 +261,11 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _images_of(cache: Cache) -> list[str]:
+    """Where the images of a cache are, and the digest of what they are called; other caches may be of the same."""
+    return [cache.plan.source.root, cache.plan.fingerprint]
 
 
 def _begins(file: Path) -> bool:

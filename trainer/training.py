@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from cache.errors import TrainingError
@@ -26,7 +27,11 @@ from trainer.world import World
 
 
 class Training:
-    """Model, optimiser, schedule and moving average; `step` counts the steps that are done."""
+    """Model, optimiser, schedule and moving average; `step` counts the steps that are done.
+
+    Where the configuration says `compile`, the student is compiled at its first step; the losses on its features are
+    not, so that each teacher's gradient there can be measured.
+    """
 
     def __init__(self, config: TrainConfig, model: Inheritance, world: World, steps: int) -> None:
         self.config, self.model, self.world, self.steps = config, model, world, steps
@@ -37,12 +42,14 @@ class Training:
         self.average = make_average(model, config.optim, config.batch_size * config.optim.accumulate)
         self.gradient_norm: dict[str, Tensor] = {}
         self._bad = torch.zeros((), dtype=torch.bool, device=world.device)
-        self._forward: Any = torch.compile(model) if config.compile else model
+        if world.size > 1 and world.device.type == "cuda":
+            synchronise(model)
+        if config.compile:
+            model.student.compile()
+        self._forward: Any = model
         if world.size > 1:
             where = [world.device.index] if world.device.type == "cuda" else None
-            if world.device.type == "cuda":
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            self._forward = nn.parallel.DistributedDataParallel(self._forward, where, find_unused_parameters=True)
+            self._forward = nn.parallel.DistributedDataParallel(model, where, find_unused_parameters=True)
 
     def advance(self, batches: Sequence[Batch], *, measure: bool) -> Losses:
         """One step on `batches`, whose gradients are averaged; the losses of the last one.
@@ -112,6 +119,15 @@ class Training:
         kept = self.model if self.average is None else self.average.module
         assert isinstance(kept, Inheritance)
         return kept
+
+
+def synchronise(model: nn.Module) -> None:
+    """Have every batch normalisation within `model` take its statistics over all workers, whose GPUs it needs.
+
+    Parameters, buffers, their names and order stay, and so does the activation that timm's own layers end with. `model`
+    is no such layer itself.
+    """
+    convert_sync_batchnorm(model)
 
 
 def _norms_by_teacher(losses: Losses) -> dict[str, Tensor]:

@@ -79,8 +79,7 @@ def decode_image(data: bytes) -> Image.Image | ImageStatus:
         with _open(data) as image:
             if image.width * image.height > MAX_PIXELS:
                 return ImageStatus.TOO_LARGE
-            image.load()
-            return _upright(_to_rgb(image), image)
+            return shown_rgb(image)
     except MemoryError:
         raise
     except Image.DecompressionBombError:
@@ -89,6 +88,16 @@ def decode_image(data: bytes) -> Image.Image | ImageStatus:
         return ImageStatus.TRUNCATED if _SIGNATURE.match(data) else ImageStatus.NOT_AN_IMAGE
     except Exception:  # decoders raise nearly anything at broken data: OSError, SyntaxError, struct.error, KeyError ...
         return ImageStatus.TRUNCATED
+
+
+def shown_rgb(image: Image.Image) -> Image.Image:
+    """What `decode_image` makes of the bytes of an image, from the image that Pillow opened, which stays as it is.
+
+    Raises:
+        OSError: it was not loaded yet, and its file is gone or broken.
+    """
+    image.load()
+    return _upright(_to_rgb(image), image)
 
 
 def _decode_npy(data: bytes) -> Image.Image | ImageStatus:
@@ -189,6 +198,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _over_white(image: Image.Image) -> Image.Image:
     transparency = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
+        image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in transparency)  # of a PNG with 16 bits
     rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (255, 255):

@@ -78,7 +78,10 @@ class ParquetListing:
                 keys = pc.binary_join_element_wise(_stem(file), pa.array(rows).cast(pa.string()), ":")
             else:
                 keys = self._keys(file, columns.column(self._key), begin)
-            labels = pa.nulls(length, pa.int64()) if label is None else columns.column(label).cast(pa.int64())
+            labels = pa.nulls(length, pa.int64())
+            if label is not None:
+                wanted = f"{label!r} (data.label)", "integers of 64 bits with a sign"
+                labels = self._cast(file, columns.column(label), pa.int64(), *wanted)
             yield sample_batch("parquet", keys, address, labels)
             begin += length
 
@@ -103,7 +106,18 @@ class ParquetListing:
             raise SourceError(
                 f"{self._files.name(file)}: column {self._key!r} (data.key) is null in row {row}; every row needs a key"
             )
-        return column.cast(pa.string())
+        return self._cast(file, column, pa.string(), f"{self._key!r} (data.key)", "text in UTF-8, or numbers")
+
+    def _cast(self, file: str, column: pa.Array, kind: pa.DataType, name: str, expected: str) -> pa.Array:
+        """A column as `kind`; `name` and `expected` are for the message where it cannot be."""
+        try:
+            return column.cast(kind)
+        except pa.ArrowException as error:
+            found = f"found {column.type} ({str(error).partition(chr(10))[0]})"
+            raise SourceError(
+                f"{self._files.name(file)}: column {name}: expected {expected}, {found}; name another column, or "
+                "write this one anew"
+            ) from None
 
     def _label_column(self, opened: pq.ParquetFile, file: str) -> str | None:
         schema = opened.schema_arrow

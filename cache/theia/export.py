@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.convert import complete_teachers
-from cache.errors import ConfigError, StorageError
+from cache.errors import ConfigError
 from cache.reader import Cache, open_cache
 from cache.theia.names import IMAGE, IMAGES, check_names, extension_of
 from cache.theia.pictures import Pictures, dump_picture
 from cache.theia.tensors import dump_features
-from cache.theia.writer import Column, beside, publish_split, refuse_standing
+from cache.theia.writer import Column, beside, publish_split, refuse_standing, written
 
 _BATCH: Final = 64  # rows in memory at a time
 
@@ -69,10 +69,8 @@ def export_theia(
     cache = open_cache(source)
     names, pictures = _exportable(cache, complete_teachers(cache, teachers)), Pictures(cache, images)
     folder = Path(root).absolute() / dataset
-    try:
+    with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"out: {folder}: cannot be made: {error.strerror}") from None
     refuse_standing(folder, split)
     sizes: set[tuple[int, ...]] = set()
     with beside(folder, split) as place:

@@ -66,7 +66,8 @@ def import_theia(
 
     Raises:
         SourceError: the dataset is not sound; naming tar and member.
-        MismatchError: another cache stands at `out`.
+        MismatchError: another cache stands at `out`, or one of other features: of what is committed already, one row
+            of each tar is compared.
         ConfigError: a model's name cannot be a teacher's.
     """
     check_names(dataset, split)

@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from cache import layout
 from cache.codecs import calibrated
-from cache.commits import EncodedOutput, UnitImages, load_status, publish_images, publish_unit
+from cache.commits import EncodedOutput, UnitImages, agree, load_status, publish_images, publish_unit
 from cache.digests import DIGEST_BYTES, digest_bytes
-from cache.errors import SourceError
+from cache.errors import MismatchError, SourceError
 from cache.fidelity import RowFidelity, measure
 from cache.pixels.decode import decode_image
+from cache.reader import Cache
 from cache.records import committed_units
 from cache.samples import Samples, row_digest
 from cache.shards import encode_shard
@@ -54,9 +55,14 @@ class Passes:
         return publish_teacher(self._storage, self._plan, spec, statistics, None, self._run)
 
     def units(self, teachers: dict[str, PublishedTeacher], readers: dict[str, FeatureReader]) -> tuple[int, int]:
-        """Commit every unit that is not; how many units of teachers that were, and how many rows are masked."""
+        """Commit every unit that is not; how many units of teachers that were, and how many rows are masked.
+
+        Raises:
+            MismatchError: a unit that stands was made from other features than lie in its tars now.
+        """
         streams = {name: self._dataset.entries(reader.model) for name, reader in readers.items()}
         there = {name: committed_units(self._storage, layout.teacher(name), self._plan.units) for name in teachers}
+        cache = Cache(self._storage, self._plan)
         committed = masked = 0
         for unit in range(self._plan.units):
             table = self._samples.unit(unit)
@@ -65,7 +71,9 @@ class Passes:
             for name, teacher in teachers.items():
                 entries = list(islice(streams[name], table.num_rows))
                 self._check_keys(table, entries, readers[name].model)
-                if not there[name][unit]:
+                if there[name][unit]:
+                    self._check_features(cache, unit, teacher, readers[name], entries, valid)
+                else:
                     self._commit(unit, teacher, readers[name], entries, valid, row_digest(table))
                     committed += 1
                 self._advance(table.num_rows)
@@ -110,6 +118,37 @@ class Passes:
                 f"{self._dataset.files.name(model)}: expected the samples that were found at first, found others: its "
                 "tars changed meanwhile; import it again once nobody writes there"
             )
+
+    def _check_features(
+        self,
+        cache: Cache,
+        unit: int,
+        teacher: PublishedTeacher,
+        reader: FeatureReader,
+        entries: Sequence[Entry],
+        valid: npt.NDArray[np.bool_],
+    ) -> None:
+        """Hold a committed unit against the column, by its first valid row in each tar: keys outlive other features."""
+        firsts = {entries[row].tar: row for row in np.flatnonzero(valid)[::-1].tolist()}
+        name, rows = teacher.spec.name, sorted(firsts.values())
+        start = self._plan.unit_range(unit).start
+        if not rows:
+            return
+        for output, features in reader.read([entries[row] for row in rows]).items():
+            grid = teacher.grids[output]
+            standing = cache.read_encoded(name, output, [start + row for row in rows]).values
+            stored = grid.encode(features)
+            for place, row in enumerate(rows):
+                one = slice(place, place + 1)
+                if agree(teacher, output, standing[one], stored[one], valid[row : row + 1]):
+                    continue
+                expected, found = grid.decode(standing[one]).ravel(), features[place].ravel()
+                worst = int(np.abs(expected - found).argmax())
+                raise MismatchError(
+                    f"{self._dataset.place(reader.model, entries[row])}: expected the features that were imported as "
+                    f"row {start + row} of {name}/{output}, found others (value {worst}: {expected[worst]:.6g} became "
+                    f"{found[worst]:.6g}): the column was made anew; restore its tars, or import into another place"
+                )
 
     def _commit(
         self,

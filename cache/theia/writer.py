@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from cache.errors import ConfigError, StorageError
-from cache.localstore import sync_folder
+from cache.localstore import sync_folder, write_error
 from cache.members import TAR_BLOCK, TAR_END, tar_header
 from cache.theia.names import SAMPLES_PER_TAR, SPLITS, is_tar_of, parse_splits, tar_name
 
@@ -20,7 +20,8 @@ class Column:
     """Tars of 1,000 samples in a folder; each is synced to disk once it is full."""
 
     def __init__(self, folder: Path, dataset: str, split: str) -> None:
-        folder.mkdir(parents=True)
+        with written(folder):
+            folder.mkdir(parents=True)
         self._folder, self._dataset, self._split = folder, dataset, split
         self._file: IO[bytes] | None = None
         self.samples = 0
@@ -34,23 +35,29 @@ class Column:
         if error is None:
             self._finish()
         elif self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk refuses the rest of the buffer, too
+                self._file.close()
 
     def add(self, name: str, data: bytes) -> None:
-        """Append the file of the next sample."""
-        if self.samples % SAMPLES_PER_TAR == 0:
-            self._finish()
-            number = self.samples // SAMPLES_PER_TAR
-            self._file = (self._folder / tar_name(self._dataset, self._split, number)).open("xb")
-        assert self._file is not None
-        self._file.write(tar_header(name, len(data)))
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % TAR_BLOCK))
+        """Append the file of the next sample.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with written(self._folder):
+            if self.samples % SAMPLES_PER_TAR == 0:
+                self._finish()
+                number = self.samples // SAMPLES_PER_TAR
+                self._file = (self._folder / tar_name(self._dataset, self._split, number)).open("xb")
+            assert self._file is not None
+            self._file.write(tar_header(name, len(data)))
+            self._file.write(data)
+            self._file.write(bytes(-len(data) % TAR_BLOCK))
         self.samples += 1
 
     def _finish(self) -> None:
         if self._file is not None:
-            with self._file as file:
+            with written(self._folder), self._file as file:
                 file.write(TAR_END)
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,10 +70,12 @@ def beside(folder: Path, split: str) -> Iterator[Path]:
 
     Raises:
         ConfigError: another export is writing this split.
+        StorageError: the dataset's folder cannot be written to.
     """
     place = folder / f".{split}.unfinished"
-    place.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(place, os.O_RDONLY)
+    with written(place):
+        place.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,8 +83,12 @@ def beside(folder: Path, split: str) -> Iterator[Path]:
             raise ConfigError(f"split: {folder}: another export is writing {split!r}; wait for it") from None
         except OSError:  # a file system without locks
             pass
-        for left in place.iterdir():
-            shutil.rmtree(left)
+        with written(place):
+            for left in place.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -87,11 +100,14 @@ def read_splits(folder: Path) -> dict[str, Any]:
 
     Raises:
         CorruptError: it is no JSON object.
+        StorageError: it cannot be read.
     """
     try:
         raw = (folder / SPLITS).read_bytes()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise StorageError(f"cannot read {folder / SPLITS}: {error.strerror}") from error
     return parse_splits(raw, str(folder / SPLITS))
 
 
@@ -119,7 +135,7 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
         StorageError: it cannot be written.
     """
     refuse_standing(folder, split)
-    try:
+    with written(folder):
         for column in columns:
             (folder / column).mkdir(exist_ok=True)
             for tar in sorted((place / column).iterdir()):
@@ -133,8 +149,20 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
                 os.fsync(file.fileno())
             (place / SPLITS).replace(folder / SPLITS)
             sync_folder(folder)
+
+
+@contextmanager
+def written(place: Path) -> Iterator[None]:
+    """Write at or below `place`.
+
+    Raises:
+        FullDiskError: no space is left.
+        StorageError: the operating system refuses; naming the file, or `place`, and why.
+    """
+    try:
+        yield
     except OSError as error:
-        raise StorageError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        raise write_error(error, Path(error.filename or place)) from error
 
 
 @contextmanager

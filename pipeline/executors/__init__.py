@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from pipeline.config import ExecutorConfig
+from pipeline.observers import Observer
 from pipeline.reports import Task, UnitReport
 from pipeline.worker import WorkerSetup
 
 
 class Executor(Protocol):
-    """Runs a worker's methods."""
+    """Runs a worker's methods; `threads` is CPU threads of one worker."""
 
     workers: int
+    threads: int
     gpus_per_worker: float
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -26,12 +27,12 @@ class Executor(Protocol):
         """
 
 
-def open_executor(config: ExecutorConfig, setup: WorkerSetup) -> AbstractContextManager[Executor]:
-    """The executor that `config` names, its workers' teachers loaded."""
-    if config.kind == "ray":
+def open_executor(setup: WorkerSetup, threads: int | None, observer: Observer) -> AbstractContextManager[Executor]:
+    """The executor that the configuration names, its workers' teachers loaded; `threads` None: as many as fit."""
+    if setup.config.executor.kind == "ray":
         from pipeline.executors.ray_actors import RayExecutor  # Ray takes a second to import
 
-        return RayExecutor(config, setup)
+        return RayExecutor(setup, threads, observer)
     from pipeline.executors.inline import InlineExecutor
 
-    return InlineExecutor(setup)
+    return InlineExecutor(setup, threads, observer)

@@ -5,7 +5,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from cache.cores import usable_cores
 from pipeline.device import choose_device
+from pipeline.observers import Observer
 from pipeline.reports import Task, UnitReport
 from pipeline.worker import Worker, WorkerSetup
 
@@ -17,9 +21,12 @@ class InlineExecutor:
 
     workers = 1
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, threads: int | None, observer: Observer) -> None:
+        self.threads = threads or usable_cores()
         self.gpus_per_worker = 0.0 if choose_device() == "cpu" else 1.0
-        self._worker = Worker(setup)
+        if (gpus := torch.cuda.device_count()) > 1:
+            observer.warn(f"executor.kind: inline uses one of the {gpus} GPUs here; --executor ray uses all")
+        self._worker = Worker(setup, self.threads)
 
     def __enter__(self) -> "InlineExecutor":
         return self

@@ -8,16 +8,18 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
-from pipeline.config import ExecutorConfig
-from pipeline.executors.room import count_workers, gpus_per_worker
+from pipeline.executors.room import Nodes, count_by_gpus, count_room, count_workers, gpus_per_worker, threads_per_worker
 from pipeline.executors.signals import stop_signals_kept
+from pipeline.observers import Observer
 from pipeline.reports import Failure, Task, UnitReport
 from pipeline.worker import Worker, WorkerSetup
 
@@ -25,6 +27,9 @@ IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
 OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
 CONNECT_SECONDS = 10
+LOOK_SECONDS = 10.0  # how often the cluster is looked at while no worker runs
+PATIENCE_SECONDS = 600.0  # how long a cluster may be without room for any worker
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # the second is Ray's own killing before the memory is full
 ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
 
 
@@ -73,24 +78,34 @@ class RayExecutor:
     next death is then certain to be its own.
     """
 
-    def __init__(self, config: ExecutorConfig, setup: WorkerSetup) -> None:
-        self._config = config
+    def __init__(self, setup: WorkerSetup, threads: int | None, observer: Observer) -> None:
+        self._config = setup.config.executor
         self._setup = setup
+        self._settled_threads = threads
+        self._observer = observer
         self._cleanup = ExitStack()
         self._seats: list[_Seat] = []
-        self.workers = 0
+        self._homeless_since: float | None = None
+        self.workers = self.threads = 0
         self.gpus_per_worker = 0.0
 
     def __enter__(self) -> "RayExecutor":
         try:
             self._connect()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = _living_nodes()
             self.gpus_per_worker = gpus_per_worker(nodes, self._config)
+            self.threads = self._settled_threads or threads_per_worker(nodes, self._config, self.gpus_per_worker)
             actor_class: Any = ray.remote(ActorWorker)
             self._actor_class = actor_class.options(
-                num_cpus=self._setup.threads, num_gpus=self.gpus_per_worker, max_concurrency=IN_FLIGHT, max_restarts=0
+                num_cpus=self.threads, num_gpus=self.gpus_per_worker, max_concurrency=IN_FLIGHT, max_restarts=0
             )
-            self.workers = count_workers(nodes, self._config, self._setup.threads, self.gpus_per_worker)
+            self.workers = count_workers(nodes, self._config, self.threads, self.gpus_per_worker)
+            wanted = count_by_gpus(nodes, self.gpus_per_worker)
+            if self._config.workers == "auto" and self.workers < wanted:
+                self._observer.warn(
+                    f"executor.threads: the GPUs are enough for {wanted} workers, the CPUs for {self.workers} of "
+                    f"{self.threads} threads each; use fewer threads"
+                )
             self._seats = [self._seat() for _ in range(self.workers)]
         except BaseException:
             self._cleanup.close()
@@ -110,7 +125,9 @@ class RayExecutor:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = self._config.address or os.environ.get("RAY_ADDRESS")
         local = address is None
-        extra: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if local else {}
+        extra: dict[str, Any] = {}
+        if local:
+            extra = {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": usable_cores()}
         self._cleanup.callback(ray.shutdown)
         try:
             if address is not None:
@@ -127,18 +144,71 @@ class RayExecutor:
             raise ConfigError(_not_reached(address, error)) from None
 
     def _seat(self, attempt: int = 1) -> _Seat:
-        actor = self._actor_class.remote(self._setup)
+        actor = self._actor_class.remote(self._setup, self.threads)
         return _Seat(actor, actor.ping.remote(), attempt)
 
     def call(self, method: str, *arguments: Any) -> Any:
+        deaths = 0
         while True:
-            seat = self._seats[0]
+            seat = self._first_to_run()
             try:
                 return ray.get(getattr(seat.actor, method).remote(*arguments))
-            except RayActorError as error:
+            except DEATHS as error:
+                deaths += 1
+                if deaths == DEATHS_ALLOWED:
+                    raise _loading_kills(error) from None
                 self._replace(seat, error)
             except RayError as error:
                 raise _unwrap(error) from None
+
+    def _first_to_run(self) -> _Seat:
+        """Wait until a worker runs."""
+        while True:
+            for seat in self._seats:
+                if seat.ready is None:
+                    return seat
+            self._await({})
+
+    def _await(self, flying: dict[Any, _Seat]) -> tuple[_Seat, Any] | None:
+        """Wait until a unit of `flying` is done, or a worker runs or died before it could; only a unit is returned.
+
+        Raises:
+            IncompleteError: no worker runs, and the cluster has had no room for one for too long.
+        """
+        arriving = {seat.ready: seat for seat in self._seats if seat.ready is not None}
+        done, _ = ray.wait([*flying, *arriving], num_returns=1, timeout=None if flying else LOOK_SECONDS)
+        if not done:
+            self._look_for_room()
+            return None
+        if done[0] in flying:
+            return flying[done[0]], done[0]
+        seat, self._homeless_since = arriving[done[0]], None
+        try:
+            ray.get(done[0])
+            seat.ready = None
+        except DEATHS as error:
+            self._replace(seat, error)
+        except RayError as error:
+            raise _unwrap(error) from None
+        return None
+
+    def _look_for_room(self) -> None:
+        """A worker that no node can hold is never made, and Ray says nothing."""
+        nodes = _living_nodes()
+        if count_room(nodes, self.threads, self.gpus_per_worker):
+            self._homeless_since = None  # it loads its teachers
+            return
+        needed = f"a worker of {self.threads} CPU threads and {self.gpus_per_worker:g} GPUs"
+        if self._homeless_since is None:
+            self._homeless_since = monotonic()
+            self._observer.warn(
+                f"no node of the cluster has room for {needed} any more; waiting {PATIENCE_SECONDS:g} s for one"
+            )
+        elif monotonic() - self._homeless_since > PATIENCE_SECONDS:
+            raise IncompleteError(
+                f"no node of the cluster has had room for {needed} for {PATIENCE_SECONDS:g} s; committed units are "
+                "safe, and the same command resumes once nodes are back"
+            )
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         queue, deaths = _Queue(tasks), Counter[int]()
@@ -148,22 +218,20 @@ class RayExecutor:
             flying = {reference: seat for seat in self._seats for reference in seat.flying}
             if not flying and not queue:
                 return
-            arriving = {seat.ready: seat for seat in self._seats if seat.ready is not None}
-            (done, *_), _ = ray.wait([*flying, *arriving], num_returns=1)
-            seat = flying.get(done) or arriving[done]
+            landed = self._await(flying)
+            if landed is None:
+                continue
+            seat, done = landed
             try:
                 report = ray.get(done)
-            except RayActorError as error:
+            except DEATHS as error:
                 self._replace(seat, error)
                 yield from _last_reports(seat, queue, deaths)
             except RayError as error:
                 raise _unwrap(error) from None
             else:
-                if done == seat.ready:
-                    seat.ready = None
-                else:
-                    del seat.flying[done]
-                    yield report
+                del seat.flying[done]
+                yield report
 
     def _fill(self, seat: _Seat, queue: _Queue, deaths: Counter[int]) -> None:
         """Give a worker that runs its next units: two at most, a suspect only alone."""
@@ -179,21 +247,18 @@ class RayExecutor:
     def _submit(self, seat: _Seat, task: Task) -> None:
         seat.flying[seat.actor.extract.remote(task)] = task
 
-    def _replace(self, seat: _Seat, error: RayActorError) -> None:
+    def _replace(self, seat: _Seat, error: RayError) -> None:
         """Put a new actor in the place of a dead one.
 
         Raises:
             KpuError: the constructor raised it, so the next actor's would too.
             IncompleteError: actors in this place keep dying before they run.
         """
-        if error.actor_init_failed:
+        if isinstance(error, RayActorError) and error.actor_init_failed:
             raise _constructor_error(error) from None
         attempt = 1 if seat.ready is None else seat.attempt + 1
         if attempt > DEATHS_ALLOWED:
-            raise IncompleteError(
-                f"a Ray worker died {DEATHS_ALLOWED} times while it loaded or calibrated the teachers "
-                f"({_detail(error)}); {ADVICE}"
-            ) from None
+            raise _loading_kills(error) from None
         ray.kill(seat.actor)  # where it is only out of reach, it must not go on beside the new one
         self._seats[self._seats.index(seat)] = self._seat(attempt)
 
@@ -203,7 +268,7 @@ def _last_reports(seat: _Seat, queue: _Queue, deaths: Counter[int]) -> Iterator[
     for reference, task in seat.flying.items():
         try:
             yield ray.get(reference)
-        except RayActorError as error:
+        except DEATHS as error:
             deaths[task.unit] += 1
             if deaths[task.unit] < DEATHS_ALLOWED:
                 queue.suspects.append(task)
@@ -212,6 +277,17 @@ def _last_reports(seat: _Seat, queue: _Queue, deaths: Counter[int]) -> Iterator[
             yield UnitReport(task, 0, 0, 0, {}, (Failure(task.unit, None, reason),))
         except RayError as error:
             raise _unwrap(error) from None
+
+
+def _living_nodes() -> Nodes:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _loading_kills(error: RayError) -> IncompleteError:
+    return IncompleteError(
+        f"a Ray worker died {DEATHS_ALLOWED} times while it loaded or calibrated the teachers ({_detail(error)}); "
+        f"{ADVICE}"
+    )
 
 
 def _check_listening(address: str) -> None:

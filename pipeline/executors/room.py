@@ -16,13 +16,33 @@ def gpus_per_worker(nodes: Nodes, config: ExecutorConfig) -> float:
     return 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
 
 
+def threads_per_worker(nodes: Nodes, config: ExecutorConfig, gpus: float) -> int:
+    """CPU threads that leave every GPU a worker, or without GPUs every node one; fewer for `workers` that are more."""
+    shares = [int(node.get("CPU", 0) // max(_by_gpus(node, gpus), 1)) for node in nodes if _by_gpus(node, gpus)]
+    most = max(1, min(shares, default=1))
+    if config.workers == "auto":
+        return most
+    fitting = (threads for threads in range(most, 0, -1) if count_room(nodes, threads, gpus) >= config.workers)
+    return next(fitting, 1)
+
+
+def count_room(nodes: Nodes, threads: int, gpus: float) -> int:
+    """How many workers all nodes can hold."""
+    return sum(_room(node, threads, gpus) for node in nodes)
+
+
+def count_by_gpus(nodes: Nodes, gpus: float) -> int:
+    """How many workers the GPUs are enough for; without GPUs, one a node."""
+    return sum(_by_gpus(node, gpus) for node in nodes)
+
+
 def count_workers(nodes: Nodes, config: ExecutorConfig, threads: int, gpus: float) -> int:
     """As many workers as the nodes can hold, or the number asked for if it fits.
 
     Raises:
         ConfigError: there is no room for one worker, or for as many as asked for: they would be waited for for ever.
     """
-    room = sum(_room(node, threads, gpus) for node in nodes)
+    room = count_room(nodes, threads, gpus)
     wanted = room if config.workers == "auto" else config.workers
     if room < max(wanted, 1):
         raise ConfigError(
@@ -34,12 +54,17 @@ def count_workers(nodes: Nodes, config: ExecutorConfig, threads: int, gpus: floa
 
 
 def _room(node: Mapping[str, float], threads: int, gpus: float) -> int:
-    """How many workers one node can hold; a share of a GPU lies within one GPU."""
+    """How many workers one node can hold."""
     room = int(node.get("CPU", 0) // threads)
+    return min(room, _by_gpus(node, gpus)) if gpus else room
+
+
+def _by_gpus(node: Mapping[str, float], gpus: float) -> int:
+    """How many workers the GPUs of a node are for, a share of a GPU within one GPU; without GPUs, one."""
     if not gpus:
-        return room
+        return 1 if node.get("CPU", 0) >= 1 else 0
     in_node = int(node.get("GPU", 0))
-    return min(room, in_node * int(1 / gpus + 1e-9) if gpus < 1 else int(in_node // gpus))
+    return in_node * int(1 / gpus + 1e-9) if gpus < 1 else int(in_node // gpus)
 
 
 def _described(nodes: Nodes) -> str:

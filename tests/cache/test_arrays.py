@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.arrays import array_layout, array_metadata, group_attributes, group_metadata
+from cache.arrays import array_layout, array_metadata, group_metadata
 from cache.errors import CorruptError
 from cache.shards import ArrayLayout
 
@@ -38,12 +38,6 @@ def test_float32_numbers_survive_exactly() -> None:
     raw = array_metadata(LAYOUTS[0], {"kpu": {"scale": numbers.tolist()}})
     _, attributes = array_layout(raw, "f")
     np.testing.assert_array_equal(np.array(attributes["kpu"]["scale"], np.float32), numbers)
-
-
-def test_group_attributes_come_back() -> None:
-    raw = group_metadata({"kpu": {"format": "kpu-cache", "version": 1}})
-    assert group_attributes(raw, "zarr.json") == {"kpu": {"format": "kpu-cache", "version": 1}}
-    assert group_attributes(group_metadata({}), "zarr.json") == {}
 
 
 def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -109,12 +103,6 @@ def test_other_arrays_with_channels_first_are_refused(damage: Callable[[dict[str
 def test_what_is_no_array_is_refused(raw: bytes) -> None:
     with pytest.raises(CorruptError):
         array_layout(raw, "f")
-
-
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", array_metadata(LAYOUTS[0], {})])
-def test_what_is_no_group_is_refused(raw: bytes) -> None:
-    with pytest.raises(CorruptError):
-        group_attributes(raw, "f")
 
 
 def test_metadata_of_equal_meaning_is_accepted() -> None:

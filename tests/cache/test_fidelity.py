@@ -3,9 +3,8 @@
 import math
 
 import numpy as np
-import pytest
 
-from cache.fidelity import RowFidelity, measure, pool, summarise
+from cache.fidelity import RowFidelity, measure, summarise
 from cache.spec import Fidelity
 from cache.statistics import Statistics
 
@@ -60,27 +59,3 @@ def test_a_unit_is_summed_up_over_its_valid_rows() -> None:
         rmse=0.216025, cosine=0.9, worst_row=641, worst_rmse=0.3, saturated=3
     )
     assert summarise(rows, np.zeros(4, bool), 0) is None
-
-
-def test_units_pool_to_what_their_rows_give_together() -> None:
-    rng = np.random.default_rng(0)
-    rows = RowFidelity(rng.random(100) * 1e-3, rng.random(100), rng.integers(0, 3, 100))
-    valid = rng.random(100) < 0.9
-    parts = []
-    for first in range(0, 100, 32):
-        part = slice(first, first + 32)
-        unit = RowFidelity(rows.squared_error[part], rows.cosine[part], rows.saturated[part])
-        summary = summarise(unit, valid[part], first)
-        assert summary is not None
-        parts.append((summary, int(valid[part].sum())))
-    whole, pooled = summarise(rows, valid, 0), pool(parts)
-    assert whole is not None
-    assert (pooled.worst_row, pooled.worst_rmse, pooled.saturated) == (
-        whole.worst_row,
-        whole.worst_rmse,
-        whole.saturated,
-    )
-    assert pooled.rmse == pytest.approx(whole.rmse, rel=1e-5)
-    assert pooled.cosine == pytest.approx(whole.cosine, rel=1e-5)
-    with pytest.raises(ValueError, match="no fidelity"):
-        pool([])

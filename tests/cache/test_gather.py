@@ -20,35 +20,47 @@ def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "FEWEST_CORES", 1)
 
 
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Of every gather, the number of rows and whether they came."""
+    calls: list[tuple[int, bool]] = []
+    read = gather.Gather.read
+
+    def noted(self: gather.Gather, rows: Any, out: Any, valid: Any) -> bool:
+        done = read(self, rows, out, valid)
+        calls.append((len(rows), done))
+        return done
+
+    monkeypatch.setattr(gather.Gather, "read", noted)
+    return calls
+
+
 def own(path: Path, teacher: str, output: str, rows: Any) -> np.ndarray:
     """What the other reader gives: it serves few rows."""
     cache = open_cache(path)
     return np.concatenate([cache.read_encoded(teacher, output, [row]).values for row in rows])
 
 
-def test_it_is_used_for_many_rows_on_many_cores(built_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    read = gather.Gather.read
-
-    def noted(self: gather.Gather, rows: Any, out: Any, valid: Any) -> bool:
-        calls.append(len(rows))
-        return read(self, rows, out, valid)
-
-    monkeypatch.setattr(gather.Gather, "read", noted)
-    for codec, cores, expected in (("uniform", 1, [ROWS]), ("uniform", 10**6, []), ("uniform in tars", 1, [])):
+def test_it_is_used_for_many_rows_on_many_cores(
+    built_cache: Any, gathered: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for codec, cores, expected in (("uniform", 1, [(ROWS, True)]), ("uniform", 10**6, []), ("uniform in tars", 1, [])):
         monkeypatch.setattr(gather, "FEWEST_CORES", cores)
         cache = open_cache(built_cache(codec).path)
         cache.read_encoded("alpha", "patch", slice(None))
         cache.read_encoded("alpha", "patch", [0, 1])
-        assert calls == expected
-        calls.clear()
+        assert gathered == expected
+        gathered.clear()
 
 
 @pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("teacher", "output"), ALL)
-def test_both_readers_give_the_same(built_cache: Any, codec: str, teacher: str, output: str) -> None:
+def test_both_readers_give_the_same(
+    built_cache: Any, gathered: list[tuple[int, bool]], codec: str, teacher: str, output: str
+) -> None:
     path = built_cache(codec).path
     found = open_cache(path).read_encoded(teacher, output, ORDER).values
+    assert gathered == [(len(ORDER), True)]
     assert found.tobytes() == own(path, teacher, output, ORDER).tobytes()
 
 
@@ -95,8 +107,10 @@ def test_swapped_shards_are_named(cache_of: Any) -> None:
         open_cache(path).read_encoded("alpha", "patch", slice(None))
 
 
-def test_masked_rows_are_no_alarm(built_cache: Any) -> None:
-    values = open_cache(built_cache("uniform").path).read("alpha", "patch", slice(None), masked="nan")
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
+def test_masked_rows_are_no_alarm(built_cache: Any, gathered: list[tuple[int, bool]], codec: str) -> None:
+    values = open_cache(built_cache(codec).path).read("alpha", "patch", slice(None), masked="nan")
+    assert gathered == [(ROWS, True)]
     assert np.isnan(values[MASKED_ROW]).all()
 
 

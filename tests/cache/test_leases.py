@@ -32,7 +32,7 @@ from cache.locations import open_storage
 from cache.leases import mutex
 storage = open_storage(sys.argv[1])
 print("waiting", flush=True)
-with mutex(storage, "name"):
+with mutex(storage):
     print("inside", flush=True)
 """
 
@@ -114,7 +114,7 @@ def test_mutex_excludes_threads(storage: LocalStorage) -> None:
 
     def enter() -> None:
         for _ in range(20):
-            with mutex(storage, "name"):
+            with mutex(storage):
                 inside.append(1)
                 most.append(len(inside))
                 time.sleep(0.001)
@@ -129,7 +129,7 @@ def test_mutex_excludes_threads(storage: LocalStorage) -> None:
 
 
 def test_mutex_excludes_processes(storage: LocalStorage) -> None:
-    with mutex(storage, "name"):
+    with mutex(storage):
         other = subprocess.Popen([sys.executable, "-c", ENTER, storage.url], cwd=ROOT, stdout=subprocess.PIPE)
         assert other.stdout is not None
         assert other.stdout.readline() == b"waiting\n"

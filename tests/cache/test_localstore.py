@@ -1,6 +1,7 @@
 """What a folder of a file system promises beyond any storage: crashes, other processes, full and read-only disks."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -198,6 +199,20 @@ def test_a_file_that_shrinks_while_open_is_corrupt(tmp_path: Path) -> None:
     assert handle.read(0, 500) == DATA[:500]
     with pytest.raises(CorruptError, match="object: ends before byte 501"):
         handle.read(0, 501)
+
+
+def test_too_many_open_files_come_with_advice(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, create=True)
+    (tmp_path / "file").write_bytes(b"x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(StorageError) as caught:
+            storage.open("file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(caught.value).startswith(f"{tmp_path}: cannot read file: Too many open files; allow")
+    assert "`ulimit -n`" in str(caught.value)
 
 
 def test_handles_close_their_files(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is particular to object stores; what they share with folders is in test_storage.py."""
 
 import secrets
+from threading import Barrier
 from typing import Any, ClassVar
 
 import fsspec
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cache.chunks import CRC_BYTES
 from cache.errors import CorruptError, StorageError
 from cache.locations import open_storage
 from cache.objectstore import ObjectStorage
@@ -70,16 +72,29 @@ def test_rows_of_a_shard_are_read_by_range(s3: Storage) -> None:
         reader.read(rows, out)
 
 
-def test_far_apart_pieces_are_fetched_in_parallel_and_near_ones_together(s3: Storage) -> None:
+def test_far_apart_pieces_are_fetched_in_parallel_and_near_ones_together(
+    s3: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = ArrayLayout(12, 64, 1, (1 << 18,), np.dtype("float32"), 0.0, "plain")
     shard = encode_shard(np.arange(12, dtype=np.float32)[:, None] + np.zeros((1, 1 << 18), np.float32), layout, 0)
     s3.publish("shard", shard.data, run="r")
     record = ShardRecord(bytes=len(shard.data), seal=shard.seal)
     reader = open_shard(s3.open("shard"), layout, record, file="shard", unit=0, teacher=None)
+    fetched: list[tuple[int, int]] = []
+    read_range, together = ObjectStorage.read_range, Barrier(3)
+
+    def noted(self: ObjectStorage, key: str, start: int, end: int) -> bytes:
+        fetched.append((start, end))
+        together.wait(60)  # until all three are under way
+        return read_range(self, key, start, end)
+
+    monkeypatch.setattr(ObjectStorage, "read_range", noted)
     rows = np.array([11, 0, 1, 6])
     out = np.empty((4, 1 << 18), np.float32)
     reader.read(rows, out)
     assert (out == rows[:, None]).all()
+    row = layout.row_bytes + CRC_BYTES
+    assert sorted(fetched) == [(0, 2 * row), (6 * row, 7 * row), (11 * row, 12 * row)]
 
 
 def test_put_conflicts_are_tried_again(s3: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

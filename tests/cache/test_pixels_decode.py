@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from cache.pixels.decode import MAX_PIXELS, decode_image
+from cache.pixels.decode import MAX_PIXELS, decode_image, shown_rgb
 from cache.spec import ImageStatus
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,15 @@ def test_sixteen_bit_transparent_colour_becomes_white() -> None:
     colour[0, 0] = 65535, 0, 0
     assert pixels(png(colour, chunk(b"tRNS", struct.pack(">HHH", 65535, 0, 0))))[0, 0].tolist() == [255, 255, 255]
     assert pixels(png(colour[..., :1], chunk(b"tRNS", struct.pack(">H", 1000))))[1, 1].tolist() == [255, 255, 255]
+
+
+def test_an_opened_image_stays_as_it_is() -> None:
+    colour = np.full((2, 2, 3), 1000)
+    colour[0, 0] = 65535, 0, 0
+    data = png(colour, chunk(b"tRNS", struct.pack(">HHH", 65535, 0, 0)))
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(np.asarray(shown_rgb(image)), pixels(data))
+        assert image.info["transparency"] == (65535, 0, 0)
 
 
 def test_white_is_zero_tiff_is_not_a_negative() -> None:

@@ -1,5 +1,7 @@
 import base64
+import os
 import pickle
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,
     ROWS,
+    UNIT_ROWS,
     SmallCache,
     features_of,
     head_of,
@@ -365,6 +368,21 @@ def test_many_threads_read_the_same(built_cache) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(200)))
+
+
+def test_many_caches_share_the_files_that_a_process_may_open(built_cache) -> None:
+    caches = [open_cache(built_cache("uniform").path) for _ in range(12)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 64, hard))
+    try:
+        for cache in caches:  # together they have 144 shards
+            for name, teacher in cache.teachers.items():
+                for output in teacher.outputs:
+                    for row in range(0, ROWS, UNIT_ROWS):
+                        cache.read_encoded(name, output, [row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_open_cache_can_be_sent_to_another_process(built_cache) -> None:

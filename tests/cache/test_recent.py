@@ -17,6 +17,16 @@ def test_the_values_used_last_are_kept() -> None:
     assert made == [1, 2, 3, 2]
 
 
+def test_a_size_that_changes() -> None:
+    size = 3
+    recent: Recent[int, int] = Recent(lambda: size)
+    for key in range(3):
+        recent.get(key, int)
+    size = 1
+    recent.get(3, int)
+    assert [recent.get(key, lambda key: -key) for key in (3, 2)] == [3, -2]
+
+
 def test_what_cannot_be_made_is_not_kept() -> None:
     recent: Recent[int, int] = Recent(2)
     with pytest.raises(ZeroDivisionError):

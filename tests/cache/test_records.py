@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cache.records import mask_digest, pack_mask, unpack_mask
+from cache.records import count_rows, mask_digest, pack_mask, units_left, unpack_mask
+from tests.cache.builders import SmallCache
 
 
 @given(arrays(bool, st.integers(1, 200)))
@@ -27,3 +28,17 @@ def test_masks_of_other_rows_are_refused(digits: str) -> None:
 def test_masks_of_other_rows_have_other_digests() -> None:
     masks = [np.zeros(8, bool), np.ones(8, bool), np.zeros(16, bool), np.eye(1, 8, 3, dtype=bool)[0]]
     assert len({mask_digest(mask) for mask in masks}) == 4
+
+
+def test_units_that_are_left_and_their_rows(small_cache: SmallCache) -> None:
+    """Of 8, 8 and 4 rows."""
+    for teacher, unit in [("alpha", 0), ("alpha", 2), ("beta", 1)]:
+        (small_cache.path / f"teachers/{teacher}/commits/{unit:06d}.json").unlink()
+    left = units_left(small_cache.storage, small_cache.plan, ["alpha", "beta", "gamma"])
+    assert {name: units.tolist() for name, units in left.items()} == {
+        "alpha": [True, False, True],
+        "beta": [False, True, False],
+        "gamma": [True, True, True],
+    }
+    rows = {name: count_rows(small_cache.plan, units) for name, units in left.items()}
+    assert rows == {"alpha": 12, "beta": 8, "gamma": 20}

@@ -46,5 +46,5 @@ def test_a_run_says_what_failed_and_what_it_was_for(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_making_does_no_harm(tmp_path: Path, document: object) -> None:
     write(tmp_path, "a.json", document)
-    for run in load_runs(open_storage(tmp_path)):
-        assert (run.id, run.status, run.rows, run.failed, run.teachers) == ("a", "running", 0, (), ())
+    found = [(run.id, run.status, run.rows, run.failed, run.teachers) for run in load_runs(open_storage(tmp_path))]
+    assert found == ([("a", "running", 0, (), ())] if isinstance(document, dict) else [])

@@ -84,6 +84,31 @@ def test_missing_or_unfit_columns_are_named_with_those_that_exist(tmp_path: Path
         listing(write(tmp_path / "u.parquet", {"text": ["a"]}))
 
 
+@pytest.mark.parametrize(
+    ("option", "column", "found"),
+    [
+        ("key", pa.array([b"a", b"\xff\xfe"]), r"expected text in UTF-8, or numbers, found binary \(Invalid UTF8"),
+        ("key", pa.array([{"x": 1}, {"x": 2}]), "expected text in UTF-8, or numbers, found struct<x: int64>"),
+        ("key", pa.array([[1], [2]]), r"expected text in UTF-8, or numbers, found list<.*: int64>"),
+        (
+            "label",
+            pa.array([0, 2**63], pa.uint64()),
+            r"expected integers of 64 bits with a sign, found uint64 \(.*9223372036854775808",
+        ),
+    ],
+)
+def test_columns_of_values_that_cannot_be_taken(tmp_path: Path, option: str, column: pa.Array, found: str) -> None:
+    path = write(tmp_path / "t.parquet", {"image": images(2), "taken": column})
+    with pytest.raises(SourceError, match=rf"t\.parquet: column 'taken' \(data\.{option}\): {found}"):
+        listing(path, image="image", **{option: "taken"})
+
+
+def test_keys_of_bytes_and_large_labels(tmp_path: Path) -> None:
+    columns = {"image": images(2), "id": pa.array(["ä".encode(), b"b"]), "label": pa.array([0, 2**63 - 1], pa.uint64())}
+    table = listing(write(tmp_path / "t.parquet", columns), image="image", key="id")
+    assert (table["key"].to_pylist(), table["label"].to_pylist()) == (["ä", "b"], [0, 2**63 - 1])
+
+
 def test_column_missing_in_a_later_file_is_named_with_the_file(tmp_path: Path) -> None:
     write(tmp_path / "0.parquet", {"image": images(2)})
     write(tmp_path / "1.parquet", {"picture": images(2)})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import webdataset
 from safetensors.torch import load
 
 from cache import open_cache
-from cache.errors import ConfigError, MismatchError
+from cache.errors import ConfigError, FullDiskError, MismatchError, StorageError
 from cache.theia.export import export_theia
 from tests.cache.builders import MASKED_ROW, NONFINITE_ROW, ROWS, SmallCache, key_of
 from tests.cache.theia_builders import build_pictured, members, pixels_of
@@ -107,6 +108,7 @@ def test_what_a_killed_export_left_is_cleared(place: Path, tmp_path: Path) -> No
     left = tmp_path / "small/.train.unfinished/alpha"
     left.mkdir(parents=True)
     (left / "small_train-000000-train.tar").write_bytes(b"half")
+    (left.parent / "splits.json").write_bytes(b"{}")
     assert export(place, tmp_path).samples == 18
     assert not left.exists()
 
@@ -134,3 +136,26 @@ def test_another_image_under_the_same_name_is_refused(place: Path, tmp_path: Pat
     with pytest.raises(MismatchError, match=r"0003\.png"):
         export(place, tmp_path / "out", images=str(images))
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("file", ["small", "small/.train.unfinished", "small/gamma"])
+def test_where_it_cannot_be_written(place: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"no folder")
+    with pytest.raises(StorageError, match=rf"^cannot write {tmp_path}/{file}: File exists$"):
+        export(place, tmp_path)
+    assert (tmp_path / file).read_bytes() == b"no folder"
+
+
+def test_a_full_disk_ends_it_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(
+            FullDiskError, match=rf"^cannot write {tmp_path}/small/.*; free some space and start again$"
+        ):
+            export(place, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "small").iterdir()) == []
+    assert export(place, tmp_path).samples == 18

@@ -115,6 +115,43 @@ def test_an_import_goes_on(original: Path, tmp_path: Path) -> None:
         take_in(original / "root", out, "bf16", run="again")
 
 
+def features_anew(content: Content) -> None:
+    """Other features under the same keys: those of the first and the last sample change places."""
+    (first, one), (last, other) = content[0], content[-1]
+    content[0], content[-1] = (first, other), (last, one)
+
+
+@pytest.mark.parametrize("codec", ["uniform", "rotated", "bf16", "fp32"])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_column_that_was_made_anew_is_noticed(root: Path, tmp_path: Path, codec: str, interrupted: bool) -> None:
+    out = tmp_path / "o.kpu"
+    take_in(root, out, codec)
+    if interrupted:
+        (out / "teachers/gamma/commits/000002.json").unlink()
+    before = tree(out)
+    change(root, "gamma", features_anew)
+    with pytest.raises(MismatchError) as caught:
+        take_in(root, out, codec, run="again")
+    message = str(caught.value)
+    assert f"gamma/small_train-000000-train.tar, member '{KEPT[0]:012d}.gamma.safetensors'" in message
+    assert "expected the features that were imported as row 0 of gamma/patch, found others (value " in message
+    assert tree(out) == before
+
+
+def test_a_tar_that_was_made_anew_is_noticed(root: Path, tmp_path: Path) -> None:
+    """The second of two whose rows are in the same unit."""
+    (tar,) = (root / "small/gamma").iterdir()
+    content = list(members(tar.parent))
+    second = tar.with_name(tar.name.replace("000000", "000001"))
+    rewrite(tar, content[:13])
+    rewrite(second, content[13:])
+    take_in(root, tmp_path / "o.kpu")
+    values = torch.ones(5, 2, 3).bfloat16()
+    rewrite(second, [(content[13][0], save({"embedding": values})), *content[14:]])
+    with pytest.raises(MismatchError, match=r"small_train-000001-train\.tar.*as row 13 of gamma/patch"):
+        take_in(root, tmp_path / "o.kpu", run="again")
+
+
 def test_an_image_that_cannot_be_decoded_is_masked(root: Path, tmp_path: Path) -> None:
     def break_one(content: Content) -> None:
         content[4] = (content[4][0], content[4][1][:-1])

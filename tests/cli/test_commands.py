@@ -1,15 +1,17 @@
-"""`status`, `info`, `verify`, `gc` and `retry-failed`: their JSON, their text and their exit codes."""
+"""`status`, `info`, `verify`, `bench`, `gc` and `retry-failed`: their JSON, their text and their exit codes."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from cache import open_cache
+from cli.cache import app
 from tests.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
 
-COMMANDS = ("status", "info", "verify", "gc", "retry-failed")
+COMMANDS = ("status", "info", "verify", "bench", "gc", "retry-failed")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,16 @@ def test_nothing_to_retry(original: Path) -> None:
     assert kpu_json("retry-failed", original) == {"retried_units": 0, "runs": []}
 
 
+def test_a_retry_at_a_file_url(out: Path) -> None:
+    (out / "teachers/t/commits/000001.json").unlink()
+    (run,) = (out / "runs").glob("*.json")
+    failed = [{"teacher": "t", "unit": 1, "reason": "it broke"}]
+    run.write_text(json.dumps({**json.loads(run.read_text()), "failed": failed}))
+    done = kpu_json("retry-failed", f"file://{out}")
+    assert (done["retried_units"], [retried["complete"] for retried in done["runs"]]) == (1, [True])
+    assert done["runs"][0]["out"] == str(out)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_cache_is_refused_untouched(command: str, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 1)
@@ -138,7 +150,8 @@ def test_summary_of_an_extraction_as_json(original: Path, tmp_path: Path) -> Non
 
 
 def test_help_names_every_command() -> None:
-    text = kpu("--help").stdout
-    assert all(command in text for command in ("extract", *COMMANDS))
+    names = {"extract", "export", "import", *COMMANDS}
+    assert set(typer.main.get_command(app).commands) == names
+    assert names <= {line.strip("│ ").partition(" ")[0] for line in kpu("--help").stdout.splitlines()}
     assert kpu("extract", "--nope").exit_code == 2
     assert kpu("verify").exit_code == 2

@@ -12,11 +12,15 @@ from typer.testing import CliRunner
 
 from cache import open_cache
 from cache.errors import MismatchError
+from cli import live
 from cli.live import run_teachers
+from pipeline.teachers import Teacher, build_teacher
 from tests.toys import TOY, kpu, write_images, write_teacher
 from trainer.config import validate_config
 from trainer.corpus import Corpus, choose_outputs
-from trainer.data import Upload
+from trainer.data import Drawn, Upload
+from trainer.loop import open_loader
+from trainer.model import Inheritance
 
 CPU = torch.device("cpu")
 
@@ -83,6 +87,44 @@ def _coarsest(corpus: Corpus, name: str, output: str) -> np.ndarray:
     std = corpus.sources[name].statistics[output].std
     grids = [cache.teachers[name].grid(output) for cache in corpus.caches if name in cache.teachers]
     return np.max([grid.scale / std for grid in grids], axis=0).astype(np.float32)
+
+
+def test_images_come_beside_live_targets_where_they_are_looked_at(place: Path) -> None:
+    student = {"kind": "full", "model": f"torch:{place}/toy.py:toy", "weights": "random"}
+    config = validate_config({**values(place), "student": student}, "test")
+    corpus = Corpus(config.caches, choose_outputs(config), config.base)
+    model = Inheritance(config, corpus.sources)
+    drawn = Drawn(np.array([1, 120]), np.array([0, 0]), 2)
+    with open_loader(config, corpus, model, run_teachers) as loader:
+        (_, seen), (_, unseen) = (next(loader.load(iter([drawn]), images=images)) for images in (True, False))
+    assert unseen.images is None
+    assert seen.images is not None and seen.images.flatten(1).any(dim=1).all()
+    expected = run_teachers(corpus, config, corpus.fetch)(drawn.rows, drawn.epochs).stored
+    for host in (seen, unseen):
+        assert all(torch.equal(host.stored[key], stored) for key, stored in expected.items())
+
+
+@pytest.mark.parametrize(("device", "expected"), [("auto", "cuda:3"), ("cpu", "cpu")])
+def test_teachers_run_on_the_gpu_of_this_process(
+    device: str, expected: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads begin with the first GPU; where there are several, that is another process's."""
+    config = validate_config({**values(place), "device": device}, "test")
+    corpus = Corpus(config.caches, choose_outputs(config), config.base)
+    built, chosen = [], []
+
+    def build(*arguments: Any, device: str, **options: Any) -> Teacher:
+        built.append(device)
+        return build_teacher(*arguments, device="cpu", **options)
+
+    monkeypatch.setattr(live, "build_teacher", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    fetch = run_teachers(corpus, config, corpus.fetch)
+    fetch(np.array([0]), np.array([0]))
+    assert set(built) == {expected}
+    assert chosen == ([expected] if expected != "cpu" else [])
 
 
 def test_a_training_on_live_targets_goes_as_on_cached_ones(place: Path, tmp_path: Path) -> None:

@@ -115,11 +115,7 @@ class Command:
     def kill_everything(self) -> Ended:
         """SIGKILL to the command and all that it started, until nothing is left."""
         self.signal(signal.SIGKILL)
-        while members := session(self.pid):
-            for pid in members:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        kill_session(self.pid)
         self._process.join()
         return Ended(self._process.exitcode or 0, self.output)
 
@@ -143,6 +139,15 @@ def session(leader: int) -> dict[int, str]:
             if int(identity) == leader and state not in "ZX":
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL to all processes of a session, until nothing is left."""
+    while members := session(leader):
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def run(folder: Path, *arguments: object, **variables: object) -> Ended:

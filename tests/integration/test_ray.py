@@ -8,14 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cache.errors import IncompleteError
 from cache.failpoints import NAMES
+from cache.settings import read_yaml
+from pipeline.config import validate_config
+from pipeline.executors import ray_actors
+from pipeline.extract import extract
+from pipeline.observers import Silent
+from pipeline.reports import UnitReport
 from tests.integration.harness import (
     ROOT,
     Command,
@@ -26,6 +34,7 @@ from tests.integration.harness import (
     assert_verified,
     contents,
     differences,
+    kill_session,
     run,
     standing,
     wait_for,
@@ -36,6 +45,7 @@ VICTIMS = ("worker", "driver", "everything")
 QUICK = {("unit.shards", "worker")}
 DRIVERS_OWN_FILES = 6  # that a driver publishes or replaces before the workers begin, where the teachers stand
 MOMENTS = 4
+UNITS = 10  # five of each of two teachers
 TWO_WORKERS = ("--set", "executor.workers=2")
 PROBE = '''
 import os
@@ -86,6 +96,24 @@ def fragile(digits: Path, tmp_path: Path) -> Path:
     values: dict[str, Any] = {"data": {"source": str(images)}, "unit_rows": 64, "teachers": {"probe": teacher}}
     config.write_text(yaml.safe_dump({**values, "executor": {"threads": 1, "batch_size": 16}}))
     return config
+
+
+@contextmanager
+def ray_node(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A node of a cluster, with the address that it says, and its process, which leads a session."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    folder.mkdir()
+    arguments = [str(Path(sys.executable).parent / "ray"), "start", *options, "--block"]
+    log = folder / "ray.log"
+    with log.open("wb") as stream:
+        node = subprocess.Popen(arguments, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text())
+        said = re.search("--address='([^']+)'", log.read_text())
+        yield said.group(1) if said else "", node
+    finally:
+        node.terminate()
+        node.wait()
 
 
 def test_the_same_bytes_as_inline_from_a_folder_full_of_traps(
@@ -250,19 +278,56 @@ def test_no_cluster_and_no_room_are_wrong_configurations(config: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_workers_that_ray_kills_for_their_memory_end_the_run(config: Path, tmp_path: Path) -> None:
+    """Its monitor kills before the memory is full, and says so by an error of its own."""
+    ended = start(tmp_path, config, tmp_path / "my.kpu", RAY_memory_usage_threshold=0.001).finish()
+    assert ended.code == 1, ended.output
+    assert "a Ray worker died 2 times while it loaded or calibrated the teachers" in ended.output
+    assert "use fewer workers or a smaller executor.batch_size" in ended.output
+    assert "Traceback" not in ended.output
+
+
+class Reporter(Silent):
+    """Calls `once` after the first unit, and keeps warnings."""
+
+    def __init__(self, once: Callable[[], object]) -> None:
+        self.once: Callable[[], object] | None = once
+        self.warnings: list[str] = []
+
+    def report(self, report: UnitReport) -> None:  # noqa: ARG002
+        if self.once is not None:
+            self.once()
+        self.once = None
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_its_nodes_ends_the_run(
+    config: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would wait for ever, and say nothing."""
+    monkeypatch.setattr(ray_actors, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(ray_actors, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    out = tmp_path / "my.kpu"
+    with ray_node(tmp_path / "head", "--head", "--include-dashboard=false", "--port=0", "--num-cpus=0") as (address, _):
+        with ray_node(tmp_path / "node", f"--address={address}", "--num-cpus=1") as (_, node):
+            values = {**read_yaml(config), "out": str(out), "executor": {"kind": "ray", "address": address}}
+            reporter = Reporter(lambda: kill_session(node.pid))
+            with pytest.raises(IncompleteError, match="no node of the cluster has had room for a worker of 1 CPU thr"):
+                extract(validate_config(values, "the test"), reporter)
+        assert "no node of the cluster has room" in reporter.warnings[-1]
+    before = standing(out)
+    assert 0 < len(before.done) < UNITS
+    assert_resumed(out, before, reference, run(tmp_path, "extract", "-c", config, "-o", out))
+
+
+@pytest.mark.slow
 def test_a_cluster_that_runs_already(config: Path, reference: dict[str, str], tmp_path: Path) -> None:
     """The driver only joins it, so its workers know nothing of the driver's environment or folder."""
-    ray = Path(sys.executable).parent / "ray"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    arguments = [str(ray), "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
-    log = tmp_path / "cluster.log"
-    with log.open("wb") as stream:
-        head = subprocess.Popen(arguments, stdout=stream, stderr=stream, env=environment, start_new_session=True)
-    try:
-        address = wait_for(lambda: re.search("--address='([^']+)'", log.read_text())).group(1)
+    with ray_node(tmp_path / "head", "--head", "--include-dashboard=false", "--port=0", "--num-cpus=2") as (address, _):
         out = tmp_path / "my.kpu"
         ended = run(tmp_path, "extract", "-c", config, "-o", out, "--ray-address", address, "--executor", "ray")
         assert_resumed(out, Standing(), reference, ended)
-    finally:
-        head.terminate()
-        head.wait()

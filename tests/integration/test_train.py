@@ -222,7 +222,7 @@ def fit_here(*arguments: object) -> Any:
         (["teachers=[general, missing]"], ["teachers", "'missing'", "low"]),
         (["base=missing"], ["base", "missing", "general"]),
         (["teachers=[low]"], ["expected the base 'general'"]),
-        (["outputs=[global, depth]"], ["'general'", "'depth'", "patch"]),
+        (["outputs=[global, depth]"], ["outputs: expected a list of global and patch", "'depth'"]),
         (["student.layers=[layer9.patch]"], ["'general'", "layer9.patch"]),
         (["targets.normalize=phi-s"], ["phi-s", "expected statistics over at least 640 vectors", "found 300"]),
         (["student.widht=3"], ["student.widht", "width"]),

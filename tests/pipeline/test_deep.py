@@ -2,12 +2,15 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cache import open_cache
 from cache.verify import VerifyReport
 from pipeline.deep import teacher_config, verify_deep
+from pipeline.worker import Worker
 from tests.toys import assert_refused, kpu, write_images, write_teacher
 
 
@@ -33,8 +36,20 @@ def test_sound_features_of_every_row(original: Path) -> None:
     assert rows == 70
 
 
-def test_the_sample_is_seeded(original: Path) -> None:
-    assert verify_deep(str(original), VerifyReport(), rows=3, seed=1)[1] == 3
+def test_the_sample_is_seeded(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[list[int]] = []
+    features = Worker.features
+
+    def noted(self: Worker, names: Any, rows: np.ndarray) -> Any:
+        computed.append(rows.tolist())
+        return features(self, names, rows)
+
+    monkeypatch.setattr(Worker, "features", noted)
+    for seed in (1, 1, 2):
+        assert verify_deep(str(original), VerifyReport(), rows=3, seed=seed)[1] == 3
+    one, again, other = computed
+    assert len(set(one)) == 3
+    assert one == again != other
 
 
 def test_other_code_is_found(original: Path, out: Path) -> None:

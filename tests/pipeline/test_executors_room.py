@@ -1,10 +1,12 @@
 """How many workers a cluster holds."""
 
+from typing import Any
+
 import pytest
 
 from cache.errors import ConfigError
 from pipeline.config import ExecutorConfig
-from pipeline.executors.room import count_workers, gpus_per_worker
+from pipeline.executors.room import count_by_gpus, count_workers, gpus_per_worker, threads_per_worker
 
 LAPTOP = {"CPU": 8.0, "memory": 1e10, "node:127.0.0.1": 1.0}
 GPU_NODE = {"CPU": 32.0, "GPU": 4.0}
@@ -43,6 +45,37 @@ def test_workers_that_would_wait_for_ever_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"executor\.workers: expected room for .* found room for"):
         count_workers(nodes, ExecutorConfig(kind="ray", workers=workers), threads, gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "workers", "threads"),
+    [
+        ([GPU_NODE], 1, "auto", 8),  # every GPU has a worker
+        ([GPU_NODE], 0.5, "auto", 4),
+        ([GPU_NODE], 3, "auto", 32),
+        ([LAPTOP, GPU_NODE], 1, "auto", 8),  # a node without GPUs has no say
+        ([{"CPU": 8.0, "GPU": 4.0}, GPU_NODE], 1, "auto", 2),
+        ([{"CPU": 2.0, "GPU": 4.0}], 1, "auto", 1),
+        ([LAPTOP], 0, "auto", 8),
+        ([LAPTOP, {"CPU": 2.0}], 0, "auto", 2),
+        ([LAPTOP, {"CPU": 0.0}], 0, "auto", 8),  # a head that computes nothing
+        ([LAPTOP], 0, 3, 2),
+        ([LAPTOP], 0, 99, 1),
+        ([GPU_NODE], 1, 2, 8),
+        ([], 0, "auto", 1),
+    ],
+)
+def test_auto_threads_leave_every_gpu_a_worker(
+    nodes: list[dict[str, float]], gpus: float, workers: Any, threads: int
+) -> None:
+    config = ExecutorConfig(kind="ray", workers=workers)
+    assert threads_per_worker(nodes, config, gpus) == threads
+
+
+def test_gpus_that_cpus_do_not_suffice_for_can_be_told() -> None:
+    nodes = [{"CPU": 2.0, "GPU": 4.0}]
+    assert count_by_gpus(nodes, 1) == 4
+    assert count_workers(nodes, AUTO, threads_per_worker(nodes, AUTO, 1), 1) == 2
 
 
 def test_one_gpu_a_worker_where_there_are_gpus() -> None:

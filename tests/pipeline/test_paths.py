@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from fsspec.core import url_to_fs
 
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.paths import absolute, resolve_paths
@@ -49,6 +50,14 @@ def test_links_and_home() -> None:
     assert absolute("~/x") == os.path.expanduser("~/x")  # noqa: PTH111
     assert absolute("s3://bucket/../x") == "s3://bucket/../x"
     assert absolute("/a/./b/../c") == "/a/c"
+
+
+@pytest.mark.parametrize("url", ["file:///a/b%20c/d%20e.kpu", "file://x.kpu", "file://~/x.kpu", "file:///a/*.tar"])
+def test_file_urls_are_local_paths(url: str) -> None:
+    """As fsspec and the cache's own storage understand them."""
+    path = absolute(url)
+    assert path == url_to_fs(url)[1] == absolute(path)
+    assert "://" not in path
 
 
 def test_resolving_twice_changes_nothing() -> None:

@@ -75,6 +75,7 @@ def test_auto_unit_rows(rows: int, shape: tuple[int, ...], codec: str, unit_rows
 
 def test_threads_are_those_of_the_plan(images: Path) -> None:
     standing, listener = plan(configure(images)), Listener()
+    assert choose_threads(ExecutorConfig(), None, listener) is None
     assert choose_threads(ExecutorConfig(), standing, listener) == 1
     assert choose_threads(ExecutorConfig(threads=3), None, listener) == 3
     assert listener.warnings == []

@@ -11,11 +11,12 @@ import yaml
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
-from cache.errors import ConfigError, IncompleteError
+from cache.errors import ConfigError, IncompleteError, MismatchError
 from tests.toys import snapshot
-from tests.trainer.conftest import small_config
+from tests.trainer.conftest import Extract, small_config
 from trainer import ablate as ablation
-from trainer.ablate import ablate, compare
+from trainer.ablate import ablate, compare, run_trial
+from trainer.runs import RunFolder
 from trainer.sweeps import Sweep, load_sweep
 
 
@@ -92,6 +93,15 @@ def test_one_seed_has_no_interval(toys: Path, tmp_path: Path) -> None:
     assert (row.difference, row.low, row.high) == (2.0, None, None)
 
 
+def test_a_figure_that_only_later_cells_have_is_in_the_table(toys: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys, seeds=[3]))
+    rows = compare(sweep, [{"a": 1.0}, {"a": 3.0, "b": 2.0}])
+    assert [(row.figure, row.mean) for row in rows[:2]] == [("a", 1.0), ("a", 3.0)]
+    assert [row.figure for row in rows[2:]] == ["b", "b"]
+    assert math.isnan(rows[2].mean) and rows[3].mean == 2.0
+    assert rows[3].difference is not None and math.isnan(rows[3].difference)
+
+
 @pytest.mark.parametrize("executor", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_every_training_is_done_once(toys: Path, tmp_path: Path, executor: str) -> None:
     sweep = load_sweep(write_sweep(tmp_path, toys, executor=executor))
@@ -130,6 +140,45 @@ def test_a_sweep_that_cannot_work_is_bad_input(toys: Path, tmp_path: Path) -> No
     sweep: Sweep = load_sweep(write_sweep(tmp_path, toys, grid={"base": ["none"]}))
     with pytest.raises(ConfigError, match="2 of 2 trainings failed"):
         ablate(sweep)
+
+
+@pytest.mark.parametrize("what", ["cache", "configuration"])
+def test_a_training_of_another_sweep_is_not_taken_for_one_of_this(
+    what: str, toys: Path, tmp_path: Path, extract: Extract
+) -> None:
+    grid = {"student.width": [8]}
+    ablate(load_sweep(write_sweep(tmp_path, toys, grid=grid, seeds=[4])))
+    before = snapshot(tmp_path / "sweep")
+    if what == "cache":
+        other = extract("coarse", "codec.step=0.5", general="toy", big="wider", shy="poisoned")
+        file, found = write_sweep(tmp_path, other, grid=grid, seeds=[3, 4]), r"begun with \S+toys.kpu, now \S+coarse"
+    else:
+        file, found = write_sweep(tmp_path, toys, grid={"student.width": [4]}, seeds=[3, 4]), "'width': 8"
+    with pytest.raises(MismatchError, match=rf"000-seed4: .*student\.width=\d with seed 4.*{found}.*another `out`"):
+        ablate(load_sweep(file))
+    assert snapshot(tmp_path / "sweep") == before
+
+
+def test_trainings_at_once_share_the_memory(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "free_memory", lambda processes: 3000 // processes)
+    sweep = load_sweep(write_sweep(tmp_path, toys, grid={"loader.memory": ["auto", 7]}, seeds=[0]))
+    trials = [(trial, tmp_path / trial.name) for trial in sweep.trials]
+    assert [run_trial(trials, number, beside=3) for number in range(2)] == [None, None]
+    assert [RunFolder(path).config().loader.memory for _, path in trials] == [1000, 7]
+
+
+@pytest.mark.parametrize(("threads", "gpu", "expected"), [(1, 0, 8), (3, 0, 2), (1, 1, 2), (9, 0, 1)])
+def test_as_many_at_once_as_the_largest_machine_has_room_for(
+    threads: int, gpu: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from trainer.ray_train import _at_once
+
+    machines = [(True, {"CPU": 4.0, "GPU": 2.0}), (True, {"CPU": 8.0}), (False, {"CPU": 64.0, "GPU": 8.0})]
+    nodes = [{"Alive": alive, "Resources": resources} for alive, resources in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert _at_once(threads, gpu) == expected
 
 
 def test_the_command_prints_the_table(toys: Path, tmp_path: Path) -> None:

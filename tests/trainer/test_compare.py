@@ -60,6 +60,14 @@ def test_transfer_is_relative_to_a_run_for_that_teacher_alone(tmp_path: Path) ->
     assert compare([both, solo_s])[0].transfer.keys() == {"s"}
 
 
+def test_without_controls_there_is_no_transfer(tmp_path: Path) -> None:
+    both, solo = write_run(tmp_path / "both", b=1.0, s=0.5), write_run(tmp_path / "s", b=1.0, s=0.6)
+    scores = scores_of(b=1.0, s=0.5)
+    del scores["frozen_base"]
+    (both / "eval.json").write_text(json.dumps(scores))
+    assert compare([both, solo])[0].transfer == {}
+
+
 def test_the_course_ends_with_the_summary(tmp_path: Path) -> None:
     (found,) = compare([write_run(tmp_path / "run", b=0.8, s=0.4)])
     assert found.curve == [(10, pytest.approx(0.3)), (20, pytest.approx(0.6))]

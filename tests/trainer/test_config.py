@@ -15,8 +15,7 @@ caches: [a.kpu, s3://bucket/b.kpu]
 base: dino
 teachers: [dino, clip]
 outputs: [global]
-student: {kind: parallel, model: "timm:vit_tiny_patch16_224", weights: random, merge: add, layers: [layer3.patch],
-  width: 64, depth: 1}
+student: {kind: parallel, model: "timm:vit_tiny_patch16_224", weights: random, merge: add, width: 64, depth: 1}
 targets: {source: live, normalize: phi-s}
 projector: {hidden: 512, norm: true}
 loss: {cosine: 0.9, smooth_l1: 0.1, mse: 0.2}
@@ -47,17 +46,16 @@ def write(folder: Path, text: str = "caches: [a.kpu]\nbase: dino\n") -> Path:
 
 
 def test_every_key_of_a_whole_file_is_taken(tmp_path: Path) -> None:
-    """No value of `WHOLE` is a default, so a key that were passed over would show."""
+    """No value of `WHOLE` is a default, so a key that were passed over would show; `layers` go with another kind."""
     config = load_config(write(tmp_path, WHOLE))
     default = validate_config(MINIMAL, "test").model_dump()
     for name, value in config.model_dump().items():
         if name != "base":
             assert value != default[name], name
         if isinstance(value, dict):
-            assert all(value[key] != default[name][key] for key in value), name
+            assert [key for key in value if value[key] == default[name][key]] == ["layers"] * (name == "student"), name
     assert config.caches == ("a.kpu", "s3://bucket/b.kpu")
     assert config.optim.lr == 3e-4  # which YAML takes for a text
-    assert config.student.layers == ("layer3.patch",)
     assert config.unify.lowest_reconstruction == -1
 
 
@@ -102,7 +100,22 @@ def test_overrides_win_over_everything(tmp_path: Path) -> None:
         ("teachers=[dino, dino]", "teachers: expected each name once, found ['dino', 'dino']"),
         ("student.kind=whole", "student.kind: expected side, parallel, full or frozen, found 'whole'"),
         ("student.model=timm:x", "student: expected no model with kind side, found 'timm:x'; remove it"),
+        ("student.weights=random", "student: expected no weights with kind side, found 'random'; remove it"),
+        ("student={kind: frozen, weights: a.pth}", "student: expected no weights with kind frozen, found 'a.pth'"),
+        (
+            "student={kind: parallel, layers: [layer1.patch]}",
+            "student: expected no layers with kind parallel, found ['layer1.patch']; remove them",
+        ),
         ("student.kind=full", "student: expected a model with kind full, found null; give timm:<model>"),
+        (
+            "outputs=[layer2.patch]",
+            "outputs: expected a list of global and patch, or of one of them, found ['layer2.patch']",
+        ),
+        (
+            "optim.ema=0.999",
+            "optim.ema: expected a half-life in rows, 0 for none, found 0.999; give a number of rows such as 100000, "
+            "not a decay",
+        ),
         ("loss={cosine: 0, smooth_l1: 0}", "loss: expected at least one weight above 0, found none"),
         ("order=full", "order: expected a mapping of name, window, found 'full'"),
         ("workers=3", "expected a batch_size that 3 workers share evenly, found 256"),
@@ -117,6 +130,12 @@ def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> 
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path), overrides=[override])
     assert message in str(error.value)
+
+
+def test_layers_go_with_a_side_student_and_a_half_life_may_be_one_row(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), overrides=["student.layers=[layer3.patch]", "optim.ema=1"])
+    assert config.student.layers == ("layer3.patch",)
+    assert config.optim.ema == 1
 
 
 def test_the_file_is_named(tmp_path: Path) -> None:
@@ -134,7 +153,7 @@ def test_a_complaint_about_the_whole_follows_the_file(tmp_path: Path) -> None:
 def test_missing_keys_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, ""))
-    assert "caches: is required and was not given; give CACHE... or caches" in str(error.value)
+    assert "caches: is required and was not given; give --cache PATH or caches" in str(error.value)
     assert "base: is required and was not given" in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,17 @@ def test_no_more_is_read_than_asked_for_and_little_ahead() -> None:
         loaded = loader.load(iter(draws(100)))
         next(loaded)
     assert max(asked) <= 4
+
+
+def test_rows_are_read_without_images_where_nobody_looks() -> None:
+    def pictured(rows: np.ndarray, epochs: np.ndarray) -> HostBatch:
+        return replace(numbered(rows, epochs), images=torch.zeros(len(rows), 1, 1, 3, dtype=torch.uint8))
+
+    with Loader(pictured, 2, 2, targets=numbered) as loader:
+        seen, unseen = (list(loader.load(iter(draws(5)), images=images)) for images in (True, False))
+    assert [drawn.position for drawn, _ in unseen] == [drawn.position for drawn, _ in seen]
+    assert all(host.images is not None for _, host in seen)
+    assert all(host.images is None for _, host in unseen)
 
 
 def test_an_error_comes_at_its_place() -> None:

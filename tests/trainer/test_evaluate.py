@@ -180,6 +180,28 @@ def test_training_caches_that_are_gone(place: Path, tmp_path: Path) -> None:
     assert any("training caches cannot be read" in note for note in found["notes"])
 
 
+def test_a_training_cache_that_moved_is_known(place: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(labelled_cache(place), tmp_path / "cache.kpu"))
+    run = small_run(place, "run-moved", caches=(str(cache),))
+    before = evaluate(run)
+    cache.rename(tmp_path / "moved.kpu")
+    after = evaluate(run, [str(tmp_path / "moved.kpu")])
+    assert 0 < after["rows"] < open_cache(tmp_path / "moved.kpu").rows / 2
+    differing = {key for key in before if after[key] != before[key]}
+    assert differing == {"caches"}
+
+
+def test_a_training_cache_is_known_where_another_is_gone(place: Path, tmp_path: Path) -> None:
+    cache, other = labelled_cache(place), labelled_cache(place, "other", 1, ())
+    gone = Path(shutil.copytree(other, tmp_path / "gone.kpu"))
+    run = small_run(place, "run-two", caches=(str(cache), str(gone)))
+    shutil.rmtree(gone)
+    found = evaluate(run, [str(cache)])
+    keys = open_cache(cache).samples.to_table(columns=["key"])["key"].to_pylist()
+    assert found["rows"] == np.count_nonzero(validation_mask(keys, 0.25))
+    assert any("training caches cannot be read" in note for note in found["notes"])
+
+
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found no config"):
         evaluate(tmp_path)

@@ -108,6 +108,26 @@ def test_any_form_of_an_image(exported: Path, place: Path) -> None:
         student([b"no image"])
 
 
+@pytest.mark.parametrize("kind", ["alpha", "palette", "16 bits", "turned"])
+def test_pillows_image_gives_the_pixels_of_its_bytes(kind: str, exported: Path) -> None:
+    grey = np.arange(144).reshape(9, 16)
+    image = Image.fromarray((grey * 400).astype(np.uint16) if kind == "16 bits" else grey.astype(np.uint8))
+    options: dict[str, Any] = {}
+    if kind == "alpha":
+        image = image.convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    elif kind == "palette":
+        image, options = image.convert("RGB").quantize(8), {"transparency": 3}
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif}
+    sink = io.BytesIO()
+    image.save(sink, "PNG", **options)
+    student = load_student(exported)
+    assert torch.equal(student.pixels([Image.open(sink)]), student.pixels([sink.getvalue()]))
+
+
 def test_the_program_runs_for_any_number_of_images(exported: Path, place: Path) -> None:
     student = load_student(exported)
     program = torch.export.load(exported / PROGRAM).module()

@@ -15,6 +15,7 @@ from tests.toys import snapshot
 from tests.trainer.conftest import COLLAPSED, Configure
 from trainer import loop
 from trainer.config import TrainConfig
+from trainer.images import ImageReader
 from trainer.loop import fit
 from trainer.training import Training
 
@@ -172,6 +173,46 @@ def test_a_joint_space_is_gated_before_anything_is_kept(configure: Configure, tm
         fit(config, tmp_path / "run")
     assert not any((tmp_path / "run/checkpoints").iterdir())
     assert not (tmp_path / "run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["pretrained", "joint"])
+def test_a_space_that_weighs_nothing_is_neither_learned_nor_gated(
+    configure: Configure, tmp_path: Path, mode: str
+) -> None:
+    seen: list[dict[str, Any]] = []
+    fit(configure(unify={"mode": mode, "weight": 0}), tmp_path / "run", watch=seen.append)
+    fit(configure(), tmp_path / "off")
+    assert not any("space_step" in line for line in seen)
+    assert_same(tmp_path / "run", tmp_path / "off")
+
+
+@pytest.mark.parametrize("mode", ["pretrained", "joint", "pca", "untrained"])
+def test_a_space_of_the_base_alone_has_nothing_to_learn(configure: Configure, tmp_path: Path, mode: str) -> None:
+    config = configure(teachers=["general"], unify={"mode": mode})
+    stands = fit(config, tmp_path / "run").summary
+    assert fit(config, tmp_path / "run", resume=True).summary == stands
+    assert told(tmp_path / "run")[0]["t2s"].keys() == {"general"}
+
+
+@pytest.mark.usefixtures("any_space")
+@pytest.mark.parametrize("mode", ["pretrained", "joint"])
+def test_no_image_is_read_for_the_shared_space(
+    configure: Configure, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    rows: list[int] = []
+    load = ImageReader.load
+
+    def counted(self: ImageReader, wanted: np.ndarray) -> Any:
+        rows.append(len(wanted))
+        return load(self, wanted)
+
+    monkeypatch.setattr(ImageReader, "load", counted)
+    read = {}
+    for each in ("off", mode):
+        rows.clear()
+        summary = fit(configure(student=images_student(place, "full"), unify={"mode": each}), tmp_path / each).summary
+        read[each] = sum(rows)
+    assert read[mode] == read["off"] >= summary["rows"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_no_checkpoint_is_made_of_it(

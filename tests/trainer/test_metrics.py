@@ -7,15 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, r2_score
 
-from trainer.evaluation.metrics import (
-    R2,
-    agreement,
-    cohens_kappa,
-    covariance_rank,
-    effective_rank,
-    gradient_cosine,
-    gradient_norm,
-)
+from trainer.evaluation.metrics import R2, agreement, cohens_kappa, covariance_rank
 
 RNG = np.random.default_rng(0)
 
@@ -99,26 +91,3 @@ def test_covariance_rank_by_hand() -> None:
     rotation = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
     assert covariance_rank(rotation @ np.diag([2.0, 1.0, 1.0]) @ rotation.T) == pytest.approx(2**1.5)
     assert covariance_rank(np.zeros((4, 4))) == 0
-
-
-def test_effective_rank_of_maps() -> None:
-    x = RNG.normal(size=(40, 6, 8)) @ np.diag([3.0, 2, 1, 1, 0.5, 0.1, 0, 0]) + 100
-    shares = np.linalg.eigvalsh(np.cov(x.reshape(-1, 8).T, bias=True))
-    shares = shares[shares > 1e-10] / shares.sum()
-    assert effective_rank(torch.from_numpy(x)) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
-    assert effective_rank(torch.ones(9, 4)) == 0
-    line = torch.arange(20.0)[:, None] * torch.tensor([1.0, -2.0, 0.5])
-    assert effective_rank(line) == pytest.approx(1, abs=1e-6)
-    with pytest.raises(ValueError, match="vector"):
-        effective_rank(torch.ones(0, 4))
-
-
-def test_gradients_by_hand() -> None:
-    a = [torch.tensor([[3.0, 0.0]]), None, torch.tensor([4.0])]
-    b = [torch.tensor([[0.0, 1.0]]), torch.tensor([5.0]), torch.tensor([1.0])]
-    assert gradient_norm(a) == 5
-    assert gradient_cosine(a, b) == pytest.approx(4 / (5 * math.sqrt(27)))
-    assert gradient_cosine(a, [None if g is None else -2 * g for g in a]) == -1
-    assert gradient_cosine(a, [None, None, None]) == 0
-    with pytest.raises(ValueError, match="zip"):
-        gradient_cosine(a, b[:2])

@@ -1,6 +1,7 @@
 """Matrices of one shape go through Muon together, and come out as by timm's own."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import timm.optim.muon as timm_muon
@@ -17,9 +18,9 @@ def model_of() -> nn.Module:
     )
 
 
-def trained(kind: type[torch.optim.Optimizer], steps: int = 5) -> dict[str, torch.Tensor]:
+def trained(kind: type[torch.optim.Optimizer], steps: int = 5, **options: Any) -> dict[str, torch.Tensor]:
     model = model_of()
-    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.05, momentum=0.9, nesterov=True)
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.05, momentum=0.9, nesterov=True, **options)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for number, parameter in enumerate(model.parameters()):
@@ -30,11 +31,12 @@ def trained(kind: type[torch.optim.Optimizer], steps: int = 5) -> dict[str, torc
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def test_steps_are_those_of_timm_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = trained(Muon)
+@pytest.mark.parametrize("options", [{}, {"ns_coefficients": "original", "ns_steps": 3}], ids=["default", "others"])
+def test_steps_are_those_of_timm_in_float32(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    own = trained(Muon, **options)
     exact = partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", exact)
-    expected = trained(timm_muon.Muon)
+    expected = trained(timm_muon.Muon, **options)
     for name, value in own.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
         assert not torch.equal(value, dict(model_of().named_parameters())[name])

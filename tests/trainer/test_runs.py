@@ -8,6 +8,7 @@ import pytest
 
 from cache import open_cache
 from cache.errors import ConfigError, CorruptError, MismatchError
+from tests.toys import write_images
 from tests.trainer.conftest import Configure, Extract
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
@@ -77,8 +78,33 @@ def test_another_configuration_is_refused(begun: RunFolder, configure: Configure
 def test_other_caches_are_refused(begun: RunFolder, configure: Configure, extract: Extract) -> None:
     other = extract("coarse", "codec.step=0.5", general="toy", big="wider", shy="poisoned")
     config = configure(caches=[str(other)])
-    with pytest.raises(MismatchError, match="the same caches, or start a new run"):
+    with pytest.raises(MismatchError, match=r"begun with \S+/toys\.kpu, now \S+/coarse\.kpu, .*start a new run"):
         RunFolder.resume(begun.path, config, corpus_of(config))
+
+
+def test_paths_of_caches_are_kept_absolute(
+    configure: Configure, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toys.parent)
+    config = configure(caches=[toys.name])
+    run = RunFolder.create(tmp_path / "run", config, corpus_of(config))
+    assert run.config().caches == (str(toys),)
+
+
+def test_one_cache_by_two_names_is_refused(configure: Configure, toys: Path, tmp_path: Path) -> None:
+    config = configure(caches=[str(toys), f"{toys.parent}/./{toys.name}"])
+    with pytest.raises(ConfigError, match=r"expected each cache once, found \S+/toys\.kpu again"):
+        RunFolder.create(tmp_path / "run", config, corpus_of(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_are_known_by_the_plan_or_by_where_and_what_they_are(
+    begun: RunFolder, toys: Path, place: Path, extract: Extract
+) -> None:
+    again = extract("again", "unit_rows=128", general="toy")
+    other = extract("other-images", images=write_images(place / "other-images", 8), general="toy")
+    assert open_cache(again).plan.digest != open_cache(toys).plan.digest
+    assert [begun.learned_from(open_cache(path)) for path in (toys, again, other)] == [True, True, False]
 
 
 def test_no_run(configure: Configure, tmp_path: Path) -> None:

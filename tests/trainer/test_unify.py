@@ -48,6 +48,12 @@ def pca() -> PcaSpace:
     return made
 
 
+def test_a_space_that_is_off_or_weighs_nothing_is_not_made() -> None:
+    for mode in ("off", "pretrained", "joint", "pca", "untrained"):
+        assert make_space(UnifyConfig(mode=mode, weight=0), "base", SHAPES, 3) is None
+    assert make_space(UnifyConfig(mode="off"), "base", SHAPES, 3) is None
+
+
 def masked(rows: int = 40) -> tuple[Features, dict[str, Tensor], dict[str, Tensor]]:
     """Targets whose first rows are masked, differently by teacher, their weights, and the base as the anchor."""
     targets, weights = batch(rows)

@@ -99,12 +99,10 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     """R2 by teacher, base preservation and the course of the validation R2, as an image.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the kind of the file is unknown.
+        ConfigError: the kind of the file is unknown, or it cannot be written there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plot: needs matplotlib, which is not installed; pip install 'kpu[bench]'") from None
+    from matplotlib.figure import Figure  # it takes a while to import
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     bars, course = figure.subplots(1, 2, width_ratios=[3, 2])
     names = list(dict.fromkeys(name for run in runs for name in run.r2))
@@ -161,15 +159,14 @@ def _overall(scores: Mapping[str, Any]) -> float:
 
 
 def _transfer(run: Compared, others: Sequence[Compared]) -> dict[str, float]:
-    """Rho by teacher, for the teachers that have a run of their own among `others` (DESIGN section 7)."""
+    """Rho by teacher, for the teachers that have a run of their own among `others`; none without controls."""
     found: dict[str, float] = {}
-    if run.scores is None:
-        return found
+    by_frozen = (run.scores or {}).get("frozen_base", {}).get("teachers", {})
     for name in run.teachers:
         solo = next((o for o in others if set(o.teachers) == {o.base, name} and o.base == run.base != name), None)
         if solo is None or solo.scores is None or name not in run.r2:
             continue
-        frozen = mean_r2(_r2_of(run.scores["frozen_base"]["teachers"].get(name, {})))
+        frozen = mean_r2(_r2_of(by_frozen.get(name, {})))
         own, best = mean_r2(run.r2[name]), mean_r2(solo.r2.get(name, {}))
         if frozen is not None and own is not None and best is not None and best - frozen > _DISTINCT:
             found[name] = (own - frozen) / (best - frozen)

@@ -73,7 +73,7 @@ def evaluate(
         keep_freed_memory()
     corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
     training = open_training(trained, corpus, notes)
-    rows, unseen = rows_to_measure(trained, corpus, bool(caches), training)
+    rows, unseen = rows_to_measure(trained, corpus, bool(caches))
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
     reading = _Reading(trained, device, images, progress)
     maps = LinearMaps(trained.config.base, shapes) if controls else None
@@ -127,7 +127,7 @@ class _Reading:
             from trainer.pictures import with_images  # decoding is loaded only where it is needed
 
             place = config.images if self.images is None else config.images.model_copy(update={"root": self.images})
-            fetch = with_images(corpus, student, config.model_copy(update={"images": place}))
+            fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}))
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:
             for batch in batches_of(rows, config.batch_size, loader, upload):

@@ -5,7 +5,6 @@ from typing import Final
 
 import numpy as np
 
-from cache import Cache
 from cache.errors import ConfigError, KpuError
 from trainer.corpus import Corpus
 from trainer.evaluation.measured import open_measured
@@ -30,23 +29,20 @@ class Training:
 
 
 def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus | None:
-    """The training caches; None where one is gone. `corpus` is taken for them where it is."""
-    paths = trained.config.caches
+    """The training caches; None where one is gone. `corpus` is taken for them where it is, also where they moved."""
     try:
-        return corpus if [c.path for c in corpus.caches] == list(paths) else open_measured(trained, paths, [])
+        return corpus if trained.run.has_caches(corpus) else open_measured(trained, trained.config.caches, [])
     except KpuError as error:
         notes.append(f"no probe, k-NN nor frozen_base maps: the training caches cannot be read ({error})")
         return None
 
 
-def rows_to_measure(trained: Trained, corpus: Corpus, given: bool, training: Corpus | None) -> tuple[Rows, bool]:
+def rows_to_measure(trained: Trained, corpus: Corpus, given: bool) -> tuple[Rows, bool]:
     """Rows to measure on, and whether they are the training caches' validation rows.
 
-    Of a cache that the run learned from only the validation rows are new to the student.
+    Of a cache that the run learned from only the validation rows are new to the student, wherever the cache is now.
     """
-    learned = {cache.plan.digest for cache in training.caches} if training is not None else set()
-    sources = {_identity(cache) for cache in training.caches} if training is not None else set()
-    known = [not given or c.plan.digest in learned or _identity(c) in sources for c in corpus.caches]
+    known = [not given or trained.run.learned_from(cache) for cache in corpus.caches]
     held_back = corpus.validation(trained.config.validation)
     wanted = np.ones(corpus.rows, dtype=bool)
     for number, start in enumerate(corpus.starts[:-1]):
@@ -59,11 +55,6 @@ def rows_to_measure(trained: Trained, corpus: Corpus, given: bool, training: Cor
             f"{trained.config.validation:g}); give another cache with --cache"
         )
     return rows, any(known)
-
-
-def _identity(cache: Cache) -> tuple[str, str]:
-    """Of a cache's images: where they are and what they are called."""
-    return cache.plan.source.root, cache.plan.fingerprint
 
 
 def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> Training:

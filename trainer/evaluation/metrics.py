@@ -3,8 +3,6 @@
 Letters: C channels.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -124,19 +122,6 @@ class R2:
         return self._total != 0
 
 
-def effective_rank(features: Tensor) -> float:
-    """Effective rank of the covariance of vectors [..., C] (see `covariance_rank`).
-
-    Raises:
-        ValueError: There is no vector.
-    """
-    x = features.detach().flatten(0, -2).double()
-    if not len(x):
-        raise ValueError("features: expected at least one vector, found none")
-    x = x - x.mean(0)
-    return covariance_rank((x.T @ x / len(x)).cpu().numpy())
-
-
 def covariance_rank(covariance: npt.NDArray[np.float64]) -> float:
     """Effective rank: exp of the entropy of the eigenvalues over their sum (after Roy and Vetterli 2007).
 
@@ -152,27 +137,3 @@ def covariance_rank(covariance: npt.NDArray[np.float64]) -> float:
         return 0.0
     shares = eigenvalues[eigenvalues > 0] / total
     return float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def gradient_norm(gradients: Sequence[Tensor | None]) -> float:
-    """Euclidean norm of a gradient that is given parameter by parameter; None counts as zeros."""
-    return float(_dot(gradients, gradients) ** 0.5)
-
-
-def gradient_cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    """Cosine of the angle between two gradients of the same parameters; None counts as zeros.
-
-    Returns:
-        From -1 to 1; 0 where either is zero.
-    """
-    norms = (_dot(a, a) * _dot(b, b)) ** 0.5
-    return max(-1.0, min(1.0, _dot(a, b) / norms)) if norms else 0.0
-
-
-def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    products = [
-        torch.dot(x.detach().flatten().double(), y.detach().flatten().double())
-        for x, y in zip(a, b, strict=True)
-        if x is not None and y is not None
-    ]
-    return float(torch.stack(products).sum()) if products else 0.0

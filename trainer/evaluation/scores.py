@@ -48,15 +48,15 @@ class Scores:
         return {"teachers": teachers, "base": {"r2": float(np.mean(list(base.values()))), **base}}
 
 
-def batches_of(rows: Rows, size: int, loader: Loader, upload: Upload) -> Iterator[Batch]:
-    """The given rows in order, `size` at a time; the last batch may be shorter."""
+def batches_of(rows: Rows, size: int, loader: Loader, upload: Upload, *, images: bool = True) -> Iterator[Batch]:
+    """The given rows in order, `size` at a time; the last batch may be shorter. `images` as for `Loader.load`."""
 
     def drawn() -> Iterable[Drawn]:
         for start in range(0, len(rows), size):
             chosen = rows[start : start + size]
             yield Drawn(chosen, np.zeros_like(chosen), 0)
 
-    for _, host in loader.load(iter(drawn())):
+    for _, host in loader.load(iter(drawn()), images=images):
         yield upload(host)
 
 

@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from cache.errors import CorruptError, MismatchError
-from cache.pixels.decode import decode_image
+from cache.pixels.decode import decode_image, shown_rgb
 from cache.pixels.resize import geometry, resize_image
 from cache.spec import ImageStatus
 from cache.statistics import Statistics
@@ -210,7 +210,7 @@ def _blank(channels: int) -> Statistics:
 
 def _rgb(image: Image.Image | bytes | Path) -> Image.Image:
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return shown_rgb(image)
     found = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
     if isinstance(found, ImageStatus):
         raise MismatchError(f"images: expected an image, found one that is {found.name}; leave it out")

@@ -39,7 +39,7 @@ def uniforms(seed: int, epoch: int, rows: npt.NDArray[np.int64], teacher: str) -
     return (words >> np.uint64(64 - _FRACTION_BITS)).astype(np.float64) * 2.0**-_FRACTION_BITS
 
 
-def coefficients(config: BalanceConfig, losses_BN: Tensor, valid_BN: Tensor, randoms_BN: Tensor) -> Tensor:
+def coefficients(config: BalanceConfig, losses_BN: Tensor, valid_BN: Tensor, randoms_BN: Tensor | None) -> Tensor:
     """1 where a teacher counts in a row, 0 where it does not; to be divided by their sum over teachers in each row.
 
     `dropping` (UNIC, Sariyildiz et al. 2024, "teacher dropping"): in each row the valid teacher with the largest loss
@@ -49,13 +49,14 @@ def coefficients(config: BalanceConfig, losses_BN: Tensor, valid_BN: Tensor, ran
         config: The section `balance`.
         losses_BN: float [B, N], detached; anything where `valid_BN` is false.
         valid_BN: bool [B, N].
-        randoms_BN: float [B, N], from 0, below 1 (see `uniforms`); unused by `uniform`.
+        randoms_BN: float [B, N], from 0, below 1 (see `uniforms`); None for `uniform`.
 
     Returns:
         float32 [B, N]; rows without any valid teacher are zeros.
     """
     if config.name == "uniform":
         return valid_BN.float()
+    assert randoms_BN is not None
     largest_B1 = losses_BN.masked_fill(~valid_BN, -torch.inf).argmax(dim=1, keepdim=True)
     counts_BN = (randoms_BN >= config.p).scatter(1, largest_B1, True)
     return (counts_BN & valid_BN).float()

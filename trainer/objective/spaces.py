@@ -13,7 +13,7 @@ from trainer.objective.unify import LearnedSpace, SharedSpace
 def make_space(
     config: UnifyConfig, base: str, shapes: Mapping[str, Shapes], seed: int, *, loss: LossConfig | None = None
 ) -> SharedSpace | None:
-    """The space that `unify.mode` names, its maps drawn from `seed` alone; None for `off`.
+    """The space that `unify.mode` names, its maps drawn from `seed` alone; None for `off`, or where it weighs nothing.
 
     Args:
         config: the section `unify`.
@@ -25,7 +25,7 @@ def make_space(
     Raises:
         MismatchError: a specialist has an output that the base lacks, or one is a map and the other a vector.
     """
-    if config.mode == "off":
+    if config.mode == "off" or config.weight == 0:
         return None
     if config.mode == "pca":
         return PcaSpace(config, base, shapes)
