@@ -95,7 +95,7 @@ class Loader:
         self.waited = 0.0
 
     def load(self, drawn: Iterator[Drawn], *, images: bool = True) -> Iterator[tuple[Drawn, HostBatch]]:
-        """Yield the batches of `drawn` in order, if asked with `images`. An error of reading is raised at its place."""
+        """Yield the batches of `drawn` in order, images only where asked for. An error is raised at its place."""
         fetch = self._fetch if images else self._targets
         waiting: deque[tuple[Drawn, Future[HostBatch]]] = deque()
         try:

@@ -88,6 +88,7 @@ def fit(
             position = checkpoint.position
         events = stack.enter_context(Events(run, world, training.step, watch))
         validation, begun_at = stream.held_back, training.step
+        loader.waited = 0.0
 
         seconds = perf_counter()
         position = train(training, stream, loader, upload, position, run, events, validation)

@@ -314,7 +314,8 @@ def test_a_cluster_that_loses_its_nodes_ends_the_run(
     out = tmp_path / "my.kpu"
     with ray_node(tmp_path / "head", "--head", "--include-dashboard=false", "--port=0", "--num-cpus=0") as (address, _):
         with ray_node(tmp_path / "node", f"--address={address}", "--num-cpus=1") as (_, node):
-            values = {**read_yaml(config), "out": str(out), "executor": {"kind": "ray", "address": address}}
+            values = {**read_yaml(config), "out": str(out)}
+            values["executor"] |= {"kind": "ray", "address": address}
             reporter = Reporter(lambda: kill_session(node.pid))
             with pytest.raises(IncompleteError, match="no node of the cluster has had room for a worker of 1 CPU thr"):
                 extract(validate_config(values, "the test"), reporter)

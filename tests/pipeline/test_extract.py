@@ -115,8 +115,9 @@ def test_a_location_that_fails_on_the_way_leaves_work_undone(place: Path, tmp_pa
 
     class Lost(Silent):
         def report(self, report: UnitReport) -> None:  # noqa: ARG002
-            commits.rename(out / "lost")
-            commits.touch()
+            if commits.is_dir():
+                commits.rename(out / "lost")
+                commits.touch()
 
     with pytest.raises(StorageError) as caught:
         extract(config(place, out), Lost())

@@ -38,7 +38,7 @@ def test_uniforms_are_uniform_and_unrelated() -> None:
 
 def test_uniform_counts_the_valid() -> None:
     valid = torch.tensor([[True, False], [False, False], [True, True]])
-    c = coefficients(BalanceConfig(), torch.rand(3, 2), valid, torch.zeros(3, 2))
+    c = coefficients(BalanceConfig(), torch.rand(3, 2), valid, None)
     assert c.dtype == torch.float32
     assert c.tolist() == [[1, 0], [0, 0], [1, 1]]
 
