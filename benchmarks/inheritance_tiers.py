@@ -49,6 +49,9 @@ def _tier_a() -> Tier:
         "concat": Cell({"student.merge": "concat"}, over),
         "dropping": Cell({"balance.name": "dropping"}, over),
     }
+    for mode in ("untrained", "pretrained", "joint"):
+        against = ("concat",) if mode == "untrained" else ("concat", "concat, t2s untrained")
+        cells[f"concat, t2s {mode}"] = Cell({"student.merge": "concat", "unify.mode": mode}, against)
     for weight in (0.1, 1.0):
         keys = {"unify.mode": "pretrained", "unify.weight": weight}
         cells[f"t2s pretrained, lu {weight}"] = Cell(keys, ("t2s pretrained",), seeds=3)
