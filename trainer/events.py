@@ -48,6 +48,7 @@ class Events:
             "lr": training.optimizer.param_groups[0]["lr"],
             **_figures(losses),
             "gradient_norm": _floats(training.gradient_norm),
+            "gradient_cosine": {name: _floats(others) for name, others in training.gradient_cosine.items()},
             "rows_per_second": round(rows / seconds, 1),
             "data_wait": round((waited - self._waited) / seconds, 4),
         }

@@ -41,6 +41,7 @@ class Training:
         self.schedule = make_schedule(self.optimizer, lr, config.optim.warmup, steps)
         self.average = make_average(model, config.optim, config.batch_size * config.optim.accumulate)
         self.gradient_norm: dict[str, Tensor] = {}
+        self.gradient_cosine: dict[str, dict[str, Tensor]] = {}
         self._bad = torch.zeros((), dtype=torch.bool, device=world.device)
         if world.size > 1 and world.device.type == "cuda":
             synchronise(model)
@@ -54,7 +55,7 @@ class Training:
     def advance(self, batches: Sequence[Batch], *, measure: bool) -> Losses:
         """One step on `batches`, whose gradients are averaged; the losses of the last one.
 
-        With `measure`, `gradient_norm` is set to the norms of each teacher's own gradient at the student's features.
+        With `measure`, `gradient_norm` and `gradient_cosine` are set to what `measure_gradients` finds.
         """
         self.schedule.step_update(self.step)
         self.model.train()
@@ -65,7 +66,7 @@ class Training:
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.precision == "bf16"):
                     losses: Losses = self._forward(batch)
                 if measure and last:
-                    self.gradient_norm = _norms_by_teacher(losses)
+                    self.gradient_norm, self.gradient_cosine = measure_gradients(losses)
                 if losses.total.requires_grad:
                     (losses.total / len(batches)).backward()
             self._bad |= ~torch.isfinite(losses.total.detach())
@@ -130,14 +131,29 @@ def synchronise(model: nn.Module) -> None:
     convert_sync_batchnorm(model)
 
 
-def _norms_by_teacher(losses: Losses) -> dict[str, Tensor]:
+def measure_gradients(losses: Losses) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Norms by teacher, and cosines by pair, of the gradients at the student's features that teachers' losses have.
+
+    0-d tensors, over all workers. A pair of which one has no gradient has a cosine of 0. Nothing is measured of a
+    student that does not learn.
+    """
     features = [feature for feature in losses.features.values() if feature.requires_grad]
     if not features:
-        return {}
-    norms = {}
-    for name, loss in losses.student_to_teacher.items():
-        gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-        squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-        own = torch.stack(squares).sum() if squares else loss.new_zeros(())
-        norms[name] = over_workers(own).sqrt() / worker_count()
-    return norms
+        return {}, {}
+    named = losses.student_to_teacher.items()
+    gradients = {
+        name: torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True) for name, loss in named
+    }
+    names = list(gradients)
+    products = [[_inner(gradients[a], gradients[b], losses.total) for b in names] for a in names]
+    products_KK = over_workers(torch.stack([torch.stack(row) for row in products])) / worker_count() ** 2
+    norms_K = products_KK.diagonal().sqrt()
+    cosines_KK = products_KK / torch.outer(norms_K, norms_K).clamp(min=torch.finfo(torch.float32).tiny)
+    norms = dict(zip(names, norms_K, strict=True))
+    return norms, {a: {names[j]: cosines_KK[i, j] for j in range(i + 1, len(names))} for i, a in enumerate(names[:-1])}
+
+
+def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Inner product, a float32 0-d tensor beside `like`; None is nothing but zeros."""
+    pairs = [(x.float(), y.float()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return sum((torch.vdot(x.flatten(), y.flatten()) for x, y in pairs), like.new_zeros((), dtype=torch.float32))

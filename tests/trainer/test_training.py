@@ -16,9 +16,9 @@ from tests.trainer.conftest import BROKEN, Configure
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Upload
 from trainer.loop import fit
-from trainer.model import Inheritance
+from trainer.model import Inheritance, Losses
 from trainer.pictures import with_images
-from trainer.training import Training, synchronise
+from trainer.training import Training, measure_gradients, synchronise
 from trainer.world import World
 
 
@@ -64,6 +64,27 @@ def test_a_compiled_student_learns_the_same_and_its_gradients_are_measured(
         assert min(line["gradient_norm"].values()) > 0
         for key in ("s2t", "gradient_norm"):
             assert line[key] == pytest.approx(expected[key], rel=1e-3)
+        for name, others in expected["gradient_cosine"].items():
+            assert line["gradient_cosine"][name] == pytest.approx(others, abs=1e-3)
+
+
+def test_gradients_of_teachers_by_hand() -> None:
+    """Losses a.x + c.y, b.x and d.y with a = (3, 0), b = (3, 4), c = (4), d = (2): squares 25, 25, 4; products 9, 8."""
+    x, y = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    losses = {
+        "one": x @ torch.tensor([3.0, 0.0]) + y @ torch.tensor([4.0]),
+        "two": x @ torch.tensor([3.0, 4.0]),
+        "three": y @ torch.tensor([2.0]),
+        "none": 0 * y.sum(),
+    }
+    total = torch.stack(list(losses.values())).sum()
+    norms, cosines = measure_gradients(Losses(total, losses, {}, total, {}, {"global": x, "patch": y}))
+    assert {name: norm.item() for name, norm in norms.items()} == {"one": 5, "two": 5, "three": 2, "none": 0}
+    found = {name: {other: value.item() for other, value in others.items()} for name, others in cosines.items()}
+    assert found["one"] == pytest.approx({"two": 9 / 25, "three": 8 / 10, "none": 0})
+    assert found["two"] == {"three": 0, "none": 0}
+    assert found["three"] == {"none": 0}
+    assert list(found) == ["one", "two", "three"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
