@@ -2,12 +2,10 @@
 
 import logging
 import os
-import socket
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, chdir
-from dataclasses import dataclass, field
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -17,7 +15,9 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
+from pipeline.executors.addresses import check_listening, not_reached
 from pipeline.executors.room import Nodes, count_by_gpus, count_room, count_workers, gpus_per_worker, threads_per_worker
+from pipeline.executors.seats import Seat, TaskQueue
 from pipeline.executors.signals import stop_signals_kept
 from pipeline.observers import Observer
 from pipeline.reports import Failure, Task, UnitReport
@@ -26,7 +26,6 @@ from pipeline.worker import Worker, WorkerSetup
 IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
 OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
-CONNECT_SECONDS = 10
 LOOK_SECONDS = 10.0  # how often the cluster is looked at while no worker runs
 PATIENCE_SECONDS = 600.0  # how long a cluster may be without room for any worker
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # the second is Ray's own killing before the memory is full
@@ -38,37 +37,6 @@ class ActorWorker(Worker):
 
     def ping(self) -> None:
         """Return once the constructor is through."""
-
-
-@dataclass
-class _Seat:
-    """One place for an actor and the units it holds; `ready` is pending until `run` knows that the actor runs.
-
-    `attempt` counts actors in this place, this one included, since the last that was known to run.
-    """
-
-    actor: Any
-    ready: Any
-    attempt: int
-    flying: dict[Any, Task] = field(default_factory=dict)
-
-
-class _Queue:
-    """Tasks that nobody holds: fresh ones, drawn lazily, and suspects that were lost with a worker."""
-
-    def __init__(self, tasks: Iterable[Task]) -> None:
-        self._fresh = iter(tasks)
-        self._next: Task | None = next(self._fresh, None)
-        self.suspects: deque[Task] = deque()
-
-    def __bool__(self) -> bool:
-        return self._next is not None or bool(self.suspects)
-
-    def fresh(self) -> Task | None:
-        task = self._next
-        if task is not None:
-            self._next = next(self._fresh, None)
-        return task
 
 
 class RayExecutor:
@@ -84,7 +52,7 @@ class RayExecutor:
         self._settled_threads = threads
         self._observer = observer
         self._cleanup = ExitStack()
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._homeless_since: float | None = None
         self.workers = self.threads = 0
         self.gpus_per_worker = 0.0
@@ -131,7 +99,7 @@ class RayExecutor:
         self._cleanup.callback(ray.shutdown)
         try:
             if address is not None:
-                _check_listening(address)
+                check_listening(address)
             with stop_signals_kept():
                 ray.init(
                     address="local" if local else address,
@@ -141,11 +109,11 @@ class RayExecutor:
                     **extra,
                 )
         except Exception as error:  # Ray raises a plain one where its processes take too long to start
-            raise ConfigError(_not_reached(address, error)) from None
+            raise ConfigError(not_reached(address, error)) from None
 
-    def _seat(self, attempt: int = 1) -> _Seat:
+    def _seat(self, attempt: int = 1) -> Seat:
         actor = self._actor_class.remote(self._setup, self.threads)
-        return _Seat(actor, actor.ping.remote(), attempt)
+        return Seat(actor, actor.ping.remote(), attempt)
 
     def call(self, method: str, *arguments: Any) -> Any:
         deaths = 0
@@ -161,7 +129,7 @@ class RayExecutor:
             except RayError as error:
                 raise _unwrap(error) from None
 
-    def _first_to_run(self) -> _Seat:
+    def _first_to_run(self) -> Seat:
         """Wait until a worker runs."""
         while True:
             for seat in self._seats:
@@ -169,7 +137,7 @@ class RayExecutor:
                     return seat
             self._await({})
 
-    def _await(self, flying: dict[Any, _Seat]) -> tuple[_Seat, Any] | None:
+    def _await(self, flying: dict[Any, Seat]) -> tuple[Seat, Any] | None:
         """Wait until a unit of `flying` is done, or a worker runs or died before it could; only a unit is returned.
 
         Raises:
@@ -211,7 +179,7 @@ class RayExecutor:
             )
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
-        queue, deaths = _Queue(tasks), Counter[int]()
+        queue, deaths = TaskQueue(tasks), Counter[int]()
         while True:
             for seat in self._seats:
                 self._fill(seat, queue, deaths)
@@ -233,7 +201,7 @@ class RayExecutor:
                 del seat.flying[done]
                 yield report
 
-    def _fill(self, seat: _Seat, queue: _Queue, deaths: Counter[int]) -> None:
+    def _fill(self, seat: Seat, queue: TaskQueue, deaths: Counter[int]) -> None:
         """Give a worker that runs its next units: two at most, a suspect only alone."""
         if seat.ready is not None or any(deaths[task.unit] for task in seat.flying.values()):
             return
@@ -244,10 +212,10 @@ class RayExecutor:
         while len(seat.flying) < IN_FLIGHT and (task := queue.fresh()) is not None:
             self._submit(seat, task)
 
-    def _submit(self, seat: _Seat, task: Task) -> None:
+    def _submit(self, seat: Seat, task: Task) -> None:
         seat.flying[seat.actor.extract.remote(task)] = task
 
-    def _replace(self, seat: _Seat, error: RayError) -> None:
+    def _replace(self, seat: Seat, error: RayError) -> None:
         """Put a new actor in the place of a dead one.
 
         Raises:
@@ -263,7 +231,7 @@ class RayExecutor:
         self._seats[self._seats.index(seat)] = self._seat(attempt)
 
 
-def _last_reports(seat: _Seat, queue: _Queue, deaths: Counter[int]) -> Iterator[UnitReport]:
+def _last_reports(seat: Seat, queue: TaskQueue, deaths: Counter[int]) -> Iterator[UnitReport]:
     """What becomes of the units of a dead worker: done before it died, tried again, or failed."""
     for reference, task in seat.flying.items():
         try:
@@ -287,26 +255,6 @@ def _loading_kills(error: RayError) -> IncompleteError:
     return IncompleteError(
         f"a Ray worker died {DEATHS_ALLOWED} times while it loaded or calibrated the teachers ({_detail(error)}); "
         f"{ADVICE}"
-    )
-
-
-def _check_listening(address: str) -> None:
-    """Raise OSError where nobody listens at `host:port`: Ray would try for minutes. Other forms are left to Ray."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-
-
-def _not_reached(address: str | None, error: Exception) -> str:
-    if address is None:
-        return (
-            f"executor.kind: Ray did not start on this machine ({error}); try again when it is less busy, or use "
-            "--executor inline"
-        )
-    return (
-        f"executor.address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start --head`, "
-        "give the right --ray-address, or leave it out to run on this machine; a cluster with token authentication "
-        "needs RAY_AUTH_MODE=token and its token here, too"
     )
 
 
