@@ -140,20 +140,13 @@ def measure_gradients(losses: Losses) -> tuple[dict[str, Tensor], dict[str, dict
     features = [feature for feature in losses.features.values() if feature.requires_grad]
     if not features:
         return {}, {}
-    named = losses.student_to_teacher.items()
-    gradients = {
-        name: torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True) for name, loss in named
-    }
-    names = list(gradients)
-    products = [[_inner(gradients[a], gradients[b], losses.total) for b in names] for a in names]
-    products_KK = over_workers(torch.stack([torch.stack(row) for row in products])) / worker_count() ** 2
+    names, flat = list(losses.student_to_teacher), []
+    for loss in losses.student_to_teacher.values():
+        gradients = torch.autograd.grad(loss, features, retain_graph=True, materialize_grads=True)
+        flat.append(torch.cat([gradient.float().flatten() for gradient in gradients]))
+    gradients_KN = torch.stack(flat)
+    products_KK = over_workers(gradients_KN @ gradients_KN.T) / worker_count() ** 2
     norms_K = products_KK.diagonal().sqrt()
     cosines_KK = products_KK / torch.outer(norms_K, norms_K).clamp(min=torch.finfo(torch.float32).tiny)
     norms = dict(zip(names, norms_K, strict=True))
     return norms, {a: {names[j]: cosines_KK[i, j] for j in range(i + 1, len(names))} for i, a in enumerate(names[:-1])}
-
-
-def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Inner product, a float32 0-d tensor beside `like`; None is nothing but zeros."""
-    pairs = [(x.float(), y.float()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return sum((torch.vdot(x.flatten(), y.flatten()) for x, y in pairs), like.new_zeros((), dtype=torch.float32))
