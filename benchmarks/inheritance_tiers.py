@@ -128,7 +128,7 @@ def _tier_c() -> Tier:
         "student.model": f"torch:{EXAMPLES}/cifar_resnet.py:resnet20",
         "student.weights": "random",
         "batch_size": 256,
-        "optim.epochs": 14,
+        "optim.epochs": 6,
     }
     return Tier(common, {REFERENCE: Cell(seeds=3)}, processes=1)
 

@@ -12,7 +12,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
-from tests.trainer.conftest import BROKEN, Configure
+from tests.trainer.conftest import BROKEN, Configure, Extract
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Upload
 from trainer.loop import fit
@@ -88,9 +88,10 @@ def test_gradients_of_teachers_by_hand() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
-def test_nobody_waits_for_a_gpu_within_a_step(configure: Configure, toys: Path, place: Path) -> None:
+def test_nobody_waits_for_a_gpu_within_a_step(configure: Configure, toys: Path, place: Path, extract: Extract) -> None:
+    others = extract("others", general="toy", big="wider", shy="poisoned")
     config = configure(
-        caches=[str(toys), str(toys)],  # so that a batch has rows of two
+        caches=[str(toys), str(others)],  # so that a batch has rows of two
         student={"kind": "full", "model": f"torch:{place}/toy.py:toy", "weights": "random"},
         unify={"mode": "joint"},
         balance={"name": "dropping"},

@@ -77,7 +77,7 @@ def evaluate(
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
     reading = _Reading(trained, device, images, progress)
     maps = LinearMaps(trained.config.base, shapes) if controls else None
-    fitted, chosen, count = Vectors(), Vectors(), 0
+    fitted, chosen, count = Vectors(device), Vectors(device), 0
     with torch.no_grad():
         if training is not None:
             split = split_training(trained, training, unseen)
@@ -139,7 +139,7 @@ class _Reading:
 
 def _gather(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | None = None) -> Vectors:
     """Collect what probes and, with `maps`, linear maps are fitted on."""
-    model, labels, into = reading.trained.model, torch.from_numpy(corpus.labels()), Vectors()
+    model, labels, into = reading.trained.model, torch.from_numpy(corpus.labels()), Vectors(reading.device)
     for batch in reading.batches(corpus, rows):
         if maps is not None:
             maps.update(batch)
@@ -164,7 +164,7 @@ def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | N
     meanings = {name: _labels_of(corpus, name) for name in corpus.sources}
     teachers = {s: {n: TeacherMeasures(outputs, heads[n], meanings[n]) for n in corpus.sources} for s in subjects}
     kept = {subject: TeacherMeasures(outputs, heads[base], None) for subject in subjects}
-    tested, labels = Vectors(), corpus.labels()
+    tested, labels = Vectors(device), corpus.labels()
     probed = np.isin(np.arange(corpus.rows), some_of(rows, FITTED_ROWS, config.seed))
     for batch in reading.batches(corpus, rows):
         truth, have_base = labels[batch.rows], batch.weights[base] > 0

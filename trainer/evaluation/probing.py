@@ -20,9 +20,13 @@ STUDENT: Final = "/student"  # a name that no teacher can have
 
 
 class Vectors:
-    """One vector a row by name, in standardised units, with labels: what is probed. And ranks over all rows."""
+    """One vector a row by name, in standardised units, with labels: what is probed. And ranks over all rows.
 
-    def __init__(self) -> None:
+    They wait in host memory, and are given back on `device`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._ranks: dict[str, Accumulator] = {}
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -40,10 +44,13 @@ class Vectors:
 
     def labelled(self, name: str) -> tuple[Tensor, Tensor]:
         """Kept vectors [n, C] and labels int64 [n]."""
-        parts = self._kept.get(name, [])
-        if not parts:
-            return torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        parts = self._kept.get(name, [(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))])
+        x, y = (torch.cat(each).to(self._device) for each in zip(*parts, strict=True))
+        return x, y
+
+    def __len__(self) -> int:
+        """How many of the student's have a label."""
+        return sum(len(y) for _, y in self._kept.get(STUDENT, []))
 
 
 def summary_of(features: Features) -> Tensor:
@@ -89,7 +96,7 @@ def _why_not(corpus: Corpus, training: Corpus | None, fitted: Vectors, chosen: V
     if len(taught) > 1:
         return f"the caches and those of the training have different classes: {sorted(taught)}"[:400]
     for vectors, where in ((tested, "measured"), (fitted, "training"), (chosen, "training")):
-        if not len(vectors.labelled(STUDENT)[1]):
+        if len(vectors) == 0:
             return f"no {where} row has a label"
     return None
 
