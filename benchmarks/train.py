@@ -238,7 +238,7 @@ def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", worl
         live = run_teachers
     upload = Upload(corpus, world.device, model.student.input, raw=live is not None)
     with open_loader(config, corpus, model, live) as loader:
-        for _, host in loader.load(draw_batches(open_stream(config, corpus), config, 0)):
+        for _, host in loader.load(draw_batches(open_stream(config, corpus), config.batch_size)):
             yield upload(host)
 
 

@@ -7,6 +7,7 @@ same batches and initial values, so that the differences vary less than the figu
 import json
 import math
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,8 +33,8 @@ _TABLE: Final = "ablation.json"
 class Row:
     """A figure of a cell: its mean over seeds and, but for the first cell, the paired difference from the first.
 
-    `low` and `high` bound the mean difference with a confidence of 95%, by Student's t distribution over the seeds;
-    None where there are fewer than two.
+    `seeds` is how many trainings gave the figure; the mean of none is NaN. `low` and `high` bound the mean difference
+    with a confidence of 95%, by Student's t distribution over the seeds that both cells have; None for fewer than two.
     """
 
     cell: str
@@ -70,7 +71,7 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     Raises:
         ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster.
         MismatchError: a training of another sweep stands in the folder of one of this; nothing was changed.
-        IncompleteError: some trainings failed; those that ended are kept.
+        IncompleteError: some trainings failed; those that ended are kept, and so is their table.
     """
     try:
         sweep.out.mkdir(parents=True, exist_ok=True)
@@ -82,36 +83,39 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     say = tell or (lambda _: None)
     say(f"{len(sweep.trials)} trainings: {len(sweep.cells)} cells, {len(sweep.seeds)} seeds, {len(waiting)} to do")
     failures = _by_ray(sweep, waiting, address) if sweep.executor == "ray" else _inline(sweep, waiting, say)
-    if failures:
-        reasons = "; ".join(f"{trial.name} ({name_of(sweep.cells[trial.cell])}): {why}" for trial, why in failures)
-        kind = ConfigError if len(failures) == len(sweep.trials) else IncompleteError
-        raise kind(f"{len(failures)} of {len(sweep.trials)} trainings failed: {reasons}; the same command goes on")
+    reasons = "; ".join(f"{trial.name} ({name_of(sweep.cells[trial.cell])}): {why}" for trial, why in failures)
+    what = f"{len(failures)} of {len(sweep.trials)} trainings failed: {reasons}; the same command goes on with these"
+    if len(failures) == len(sweep.trials):
+        raise ConfigError(what)
     found = Ablation(sweep.out, tuple(compare(sweep, [_figures(sweep, trial) for trial in sweep.trials])))
     replace_file(sweep.out / _TABLE, (json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n").encode())
+    if failures:
+        raise IncompleteError(f"{what}; the table of the others is {sweep.out / _TABLE}")
     return found
 
 
 def compare(sweep: Sweep, figures: list[dict[str, float]]) -> list[Row]:
-    """The table of `figures`, one mapping for each of `sweep.trials`; NaN where a cell lacks a figure of another."""
+    """The table of `figures`, one mapping for each of `sweep.trials`, empty for one that failed."""
     rows = []
     for figure in dict.fromkeys(figure for found in figures for figure in found):
         values = np.full((len(sweep.cells), len(sweep.seeds)), np.nan)
         for trial, found in zip(sweep.trials, figures, strict=True):
             values[trial.cell, sweep.seeds.index(trial.seed)] = found.get(figure, np.nan)
         for number, cell in enumerate(sweep.cells):
-            mean = float(values[number].mean())
-            row = Row(name_of(cell), figure, mean, len(sweep.seeds))
+            known = values[number][np.isfinite(values[number])]
+            row = Row(name_of(cell), figure, float(known.mean()) if len(known) else math.nan, len(known))
             rows.append(row if number == 0 else _against(row, values[number] - values[0]))
     return rows
 
 
 def _against(row: Row, differences: "np.ndarray[Any, Any]") -> Row:
     """The row with the mean difference and its interval."""
-    mean = float(differences.mean())
-    if len(differences) < 2:
-        return Row(row.cell, row.figure, row.mean, row.seeds, mean)
-    half = reach(differences)
-    return Row(row.cell, row.figure, row.mean, row.seeds, mean, mean - half, mean + half)
+    known = differences[np.isfinite(differences)]
+    mean = float(known.mean()) if len(known) else math.nan
+    if len(known) < 2:
+        return replace(row, difference=mean)
+    half = reach(known)
+    return replace(row, difference=mean, low=mean - half, high=mean + half)
 
 
 def reach(differences: "np.ndarray[Any, Any]") -> float:
@@ -139,6 +143,9 @@ def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1) ->
         fit(config, path, resume=RunFolder(path).begun)
     except KpuError as error:
         return str(error)
+    except RuntimeError as error:  # PyTorch's own, as where memory is full: other trainings may still end
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -193,9 +200,10 @@ def _ended(sweep: Sweep, trial: Trial) -> bool:
 
 
 def _figures(sweep: Sweep, trial: Trial) -> dict[str, float]:
-    """The scores of a training on its validation rows, by flat names such as `general r2_global`."""
+    """The scores of a training on its validation rows, by flat names such as `general r2_global`; none if it failed."""
     summary = RunFolder(sweep.out / trial.name).summary()
-    assert summary is not None
+    if summary is None:
+        return {}
     scores = summary["validation"]
     sections = {**scores["teachers"], "base kept": {k: v for k, v in scores["base"].items() if k != "r2"}}
     return {

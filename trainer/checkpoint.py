@@ -96,7 +96,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Safetensors bytes of a state dict; equal input gives equal bytes."""
-    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Copies, since safetensors refuses a tensor that a module holds under two names.
+    return save_tensors(
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    )
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

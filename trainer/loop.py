@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -24,11 +25,11 @@ from trainer.order import make_order
 from trainer.prepare import check_student, gate_space, prepare_space
 from trainer.resident import Rows, free_memory
 from trainer.runs import RunFolder
+from trainer.split import some_of
 from trainer.training import Training
 from trainer.world import World, join_world
 
 VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the end
-GATED_ROWS: Final = 2048
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with each object that is logged."""
@@ -68,7 +69,8 @@ def fit(
     with ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, corpus, model, live))
         upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
-        check_student(model, corpus.sources[config.base].spec, batches_from(stream, config, loader, upload))
+        size = config.batch_size // world.size  # where every process computes the same, as much as in a step
+        check_student(model, corpus.sources[config.base].spec, first_epoch(stream, size, loader, upload, images=True))
         run = open_run(config, out, corpus, world, resume=resume)
         finished = run.summary()
         if finished is not None:
@@ -77,8 +79,10 @@ def fit(
         world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
-            batches = batches_from(stream, config, loader, upload, images=False)
-            learn_space(model, batches, world, run, watch, resume=resume)
+            drawn = draw_batches(stream, config.batch_size, share=world.share(config.batch_size))
+            shares = (upload(host) for _, host in loader.load(drawn, images=False))
+            whole = partial(first_epoch, stream, size, loader, upload)
+            learn_space(model, shares, whole, world, run, watch, resume=resume)
         else:
             model.settle_space()
         training = Training(config, model, world, steps)
@@ -94,7 +98,7 @@ def fit(
         position = train(training, stream, loader, upload, position, run, events, validation)
         seconds = perf_counter() - seconds
 
-        final = score(training.trained, batches_of(validation, config.batch_size, loader, upload))
+        final = score(training.trained, batches_of(validation, size, loader, upload))
     rows_per_step = config.batch_size * config.optim.accumulate
     summary = {
         "steps": training.step,
@@ -116,19 +120,28 @@ def fit(
 
 
 def learn_space(
-    model: Inheritance, batches: Iterator[Batch], world: World, run: RunFolder, watch: Watch | None, *, resume: bool
+    model: Inheritance,
+    shares: Iterator[Batch],
+    whole: Callable[[], Iterator[Batch]],
+    world: World,
+    run: RunFolder,
+    watch: Watch | None,
+    *,
+    resume: bool,
 ) -> None:
-    """Prepare the shared space; a run that was begun just now is taken away if the space is refused.
+    """Prepare the shared space, and keep its figures; a run that was begun just now is taken away if it is refused.
 
     Raises:
         MismatchError: the space collapsed, or lost the base.
     """
     try:
-        prepare_space(model, batches, watch)
+        figures = prepare_space(model, shares, whole, watch)
     except KpuError:
         if world.leads and not resume:
             run.discard()  # nothing was learned: the next attempt may have the same folder
         raise
+    if world.leads and figures is not None:
+        run.write_space(figures)
 
 
 def train(
@@ -145,7 +158,8 @@ def train(
     config, world = training.config, training.world
     each = config.optim.accumulate
     left = (training.steps - training.step) * each
-    loaded = loader.load(islice(draw_batches(stream, config, position, world.share(config.batch_size)), left))
+    drawn = draw_batches(stream, config.batch_size, position, world.share(config.batch_size))
+    loaded = loader.load(islice(drawn, left))
     for _ in range(training.step, training.steps):
         pairs = list(islice(loaded, each))
         position = pairs[-1][0].position
@@ -157,10 +171,10 @@ def train(
         failpoint("train.step")
         if training.step % config.log.checkpoint == 0 or training.step == training.steps:
             training.check_finite()
-            gate_joint_space(training, stream, loader, upload)
-            some = validation[:VALIDATION_ROWS]
+            gate_joint_space(training, stream, loader, upload, run)
+            some = some_of(validation, VALIDATION_ROWS, config.seed)
             if len(some) and training.step < training.steps:
-                batches = batches_of(some, config.batch_size, loader, upload)
+                batches = batches_of(some, config.batch_size // world.size, loader, upload)
                 events.validated(training.step, score(training.trained, batches))
             if world.leads:
                 save_checkpoint(run.checkpoints, training.checkpoint(position))
@@ -168,16 +182,18 @@ def train(
     return position
 
 
-def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload: Upload) -> None:
+def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload: Upload, run: RunFolder) -> None:
     """Refuse a space that learns along with the student and has collapsed; nothing of it is saved then.
 
     Raises:
         MismatchError: naming the teacher and the figure.
     """
-    config = training.config
-    if config.unify.mode == "joint" and training.model.space is not None:
-        rows = stream.draw(0, min(GATED_ROWS, stream.rows)).rows
-        gate_space(training.model, batches_of(rows, config.batch_size, loader, upload, images=False))
+    config, world = training.config, training.world
+    space = training.model.space
+    if config.unify.mode == "joint" and space is not None and space.specialists:
+        figures = gate_space(training.model, first_epoch(stream, config.batch_size // world.size, loader, upload))
+        if world.leads:
+            run.write_space(figures)
 
 
 def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:
@@ -233,19 +249,18 @@ def count_steps(config: TrainConfig, rows: int) -> int:
     return steps
 
 
-def draw_batches(stream: Stream, config: TrainConfig, position: int, share: slice = slice(None)) -> Iterator[Drawn]:
-    """This process's share of every batch from `position` on, without end."""
+def draw_batches(stream: Stream, size: int, position: int = 0, share: slice = slice(None)) -> Iterator[Drawn]:
+    """This process's share of every batch of `size` rows from `position` on, without end."""
     while True:
-        drawn = stream.draw(position, config.batch_size)
+        drawn = stream.draw(position, size)
         position = drawn.position
         yield Drawn(drawn.rows[share], drawn.epochs[share], position)
 
 
-def batches_from(
-    stream: Stream, config: TrainConfig, loader: Loader, upload: Upload, *, images: bool = True
-) -> Iterator[Batch]:
-    """Whole training batches from the beginning, without end. `images` as for `Loader.load`."""
-    for _, host in loader.load(draw_batches(stream, config, 0), images=images):
+def first_epoch(stream: Stream, size: int, loader: Loader, upload: Upload, *, images: bool = False) -> Iterator[Batch]:
+    """The training rows in their first order, `size` at a time, the same in every process. `images` as for `Loader`."""
+    drawn = islice(draw_batches(stream, size), -(-stream.rows // size))
+    for _, host in loader.load(drawn, images=images):
         yield upload(host)
 
 

@@ -99,6 +99,12 @@ class Inheritance(nn.Module):
         assert isinstance(found, Normalizer)
         return found
 
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Row weights float32 [B] by teacher; a student that sees the base alone knows nothing of a row it masks."""
+        if self.student.needs_images:
+            return batch.weights
+        return {name: weight_B * batch.weights[self.base] for name, weight_B in batch.weights.items()}
+
     def encode(self, batch: Batch) -> Features:
         """The student's features of a batch."""
         features: Features = self.student(batch.targets[self.base], batch.images)
@@ -111,7 +117,7 @@ class Inheritance(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch and its terms, in float32 whatever the precision of the forward pass."""
-        config, names = self.config, self.teachers
+        config, names, weights = self.config, self.teachers, self.weights(batch)
         features = self.encode(batch)
         targets = {
             name: {o: self.normalizer(name, o)(batch.targets[name][o]) for o in config.outputs} for name in names
@@ -119,14 +125,14 @@ class Inheritance(nn.Module):
         direct_BN = torch.stack(
             [self._distance(self.projectors(features, name), targets[name]) for name in names], dim=1
         )
-        valid_BN = torch.stack([batch.weights[name] for name in names], dim=1)
+        valid_BN = torch.stack([weights[name] for name in names], dim=1)
         space: dict[str, Tensor] = {}
         total_BN, back_BN = direct_BN, None
         if self.space is not None:
             latent = {o: self.readout[_key(o)](z) if _key(o) in self.readout else z for o, z in features.items()}
             standardised = {name: {o: batch.targets[name][o] for o in config.outputs} for name in names}
             if config.unify.mode == "joint" and self.training:
-                unified, space = self.space.learn(latent, standardised, batch.weights)
+                unified, space = self.space.learn(latent, standardised, weights)
             else:
                 unified = self.space(standardised)
             back_BN = torch.stack(

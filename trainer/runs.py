@@ -8,6 +8,7 @@ my-run/
   environment.json         versions, device, threads
   metrics.jsonl            one object a logged step
   tensorboard/             the same as events
+  space.json               what the gates measured of the shared space, where there is one
   checkpoints/step-*/      see `trainer.checkpoint`
   model.safetensors        the trained model, written last
   summary.json             how it ended
@@ -45,7 +46,7 @@ MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 
 _CONFIG, _SOURCES, _STATISTICS, _HEADS = "config.yaml", "sources.json", "statistics.safetensors", "heads.safetensors"
 _FIRST: Final = (_SOURCES, _STATISTICS, _HEADS)
-_METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
+_METRICS, _SPACE, _SUMMARY = "metrics.jsonl", "space.json", "summary.json"
 MODEL: Final = "model.safetensors"
 _PACKAGES = ("kpu", "torch", "timm", "numpy", "zarr", "ray")
 
@@ -98,8 +99,7 @@ class RunFolder:
             "images": [_images_of(cache) for cache in corpus.caches],
         }
         run._write(_SOURCES, _json(document))
-        resolved = config.model_copy(update={"caches": paths})
-        run._write(_CONFIG, yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).encode())
+        run._write_config(config, corpus)
         return run
 
     def discard(self) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
 
     @staticmethod
     def resume(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
-        """Go on with a run.
+        """Go on with a run; what `MAY_CHANGE` of its configuration is kept as it is now, caches that moved included.
 
         Raises:
             ConfigError: there is no run.
@@ -120,6 +120,7 @@ class RunFolder:
             raise MismatchError(
                 f"{path}: expected what the run was begun with, found {difference}; give the same, or start a new run"
             )
+        run._write_config(config, corpus)
         return run
 
     def difference(self, config: TrainConfig, corpus: Corpus) -> str | None:
@@ -219,9 +220,18 @@ class RunFolder:
         file = self.path / _SUMMARY
         return json.loads(file.read_bytes()) if file.exists() else None
 
+    def write_space(self, figures: Mapping[str, float]) -> None:
+        """Keep what the gates measured of the shared space, by `<teacher>/<output>/<figure>`."""
+        self._write(_SPACE, _json(figures))
+
     def write_model(self, data: bytes) -> None:
         """Keep the trained model."""
         self._write(MODEL, data)
+
+    def _write_config(self, config: TrainConfig, corpus: Corpus) -> None:
+        resolved = config.model_copy(update={"caches": tuple(cache.path for cache in corpus.caches)})
+        if not self.begun or self.config() != resolved:
+            self._write(_CONFIG, yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).encode())
 
     def _caches(self) -> list[dict[str, Any]]:
         """What `Corpus.fingerprints` said when the run was begun."""

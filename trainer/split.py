@@ -1,4 +1,4 @@
-"""Which samples are held out for validation: decided by the sample's key alone."""
+"""Which samples are held out for validation, decided by the sample's key alone; and draws of some rows out of many."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ import pyarrow as pa
 
 _PERSON: Final = b"kpu-split"
 _BYTES: Final = 8
+
+Rows = npt.NDArray[np.int64]
 
 
 def validation_mask(keys: Sequence[str] | pa.Array | pa.ChunkedArray, fraction: float) -> npt.NDArray[np.bool_]:
@@ -37,3 +39,10 @@ def validation_mask(keys: Sequence[str] | pa.Array | pa.ChunkedArray, fraction: 
     limit = np.uint64(int(fraction * 2 ** (8 * _BYTES)))
     mask: npt.NDArray[np.bool_] = np.frombuffer(digests, "<u8") < limit
     return mask
+
+
+def some_of(rows: Rows, most: int, seed: int) -> Rows:
+    """At most so many of the rows, drawn with a seed, in order."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))

@@ -324,16 +324,17 @@ def patchy(config: Path, digits: Path) -> Path:
     return cache
 
 
+LENIENT = ["unify.lowest_reconstruction=-9", "unify.lowest_rank=0"]
 MODES = {
     "plain": [],
+    "pretrained": ["unify.mode=pretrained", "unify.steps=30", "optim.epochs=1", "log.checkpoint=100", *LENIENT],
     "joint": [
         "unify.mode=joint",
         "student.merge=add",
         "preserve.weight=1.0",
         "optim.lr=0.01",
         "log.checkpoint=100",
-        "unify.lowest_reconstruction=-9",
-        "unify.lowest_rank=0",
+        *LENIENT,
     ],
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
@@ -16,6 +17,8 @@ from tests.toys import snapshot
 from tests.trainer.conftest import Extract, small_config
 from trainer import ablate as ablation
 from trainer.ablate import ablate, compare, run_trial
+from trainer.config import TrainConfig
+from trainer.loop import Fitted
 from trainer.runs import RunFolder
 from trainer.sweeps import Sweep, load_sweep
 
@@ -133,7 +136,27 @@ def test_a_training_that_fails_leaves_the_others(toys: Path, tmp_path: Path, mon
         with pytest.raises(IncompleteError, match=r"1 of 4 trainings failed: 000-seed4 \(unify.mode=off\): broke"):
             ablate(sweep)
     assert (sweep.out / "001-seed4/summary.json").exists()
+    rows = [
+        row for row in json.loads((sweep.out / "ablation.json").read_text())["rows"] if row["figure"] == "big patch"
+    ]
+    assert [row["seeds"] for row in rows] == [1, 2]
+    assert rows[1]["difference"] is not None and rows[1]["low"] is None
     assert len(ablate(sweep).rows) > 0
+
+
+def test_what_pytorch_raises_is_the_failure_of_one_training(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = ablation.fit
+
+    def full(config: TrainConfig, path: Path, **options: Any) -> Fitted:
+        if path.name == "000-seed4":
+            raise torch.OutOfMemoryError("no memory")
+        return fit(config, path, **options)
+
+    monkeypatch.setattr(ablation, "fit", full)
+    with pytest.raises(IncompleteError, match=r"1 of 4 .*000-seed4 .*OutOfMemoryError: no memory"):
+        ablate(load_sweep(write_sweep(tmp_path, toys)))
 
 
 def test_a_sweep_that_cannot_work_is_bad_input(toys: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from cache.errors import CorruptError, FullDiskError
 from trainer import files
-from trainer.checkpoint import KEPT, Checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import KEPT, Checkpoint, load_checkpoint, pack_tensors, save_checkpoint
 
 
 def checkpoint(step: int, average: bool = True) -> Checkpoint:
@@ -39,6 +40,14 @@ def test_a_checkpoint_comes_back(tmp_path: Path, average: bool) -> None:
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert_equal(saved, found)
+
+
+def test_a_layer_under_two_names_is_kept_under_both() -> None:
+    model = torch.nn.ModuleDict({"net": torch.nn.Linear(3, 2)})
+    model["head"] = model["net"]
+    found = load(pack_tensors(model.state_dict()))
+    assert set(found) == {"net.weight", "net.bias", "head.weight", "head.bias"}
+    assert torch.equal(found["head.weight"], model["net"].weight)
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:

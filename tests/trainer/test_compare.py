@@ -27,12 +27,16 @@ def scores_of(**r2: float) -> dict[str, Any]:
         "linear_probe": 0.7,
         "knn": 0.6,
         "effective_rank": 5.0,
+        "caches": ["c"],
+        "rows": 5,
     }
 
 
-def write_run(folder: Path, evaluated: bool = True, **r2: float) -> Path:
+def write_run(folder: Path, evaluated: bool = True, kind: str = "side", seed: int = 0, **r2: float) -> Path:
     folder.mkdir()
-    config = validate_config({"caches": ["c"], "base": "b", "teachers": list(r2)}, "test")
+    student = {"kind": kind, "model": "timm:resnet18" if kind == "full" else None}
+    values = {"caches": ["c"], "base": "b", "teachers": list(r2), "student": student, "seed": seed}
+    config = validate_config(values, "test")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     scores = scores_of(**r2)
     summary = {
@@ -58,6 +62,20 @@ def test_transfer_is_relative_to_a_run_for_that_teacher_alone(tmp_path: Path) ->
     assert values["transfer_spread"] == pytest.approx(0.75 - 0.2)
     assert values["rows_per_second"] == 500
     assert compare([both, solo_s])[0].transfer.keys() == {"s"}
+
+
+def test_transfer_is_relative_to_a_student_of_the_same_kind_on_the_same_rows(tmp_path: Path) -> None:
+    both = write_run(tmp_path / "both", b=1.0, s=0.5, t=0.3, seed=1)
+    side = write_run(tmp_path / "side", b=1.0, s=0.6)
+    seeded = write_run(tmp_path / "seeded", b=1.0, s=0.7, seed=1)
+    full = write_run(tmp_path / "full", b=1.0, s=0.9, kind="full")
+    for order in ([both, side, seeded, full], [full, seeded, side, both]):
+        found = {run.name: run.transfer.get("s") for run in compare(order)}
+        assert found == pytest.approx({"both": 0.3 / 0.5, "side": 1, "seeded": 1, "full": 1})
+    assert compare([both, full])[0].transfer == {}
+    scores = json.loads((side / "eval.json").read_text())
+    (side / "eval.json").write_text(json.dumps({**scores, "rows": 6}))
+    assert compare([both, side])[0].transfer == {}
 
 
 def test_without_controls_there_is_no_transfer(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from cache import open_cache
 from cache.errors import ConfigError, MismatchError
 from tests.toys import kpu, write_images
-from tests.trained import labelled_cache, small_run
+from tests.trained import labelled_cache, labelled_images, small_run
 from trainer.data import Batch
+from trainer.evaluation import controls
 from trainer.evaluation.controls import PENALTY, LinearMaps
 from trainer.evaluation.evaluate import evaluate, evaluation_file
 from trainer.evaluation.measures import mapped_accuracy
@@ -118,7 +119,7 @@ def test_linear_maps_are_ridge_regression(grid: tuple[int, int]) -> None:
     }
     weights = {"b": torch.ones(30), "t": torch.ones(30)}
     weights["t"][:5] = 0
-    maps = LinearMaps("b", shapes)
+    maps = LinearMaps("b", shapes, np.arange(30), 0)
     for part in (slice(0, 11), slice(11, 30)):
         rows = np.arange(30)[part]
         cut = {name: {o: y[part] for o, y in outputs.items()} for name, outputs in targets.items()}
@@ -131,6 +132,19 @@ def test_linear_maps_are_ridge_regression(grid: tuple[int, int]) -> None:
         penalty = PENALTY * len(wide) * np.diag([1, 1, 1, 0])
         weight = np.linalg.solve(wide.T @ wide + penalty, wide.T @ y)
         assert np.allclose(predicted[output][5:].reshape(-1, 2).numpy(), wide @ weight, atol=1e-5)
+
+
+def test_linear_maps_see_all_of_a_cache_where_they_take_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order of class, y = x in one and y = -x in the other: a map of the first alone would be the identity."""
+    monkeypatch.setattr(controls, "VECTORS", 400)
+    shapes = {name: {"patch": OutputShape(1, (2, 2))} for name in ("b", "t")}
+    x = torch.randn(1000, 4, 1, generator=torch.Generator().manual_seed(0))
+    y = torch.where(torch.arange(1000)[:, None, None] < 500, x, -x)
+    maps, rows = LinearMaps("b", shapes, np.arange(1000), 0), np.arange(1000)
+    for part in np.array_split(rows, 7):
+        weights = dict.fromkeys("bt", torch.ones(len(part)))
+        maps.update(Batch(part, part, {"b": {"patch": x[part]}, "t": {"patch": y[part]}}, weights))
+    assert maps.solve().predict({"patch": torch.ones(1, 4, 1)}, "t")["patch"].abs().max() < 0.3
 
 
 def test_mapped_accuracy() -> None:
@@ -188,7 +202,21 @@ def test_a_training_cache_that_moved_is_known(place: Path, tmp_path: Path) -> No
     after = evaluate(run, [str(tmp_path / "moved.kpu")])
     assert 0 < after["rows"] < open_cache(tmp_path / "moved.kpu").rows / 2
     differing = {key for key in before if after[key] != before[key]}
-    assert differing == {"caches"}
+    assert differing == {"caches", "notes"}
+
+
+@pytest.mark.parametrize("change", ["views=2", "data.limit=90"])
+def test_images_of_the_training_are_known_in_any_cache(change: str, place: Path, tmp_path: Path) -> None:
+    """A copy of their folder, extracted in another way: only rows that were held back are measured."""
+    images = Path(shutil.copytree(labelled_images(place), tmp_path / "copy"))
+    options = [f"--set={change}", "--set=calibration_rows=60", "-o", tmp_path / "again.kpu"]
+    made = kpu("extract", images, f"--teacher=general=torch:{place}/toy.py:toy", *options)
+    assert made.exit_code == 0, made.output
+    found = evaluate(small_run(place), [str(tmp_path / "again.kpu")])
+    keys = open_cache(tmp_path / "again.kpu").samples.to_table(columns=["key"])["key"].to_pylist()
+    held_back = validation_mask(keys, 0.25)
+    assert found["rows"] == np.count_nonzero(held_back)
+    assert f"{np.count_nonzero(~held_back)} rows are left out: the student learned from their images" in found["notes"]
 
 
 def test_a_training_cache_is_known_where_another_is_gone(place: Path, tmp_path: Path) -> None:

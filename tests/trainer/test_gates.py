@@ -16,7 +16,7 @@ from trainer.objective.unify import SharedSpace
 from trainer.shapes import OutputShape
 
 SQUARED = LossConfig(cosine=0, smooth_l1=0, mse=1)
-SOUND = GateFigures(0.3, 0.9, 0.1, 12.0, 32, 0.8, 0.7)
+SOUND = GateFigures(0.3, 0.9, 0.1, 12.0, 32, 0.8, 0.7, 2048)
 Features = dict[str, dict[str, Tensor]]
 
 
@@ -157,6 +157,7 @@ def test_what_passes() -> None:
     check_gates(GateReport({"a": {"global": SOUND, "patch": replace(SOUND, reconstruction=None)}}), UnifyConfig())
     check_gates(GateReport({"a": {"global": replace(SOUND, chance=float("nan"))}}), UnifyConfig())
     check_gates(GateReport({"a": {"global": replace(SOUND, distance=1.0)}}), UnifyConfig(mode="untrained"))
+    check_gates(GateReport({"a": {"global": replace(SOUND, effective_rank=1.2, vectors=6)}}), UnifyConfig())
 
 
 def test_measuring_leaves_the_space_as_it_was() -> None:

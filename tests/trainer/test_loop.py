@@ -213,6 +213,9 @@ def test_no_image_is_read_for_the_shared_space(
         summary = fit(configure(student=images_student(place, "full"), unify={"mode": each}), tmp_path / each).summary
         read[each] = sum(rows)
     assert read[mode] == read["off"] >= summary["rows"]
+    figures = json.loads((tmp_path / mode / "space.json").read_text())
+    assert 0 < figures["big/global/floor"] < figures["big/global/chance"]
+    assert not (tmp_path / "off/space.json").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_no_checkpoint_is_made_of_it(

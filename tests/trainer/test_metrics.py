@@ -65,6 +65,16 @@ def test_r2_leaves_out_dead_channels() -> None:
     assert r2.value() == 1
 
 
+def test_r2_leaves_out_channels_of_rounding_alone() -> None:
+    """Noise of 0.01 where the calibration has 1: whatever is predicted, it is no part of the mean."""
+    numbers = torch.Generator().manual_seed(0)
+    y = torch.randn(500, 2, generator=numbers) * torch.tensor([1.0, 0.01])
+    r2 = R2()
+    r2.update(y + 0.1 * torch.randn(500, 2, generator=numbers), y)
+    assert math.isnan(r2.channels()[1])
+    assert r2.value() == pytest.approx(0.99, abs=0.003)
+
+
 def test_r2_of_the_mean_is_0_and_sees_nan() -> None:
     y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r2 = R2()

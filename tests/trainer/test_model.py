@@ -13,6 +13,7 @@ from tests.trainer.conftest import BROKEN, RED, Configure
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Batch, Upload
+from trainer.evaluation.scores import score
 from trainer.model import Inheritance
 from trainer.prepare import prepare_space
 
@@ -31,7 +32,7 @@ def model_and_batch(config: TrainConfig, rows: np.ndarray | None = None) -> tupl
         while True:
             yield upload(corpus.fetch(np.arange(corpus.rows)))
 
-    prepare_space(model, whole())
+    prepare_space(model, whole(), whole)
     return model, upload(corpus.fetch(np.arange(corpus.rows) if rows is None else rows))
 
 
@@ -115,6 +116,16 @@ def test_a_row_masked_for_one_teacher_counts_for_the_others(configure: Configure
     assert losses.student_to_teacher["shy"].item() == 0
     two = [losses.student_to_teacher[name].item() for name in ("general", "big")]
     assert losses.total.item() == pytest.approx(np.mean(two), rel=1e-6)
+
+
+def test_a_row_whose_base_is_masked_teaches_a_side_student_nothing(configure: Configure) -> None:
+    model, batch = model_and_batch(configure(), np.array([1, 2, 3]))
+    weights = {**batch.weights, "general": torch.tensor([1.0, 0.0, 1.0])}
+    _, rest = model_and_batch(configure(), np.array([1, 3]))
+    masked = replace(batch, weights=weights)
+    assert model(masked).total.item() == pytest.approx(model(rest).total.item(), rel=1e-5)
+    found, expected = (score(model, [each])["teachers"]["big"] for each in (masked, rest))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_of_masked_rows_alone_gives_zero(configure: Configure) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: begun once, resumed with the same configuration, readable without its caches."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_a_run_that_was_killed_while_it_began_can_begin_again(begun: RunFolder, 
 def test_what_does_not_decide_what_is_learned_may_change(begun: RunFolder, configure: Configure) -> None:
     config = configure(loader={"threads": 3}, log={"every": 7}, workers=2)
     assert RunFolder.resume(begun.path, config, corpus_of(config)).path == begun.path
+
+
+def test_caches_that_moved_are_kept_where_they_are_now(
+    begun: RunFolder, configure: Configure, toys: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(toys, tmp_path / "moved.kpu"))
+    config = configure(caches=[str(moved)])
+    assert RunFolder.resume(begun.path, config, corpus_of(config)).config().caches == (str(moved),)
 
 
 def test_another_configuration_is_refused(begun: RunFolder, configure: Configure) -> None:

@@ -22,11 +22,14 @@ class Compared:
     """One run. `scores` is what `kpu-train eval` kept, None where it was not run: then R2 is the summary's.
 
     `transfer` is by teacher rho = (R2 - R2_frozen) / (R2_solo - R2_frozen), R2 the mean over outputs, `solo` the run
-    for that teacher alone; None without such a run, or where even it gains nothing.
+    for that teacher alone, of a student of the same kind and model, evaluated on the same rows; of several one with
+    the same seed. None without such a run, or where even it gains nothing.
     """
 
     name: str
     kind: str
+    model: str | None
+    seed: int
     teachers: tuple[str, ...]
     base: str
     summary: dict[str, Any]
@@ -149,7 +152,8 @@ def _read(path: Path, name: str, *, required: bool) -> Compared:
         curve.append((summary["steps"], _overall(summary["validation"])))
     teachers = tuple(summary["validation"]["teachers"])
     label = path.name or str(path.resolve())
-    return Compared(label, config.student.kind, teachers, config.base, summary, scores, curve, {})
+    student = config.student
+    return Compared(label, student.kind, student.model, config.seed, teachers, config.base, summary, scores, curve, {})
 
 
 def _overall(scores: Mapping[str, Any]) -> float:
@@ -163,14 +167,31 @@ def _transfer(run: Compared, others: Sequence[Compared]) -> dict[str, float]:
     found: dict[str, float] = {}
     by_frozen = (run.scores or {}).get("frozen_base", {}).get("teachers", {})
     for name in run.teachers:
-        solo = next((o for o in others if set(o.teachers) == {o.base, name} and o.base == run.base != name), None)
-        if solo is None or solo.scores is None or name not in run.r2:
+        solo = _solo(run, name, others)
+        if solo is None or name not in run.r2:
             continue
         frozen = mean_r2(_r2_of(by_frozen.get(name, {})))
         own, best = mean_r2(run.r2[name]), mean_r2(solo.r2.get(name, {}))
         if frozen is not None and own is not None and best is not None and best - frozen > _DISTINCT:
             found[name] = (own - frozen) / (best - frozen)
     return found
+
+
+def _solo(run: Compared, name: str, others: Sequence[Compared]) -> Compared | None:
+    """The run that `run` is divided by for a teacher: itself, if it is for that teacher alone."""
+    alike = [
+        other
+        for other in (run, *others)
+        if set(other.teachers) == {run.base, name}
+        and (other.base, other.kind, other.model) == (run.base, run.kind, run.model)
+        and _measured_on(other) == _measured_on(run) is not None
+    ]
+    return min(alike, key=lambda other: (other is not run, other.seed != run.seed), default=None)
+
+
+def _measured_on(run: Compared) -> tuple[Any, ...] | None:
+    """Which rows an evaluation is of; None without one."""
+    return None if run.scores is None else (*run.scores["caches"], run.scores["rows"])
 
 
 def _r2_of(scores: Mapping[str, Any]) -> dict[str, float | None]:

@@ -6,17 +6,20 @@ Letters: B rows, T tokens of a map, n vectors, D channels of the base, C of a te
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.data import Batch
 from trainer.objective.projectors import onto_grid
+from trainer.resident import Rows
 from trainer.shapes import OutputShape
+from trainer.split import some_of
 
 PENALTY: Final = 1e-4
 """Of the ridge, relative to the variance of a channel of the base, which is about 1."""
 VECTORS: Final = 2**19
-"""A map is fitted on about as many vectors, at most."""
+"""A map is fitted on as many vectors, at most."""
 
 Shapes = Mapping[str, Mapping[str, OutputShape]]
 
@@ -25,23 +28,28 @@ class LinearMaps:
     """The best linear map, with an intercept, from each output of the base to that of each teacher, standardised.
 
     Ridge regression in closed form: W = (X'X + penalty n I)^-1 X'Y in float64, the intercept not penalised. Maps are
-    fitted token by token, with the base's map on the teacher's grid.
+    fitted token by token, with the base's map on the teacher's grid, on a seeded choice of `rows` [n]: neighbours in a
+    cache may all be of one class.
     """
 
-    def __init__(self, base: str, shapes: Shapes) -> None:
+    def __init__(self, base: str, shapes: Shapes, rows: Rows, seed: int) -> None:
         self._base, self._shapes = base, shapes
+        tokens = {shape.tokens for outputs in shapes.values() for shape in outputs.values()}
+        self._rows = {count: some_of(rows, VECTORS // count, seed) for count in tokens}
         self._moments: dict[tuple[str, str], _Moments] = {}
         self._weights: dict[tuple[str, str], Tensor] = {}
 
     def update(self, batch: Batch) -> None:
-        """Add the rows of a batch that are valid in both."""
+        """Add those rows of a batch that were chosen and are valid in both."""
+        device = batch.weights[self._base].device
+        chosen = {n: torch.from_numpy(np.isin(batch.rows, rows)).to(device) for n, rows in self._rows.items()}
         for teacher, outputs in self._shapes.items():
             valid_B = (batch.weights[teacher] > 0) & (batch.weights[self._base] > 0)
-            for output in outputs:
+            for output, shape in outputs.items():
                 moments = self._moments.setdefault((teacher, output), _Moments())
-                if moments.count < VECTORS:
-                    x = self._aligned(batch.targets[self._base], teacher, output)
-                    moments.update(x[valid_B], batch.targets[teacher][output][valid_B])
+                kept_B = valid_B & chosen[shape.tokens]
+                x = self._aligned(batch.targets[self._base], teacher, output)
+                moments.update(x[kept_B], batch.targets[teacher][output][kept_B])
 
     def solve(self) -> "LinearMaps":
         """Fix the maps by what was added; a teacher without any valid row has none."""

@@ -15,7 +15,7 @@ from trainer.allocator import keep_freed_memory
 from trainer.corpus import Corpus
 from trainer.data import Batch, Fetch, Loader, Upload
 from trainer.evaluation.controls import LinearMaps
-from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, some_of, split_training
+from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, split_training
 from trainer.evaluation.measured import open_measured
 from trainer.evaluation.measures import OwnHead, TeacherMeasures, mean_of
 from trainer.evaluation.probing import Vectors, add_vectors, probe_all
@@ -23,6 +23,7 @@ from trainer.evaluation.scores import batches_of
 from trainer.evaluation.trained import Trained, load_trained
 from trainer.files import replace_file
 from trainer.resident import Rows
+from trainer.split import some_of
 
 _THREADS: Final = 2
 _AHEAD: Final = 4
@@ -73,17 +74,17 @@ def evaluate(
         keep_freed_memory()
     corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
     training = open_training(trained, corpus, notes)
-    rows, unseen = rows_to_measure(trained, corpus, bool(caches))
+    rows, unseen = rows_to_measure(trained, corpus, training, bool(caches), notes)
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
     reading = _Reading(trained, device, images, progress)
-    maps = LinearMaps(trained.config.base, shapes) if controls else None
-    fitted, chosen, count = Vectors(device), Vectors(device), 0
+    split = None if training is None else split_training(trained, training, unseen)
+    to_fit = np.empty(0, np.int64) if split is None else split.fitted
+    maps = LinearMaps(trained.config.base, shapes, to_fit, trained.config.seed) if controls else None
+    fitted, chosen = Vectors(device), Vectors(device)
     with torch.no_grad():
-        if training is not None:
-            split = split_training(trained, training, unseen)
-            count = len(split.fitted)
-            fitted = _gather(reading, training, split.fitted, maps)
-            chosen = _gather(reading, training, split.chosen)
+        if split is not None:
+            fitted = _gather(reading, split.corpus, split.fitted, maps)
+            chosen = _gather(reading, split.corpus, split.chosen)
             if maps is not None:
                 maps.solve()
         found, tested = _measure(reading, corpus, rows, maps)
@@ -98,7 +99,7 @@ def evaluate(
         "run": str(path),
         "caches": [cache.path for cache in corpus.caches],
         "rows": len(rows),
-        "fitted_rows": count,
+        "fitted_rows": len(to_fit),
         "notes": notes,
     }
     _keep(path, evaluation_file(corpus.digest if caches else None), found)
@@ -130,7 +131,7 @@ class _Reading:
             fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}))
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:
-            for batch in batches_of(rows, config.batch_size, loader, upload):
+            for batch in batches_of(rows, config.batch_size // config.workers, loader, upload):
                 yield batch
                 done += len(batch)
                 if self.progress is not None:

@@ -1,21 +1,26 @@
 """Which rows are measured, and which a probe may learn from."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from cache.errors import ConfigError, KpuError
 from trainer.corpus import Corpus
 from trainer.evaluation.measured import open_measured
 from trainer.evaluation.trained import Trained
 from trainer.resident import Rows
-from trainer.split import validation_mask
+from trainer.split import some_of, validation_mask
+
+Mask = npt.NDArray[np.bool_]
 
 FITTED_ROWS: Final = 2**16
 """Probes and linear maps are fitted on as many training rows, at most; probes are measured on as many, at most."""
 CHOSEN_ROWS: Final = 2**14
 """The penalty of a probe is chosen on as many rows, at most."""
+_ROWS_AT_ONCE: Final = 2**22
 _CHOSEN_SHARE: Final = 0.1  # of the samples, where the validation rows are what is measured
 
 
@@ -37,24 +42,58 @@ def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus 
         return None
 
 
-def rows_to_measure(trained: Trained, corpus: Corpus, given: bool) -> tuple[Rows, bool]:
-    """Rows to measure on, and whether they are the training caches' validation rows.
+def rows_to_measure(
+    trained: Trained, corpus: Corpus, training: Corpus | None, given: bool, notes: list[str]
+) -> tuple[Rows, bool]:
+    """Rows to measure on, and whether some are the training caches' validation rows.
 
-    Of a cache that the run learned from only the validation rows are new to the student, wherever the cache is now.
+    Never one whose image the student learned from, whatever the cache is called that it is in now; what is left out of
+    caches that were `given` is added to `notes`. Where the training caches are gone, their names and those of their
+    images must do.
     """
-    known = [not given or trained.run.learned_from(cache) for cache in corpus.caches]
-    held_back = corpus.validation(trained.config.validation)
-    wanted = np.ones(corpus.rows, dtype=bool)
-    for number, start in enumerate(corpus.starts[:-1]):
-        if known[number]:
-            wanted[start : corpus.starts[number + 1]] = held_back[start : corpus.starts[number + 1]]
-    rows = np.flatnonzero(wanted)
+    if not given:
+        learned, held_back = _by_key(trained, corpus, [True] * len(corpus.caches))
+    elif training is None:
+        learned, held_back = _by_key(trained, corpus, [trained.run.learned_from(cache) for cache in corpus.caches])
+    else:
+        learned, held_back = _by_image(trained, corpus, training)
+    if given and learned.any():
+        notes.append(f"{np.count_nonzero(learned)} rows are left out: the student learned from their images")
+    rows = np.flatnonzero(~learned)
     if not len(rows):
         raise ConfigError(
             f"caches: expected rows that the student did not learn from, found none (validation: "
             f"{trained.config.validation:g}); give another cache with --cache"
         )
-    return rows, any(known)
+    return rows, bool(held_back.any())
+
+
+def _by_key(trained: Trained, corpus: Corpus, known: Sequence[bool]) -> tuple[Mask, Mask]:
+    """Which rows, of the caches that are `known`, the run learned from, and which it held back, bool [rows]."""
+    inside = np.repeat(known, np.diff(corpus.starts))
+    held_back = corpus.validation(trained.config.validation)
+    return inside & ~held_back, inside & held_back
+
+
+def _by_image(trained: Trained, corpus: Corpus, training: Corpus) -> tuple[Mask, Mask]:
+    """Of which rows the run learned from the image, and of which it only held the image back, bool [rows]."""
+    images = np.concatenate(list(_images_of(corpus)))
+    learned, held_back = np.zeros(len(images), dtype=bool), np.zeros(len(images), dtype=bool)
+    own, start = training.validation(trained.config.validation), 0
+    for theirs in _images_of(training):
+        kept = own[start : start + len(theirs)]
+        learned |= np.isin(images, theirs[~kept])
+        held_back |= np.isin(images, theirs[kept])
+        start += len(theirs)
+    return learned, held_back & ~learned
+
+
+def _images_of(corpus: Corpus) -> Iterator[npt.NDArray[np.uint64]]:
+    """The first half of the digest of every row's encoded image, in order, some millions at a time."""
+    for cache in corpus.caches:
+        for start in range(0, cache.rows, _ROWS_AT_ONCE):
+            digests = cache.image_digests(slice(start, start + _ROWS_AT_ONCE))
+            yield np.ascontiguousarray(digests[:, :8]).view(np.uint64).ravel()
 
 
 def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> Training:
@@ -72,10 +111,3 @@ def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> Training:
         some_of(np.flatnonzero(~held_back & ~choose), FITTED_ROWS, seed),
         some_of(np.flatnonzero(choose), CHOSEN_ROWS, seed),
     )
-
-
-def some_of(rows: Rows, most: int, seed: int) -> Rows:
-    """At most so many of the rows, drawn with a seed, in order."""
-    if len(rows) <= most:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))

@@ -3,12 +3,17 @@
 Letters: C channels.
 """
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Labels = npt.NDArray[np.integer]
+
+_LEAST_VARIANCE: Final = 0.01
+"""In units of the calibration's: what varies less is a constant channel, of which a codec keeps but rounding."""
 
 
 def agreement(a: Labels, b: Labels) -> float:
@@ -55,6 +60,7 @@ def _check_labels(a: Labels, b: Labels) -> None:
 class R2:
     """Coefficient of determination per channel, 1 - residual / total sum of squares, over any number of batches.
 
+    Of standardised features. A channel whose targets have a deviation below 0.1 is as good as constant, and has none.
     The total is taken about the mean of all targets seen; batches are merged by the method of Chan, Golub and LeVeque
     (1979). Nothing leaves the device before a result is asked for.
     """
@@ -84,8 +90,7 @@ class R2:
             return
         residual = (y - predicted.detach().flatten(0, -2).double()).square().sum(0)
         if self._shift is None:
-            # A constant channel minus its first value is exactly 0, and so is its variance.
-            self._shift = y[0]
+            self._shift = y[0]  # sums beside a large mean would lose digits
             self._residual, self._total, self._mean = (torch.zeros_like(y[0]) for _ in range(3))
         y = y - self._shift
         mean, count = y.mean(0), self._count + len(y)
@@ -96,7 +101,7 @@ class R2:
         self._count = count
 
     def channels(self) -> npt.NDArray[np.float64]:
-        """R2 of each channel, float64 [C]; NaN where the targets do not vary.
+        """R2 of each channel, float64 [C]; NaN where the targets hardly vary.
 
         Raises:
             ValueError: Nothing was seen.
@@ -119,7 +124,7 @@ class R2:
         """The channels whose targets vary or are NaN, bool [C]."""
         if self._shift is None:
             raise ValueError("R2: expected at least one valid row, found none")
-        return self._total != 0
+        return ~(self._total < _LEAST_VARIANCE * self._count)
 
 
 def covariance_rank(covariance: npt.NDArray[np.float64]) -> float:

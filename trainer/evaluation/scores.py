@@ -28,8 +28,8 @@ class Scores:
         """Add a batch with the student's features of it; the predicted standardised features by teacher and output."""
         model = self._model
         predicted = {name: model.predict(features, name) for name in model.teachers}
-        for name in model.teachers:
-            valid = batch.weights[name] > 0
+        for name, weight in model.weights(batch).items():
+            valid = weight > 0
             for output in self._outputs:
                 self._teachers[name, output].update(predicted[name][output], batch.targets[name][output], valid)
         for output in self._outputs:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from trainer.config import LossConfig, UnifyConfig
 from trainer.evaluation.metrics import R2, covariance_rank
 from trainer.objective.losses import row_loss
 from trainer.objective.unify import SharedSpace, Targets, Weights
+
+_VECTORS_A_RANK: Final = 4
+"""A teacher of which fewer vectors were seen than so many times the limit on the rank is not held against it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class GateFigures:
     effective_rank: of the covariance of u_t, from 1 to `channels`.
     lowest_std: the smallest standard deviation of a channel of u_t.
     reconstruction: R2 of the target read back from u_t; None for a space without decoders.
+    vectors: how many u_t were seen.
     """
 
     distance: float
@@ -40,6 +45,7 @@ class GateFigures:
     channels: int
     lowest_std: float
     reconstruction: float | None
+    vectors: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class _Meter:
             channels=len(statistics.mean),
             lowest_std=float(np.sqrt(statistics.variance.min())),
             reconstruction=self.reconstruction.value() if self.reads_back else None,
+            vectors=self.vectors.count,
         )
 
 
@@ -160,7 +167,8 @@ def _still(space: SharedSpace) -> Iterator[None]:
 def check_gates(report: GateReport, config: UnifyConfig) -> None:
     """Refuse a space that has collapsed or that has lost the base.
 
-    Limits: effective rank at least 1 + `lowest_rank` (D - 1), the share of the directions beyond the first;
+    Limits: effective rank at least 1 + `lowest_rank` (D - 1), the share of the directions beyond the first, of a
+    teacher of which four times as many vectors were seen;
     `lowest_std`; `lowest_reconstruction`, where there are decoders; and a distance to the base below chance, which the
     placebo `untrained` need not keep. A figure that is not a number fails.
 
@@ -185,7 +193,8 @@ def check_gates(report: GateReport, config: UnifyConfig) -> None:
 def _failures(figures: GateFigures, config: UnifyConfig) -> list[str]:
     found = []
     rank = 1 + config.lowest_rank * (figures.channels - 1)
-    if not figures.effective_rank >= rank:
+    few = figures.vectors < _VECTORS_A_RANK * rank  # whose rank is low by itself
+    if math.isnan(figures.effective_rank) or (figures.effective_rank < rank and not few):
         found.append(
             f"expected an effective rank of at least {rank:.2f} of {figures.channels} channels "
             f"(unify.lowest_rank {config.lowest_rank}), found {figures.effective_rank:.2f}"
