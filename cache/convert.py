@@ -22,11 +22,11 @@ from cache.failpoints import failpoint
 from cache.leases import lease
 from cache.locations import open_storage
 from cache.opened import Teacher
-from cache.plans import image_layouts, load_plan, read_checked, refuse_foreign
+from cache.plans import image_layouts, load_plan, read_checked, refuse_foreign, sample_digests, sealed_by_plan
 from cache.published import STATISTICS, PublishedTeacher
 from cache.reader import Cache, open_cache
 from cache.records import load_images_record, load_unit, sealed_files
-from cache.settle import BytesHandle, UnitShards, settle_file
+from cache.settle import BytesHandle, UnitShards, settling
 from cache.shards import ArrayLayout, Shard, encode_shard, open_shard
 from cache.spec import CodecSpec, OutputRecord, OutputSpec, ShardFormat, ShardRecord, UnitRecord
 from cache.statistics import Statistics, load_statistics
@@ -131,13 +131,12 @@ class _Copy:
         raw = self._origin.read(layout.PLAN)
         if load_plan(self._storage) is None:
             refuse_foreign(self._storage)
-            samples = {layout.samples_part(part): found for part, found in enumerate(self._plan.samples_digests)}
-            for file, expected in {**self._plan.metadata, **samples}.items():
-                data = read_checked(self._origin, file, expected)
-                settle_file(self._storage, file, data, marker=layout.PLAN, run=self._run)
-            failpoint("plan.samples")
-            self._storage.publish(layout.PLAN, raw, run=self._run)
-            failpoint("plan.published")
+            with settling(self._storage, layout.PLAN, self._run, lambda: sealed_by_plan(self._storage)) as settle:
+                for file, expected in {**self._plan.metadata, **sample_digests(self._plan)}.items():
+                    settle(file, read_checked(self._origin, file, expected))
+                failpoint("plan.samples")
+                self._storage.publish(layout.PLAN, raw, run=self._run)
+                failpoint("plan.published")
         if self._storage.read(layout.PLAN) != raw:
             raise MismatchError(
                 f"out: {self._storage.url}: expected a new place, or a cache with the plan of {self._cache.path}, "

@@ -14,7 +14,7 @@ from cache.digests import digest, open_document, seal_document
 from cache.errors import CorruptError, MismatchError, NotACacheError, SourceError
 from cache.failpoints import failpoint
 from cache.samples import Fingerprint, write_part
-from cache.settle import settle_file
+from cache.settle import settling
 from cache.shards import ArrayLayout
 from cache.spec import FORMAT, VERSION, ImageStatus, Plan
 from cache.storage import Storage
@@ -64,12 +64,24 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
         SourceError: there are no rows.
         MismatchError: another plan, or something that is no cache of ours, stands here.
     """
-    metadata: dict[str, str] = {}
-
-    def settle(key: str, data: bytes) -> str:
-        return settle_file(storage, key, data, marker=layout.PLAN, run=run)
-
     refuse_foreign(storage)
+    with settling(storage, layout.PLAN, run, lambda: sealed_by_plan(storage)) as settle:
+        plan = _settle_parts(parts, build, settle, unit_rows)
+        document = {"format": FORMAT, "version": VERSION, "plan": plan.model_dump(mode="json")}
+        won = storage.publish(layout.PLAN, seal_document(document), run=run)
+        failpoint("plan.published")
+    if won:
+        return plan
+    standing = load_plan(storage)
+    if standing is None:
+        raise CorruptError(layout.PLAN, "vanished while this run was planning")
+    check_same_plan(standing, plan)
+    return standing
+
+
+def _settle_parts(parts: Iterator[pa.Table], build: Build, settle: Callable[[str, bytes], str], unit_rows: int) -> Plan:
+    """Publish by `settle` all that the plan seals, and make it."""
+    metadata: dict[str, str] = {}
     metadata[layout.ROOT] = settle(layout.ROOT, group_metadata({"kpu": {"format": FORMAT, "version": VERSION}}))
     metadata[layout.TEACHERS] = settle(layout.TEACHERS, group_metadata({}))
     metadata[layout.group(layout.IMAGES)] = settle(layout.group(layout.IMAGES), group_metadata({}))
@@ -93,15 +105,18 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
     plan = build(fingerprint.hexdigest(), tuple(digests), samples, metadata)
     if plan.rows != rows or plan.unit_rows != unit_rows:
         raise ValueError(f"the plan says {plan.rows} rows in units of {plan.unit_rows}: expected {rows}, {unit_rows}")
-    document = {"format": FORMAT, "version": VERSION, "plan": plan.model_dump(mode="json")}
-    if not storage.publish(layout.PLAN, seal_document(document), run=run):
-        standing = load_plan(storage)
-        if standing is None:
-            raise CorruptError(layout.PLAN, "vanished while this run was planning")
-        check_same_plan(standing, plan)
-        plan = standing
-    failpoint("plan.published")
     return plan
+
+
+def sealed_by_plan(storage: Storage) -> dict[str, str]:
+    """Digests, by key, of what the plan that stands seals: metadata and the parts of the sample table."""
+    plan = read_plan(storage)
+    return {} if plan is None else plan.metadata | sample_digests(plan)
+
+
+def sample_digests(plan: Plan) -> dict[str, str]:
+    """Digests of the parts of the sample table, by key."""
+    return {layout.samples_part(part): found for part, found in enumerate(plan.samples_digests)}
 
 
 def refuse_foreign(storage: Storage) -> None:

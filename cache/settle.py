@@ -1,16 +1,19 @@
 """Publishing under a name that somebody else may have taken: what stands is judged, then kept or moved aside.
 
-A marker (the plan, a teacher's `zarr.json`, a commit record) seals what it describes. Nothing that a marker describes
-is ever moved; what has no marker yet is the rest of a run that died, or the work of another driver at the same moment.
+A marker (the plan, a teacher's `zarr.json`, a commit record) seals what it describes. What has no marker yet is the
+rest of a run that died, or the work of another driver at the same moment. Nobody holds a lock, so a driver may move
+aside what another one's marker describes a moment later: each sees to it that this stands again once the marker does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cache import layout
 from cache.chunks import CRC_BYTES
 from cache.digests import DIGEST_BYTES, digest
 from cache.errors import CorruptError, MismatchError, StorageError
@@ -19,6 +22,25 @@ from cache.spec import ShardRecord
 from cache.storage import Storage
 
 _ATTEMPTS = 8  # each lost attempt means that another driver changed the name between two of our calls
+
+
+@contextmanager
+def settling(
+    storage: Storage, marker: str, run: str, sealed: Callable[[], Mapping[str, str]]
+) -> Iterator[Callable[[str, bytes], str]]:
+    """Gives the function that publishes (key, data) before `marker` is published, as `settle_file` does.
+
+    At the end, where `marker` stands by then, whoever published it, the files that it seals are put back if they were
+    moved aside. `sealed` reads their digests, by key, from the marker.
+
+    Raises:
+        CorruptError: a sealed file does not stand, and is not in quarantine either.
+    """
+    try:
+        yield lambda key, data: settle_file(storage, key, data, marker=marker, run=run)
+    finally:
+        if any(True for _ in storage.names(layout.QUARANTINE)) and storage.size(marker) is not None:
+            _restore_files(storage, sealed(), marker, run)
 
 
 def settle_file(storage: Storage, key: str, data: bytes, *, marker: str, run: str) -> str:
@@ -35,13 +57,50 @@ def settle_file(storage: Storage, key: str, data: bytes, *, marker: str, run: st
                 return digest(data)
         except FileNotFoundError:
             continue
-        if storage.size(marker) is not None:
+        if storage.size(marker) is None:
+            storage.quarantine(key, run=run)
+        if storage.size(marker) is not None:  # also if it came while the file was moved: it may be what was moved
             raise MismatchError(
                 f"{key}: {marker} stands and describes other content than this run would write; another run with "
-                "another configuration or other data published it at the same time; use another `out`"
+                "another configuration or other data published it at the same time; use the same configuration, or "
+                "another `out`"
             )
-        storage.quarantine(key, run=run)
     raise _contested(key)
+
+
+def _restore_files(storage: Storage, sealed: Mapping[str, str], marker: str, run: str) -> None:
+    for key, expected in sealed.items():
+        for _ in range(_ATTEMPTS):
+            standing = _read(storage, key)
+            if standing is not None and digest(standing) == expected:
+                break
+            data = _find_quarantined(storage, key, expected)
+            if data is None:
+                raise CorruptError(key, f"is not the file that {marker} describes, which is not in quarantine either")
+            storage.quarantine(key, run=run)
+            storage.publish(key, data, run=run)
+        else:
+            raise _contested(key)
+
+
+def _read(storage: Storage, key: str) -> bytes | None:
+    try:
+        return storage.read(key)
+    except FileNotFoundError:
+        return None
+
+
+def _find_quarantined(storage: Storage, key: str, expected: str) -> bytes | None:
+    """The file with this digest that some run moved away from `key`; names of such files may carry a suffix."""
+    folder, _, name = f"/{key}".rpartition("/")
+    for run in storage.names(layout.QUARANTINE):
+        place = f"{layout.QUARANTINE}/{run}{folder}"
+        for found in storage.names(place):
+            if found == name or found.startswith(f"{name}."):
+                data = _read(storage, f"{place}/{found}")
+                if data is not None and digest(data) == expected:
+                    return data
+    return None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Also the one place to import everything about teachers from.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from cache import layout
@@ -14,6 +14,7 @@ from cache.digests import digest, digest_of
 from cache.errors import CorruptError, MismatchError
 from cache.failpoints import failpoint
 from cache.published import (
+    GROUP,
     HEAD,
     STATISTICS,
     Head,
@@ -27,7 +28,7 @@ from cache.published import (
     teacher_folders,
     teacher_names,
 )
-from cache.settle import settle_file
+from cache.settle import settling
 from cache.spec import Plan, TeacherSpec
 from cache.statistics import Statistics, dump_statistics, load_statistics
 from cache.storage import Storage
@@ -73,33 +74,53 @@ def publish_teacher(
     if storage.size(marker) is not None:
         return _standing(storage, plan, spec)
 
-    def settle(name: str, data: bytes) -> str:
-        return settle_file(storage, f"{folder}/{name}", data, marker=marker, run=run)
+    with settling(storage, marker, run, lambda: _sealed(storage, spec.name)) as settle:
+        encoding, files = _settle_files(storage, plan, spec, statistics, head, run, calibration, settle)
+        won = storage.publish(marker, dump_group(spec, encoding, files), run=run)
+        if won:
+            failpoint("teacher.published")
+    return load_teacher(storage, plan, spec.name) if won else _standing(storage, plan, spec)
 
+
+def _settle_files(
+    storage: Storage,
+    plan: Plan,
+    spec: TeacherSpec,
+    statistics: dict[str, Statistics],
+    head: Head | None,
+    run: str,
+    calibration: str,
+    settle: Callable[[str, bytes], str],
+) -> tuple[str, dict[str, str]]:
+    """Publish by `settle` all that the teacher's `zarr.json` seals; the encoding fingerprint, and digests by name."""
+    folder = layout.teacher(spec.name)
     standing = _read_statistics(storage, spec, calibration)
     raw = standing[0] if standing else dump_statistics(statistics, _metadata(spec, calibration))
     if standing is None and not storage.publish(f"{folder}/{STATISTICS}", raw, run=run):
         standing = _read_statistics(storage, spec, calibration)  # another driver may have been faster
         raw = standing[0] if standing else raw
-    files = {STATISTICS: settle(STATISTICS, raw)}
+    files = {STATISTICS: settle(f"{folder}/{STATISTICS}", raw)}
     agreed, _ = load_statistics(raw, f"{folder}/{STATISTICS}")
     failpoint("teacher.statistics")
 
     if head is not None:
-        files[HEAD] = settle(HEAD, dump_head(head))
+        files[HEAD] = settle(f"{folder}/{HEAD}", dump_head(head))
     grids = {output.name: make_grid(spec.codec, agreed[output.name]) for output in spec.outputs}
     for output in spec.outputs:
         layout.check_name("output", output.name)
         grid = grids[output.name]
         array = output_layout(plan, spec, output, grid)
         metadata = array_metadata(array, {"kpu": grid.attributes(output.grid)})
-        files[f"{output.name}/zarr.json"] = settle(f"{output.name}/zarr.json", metadata)
+        name = f"{output.name}/{GROUP}"
+        files[name] = settle(f"{folder}/{name}", metadata)
     failpoint("teacher.arrays")
+    return encoding_fingerprint(grids), files
 
-    if not storage.publish(marker, dump_group(spec, encoding_fingerprint(grids), files), run=run):
-        return _standing(storage, plan, spec)
-    failpoint("teacher.published")
-    return load_teacher(storage, plan, spec.name)
+
+def _sealed(storage: Storage, name: str) -> dict[str, str]:
+    """Digests, by key, of what the teacher's `zarr.json` that stands seals."""
+    files = read_teacher(storage, name).files
+    return {f"{layout.teacher(name)}/{file}": found for file, found in files.items() if file != GROUP}
 
 
 def _standing(storage: Storage, plan: Plan, spec: TeacherSpec) -> PublishedTeacher:

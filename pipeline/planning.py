@@ -67,10 +67,26 @@ def plan_cache(
         SourceError: the source cannot be listed.
     """
     standing = load_plan(storage)
-    if standing is not None:
-        check_settings(standing, source, config)
-        check_listing(storage, standing, source, config)
-        return standing
+    if standing is None:
+        try:
+            return _publish_new(storage, source, config, teachers, threads, run)
+        except MismatchError:  # another driver, with other teachers, may have chosen other units at the same time
+            standing = load_plan(storage)
+            if standing is None:
+                raise
+    check_settings(standing, source, config)
+    check_listing(storage, standing, source, config)
+    return standing
+
+
+def _publish_new(
+    storage: Storage,
+    source: Source,
+    config: ExtractConfig,
+    teachers: Sequence[TeacherSpec],
+    threads: int,
+    run: str,
+) -> Plan:
     tables = listed_rows(source, config.views, config.seed)
     unit_rows = config.unit_rows
     if unit_rows == "auto":

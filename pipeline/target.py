@@ -66,10 +66,10 @@ def left_as_it_was(out: str) -> Iterator[None]:
 def _take_away(path: Path, missing: list[Path]) -> None:
     if any(path.glob(layout.group(layout.teacher("*")))):
         return
-    collect_garbage(open_storage(path), quarantine=True)
-    temporary = path / layout.TEMPORARY
-    if temporary.is_dir() and any(entry.is_dir() for entry in temporary.iterdir()):
-        return  # another run lives
+    collect_garbage(open_storage(path), quarantine=False)
+    temporary, aside = path / layout.TEMPORARY, path / layout.QUARANTINE
+    if temporary.is_dir() and any(entry.is_dir() and entry != aside for entry in temporary.iterdir()):
+        return  # another run lives, and may need what was moved aside
     for name in _PARTS:
         if (path / name).is_dir():
             shutil.rmtree(path / name)

@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,6 +213,29 @@ def build(
             for teacher in teachers.values():
                 commit_unit(storage, plan, teacher, unit, run)
     return SmallCache(path, plan, teachers)
+
+
+class Hooked:
+    """A storage that calls `hook` once, before it publishes or quarantines `key`: another driver at that moment."""
+
+    def __init__(self, storage: Storage, method: str, key: str, hook: Callable[[], object]) -> None:
+        self._storage, self._moment, self._hook = storage, (method, key), hook
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._storage, name)
+
+    def publish(self, key: str, data: bytes, *, run: str) -> bool:
+        self._pass("publish", key)
+        return self._storage.publish(key, data, run=run)
+
+    def quarantine(self, key: str, *, run: str) -> None:
+        self._pass("quarantine", key)
+        self._storage.quarantine(key, run=run)
+
+    def _pass(self, method: str, key: str) -> None:
+        if (method, key) == self._moment:
+            self._moment = ("", "")
+            self._hook()
 
 
 def tree(path: Path) -> dict[str, bytes]:

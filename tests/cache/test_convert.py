@@ -16,7 +16,17 @@ from cache.leases import collect_garbage, dead_runs, lease
 from cache.locations import open_storage
 from cache.records import load_record
 from cache.verify import verify
-from tests.cache.builders import MASKED_ROW, NONFINITE_ROW, ROWS, SmallCache, build, make_plan, sample_table, tree
+from tests.cache.builders import (
+    MASKED_ROW,
+    NONFINITE_ROW,
+    ROWS,
+    Hooked,
+    SmallCache,
+    build,
+    make_plan,
+    sample_table,
+    tree,
+)
 
 
 @pytest.mark.parametrize("codec", ["uniform", "rotated", "fp32", "fp16", "bf16"])
@@ -28,6 +38,23 @@ def test_to_tars_and_back_gives_the_same_bytes(built_cache, tmp_path: Path, code
     convert(tmp_path / "tars.kpu", tmp_path / "zarr.kpu", shards="zarr", run="back")
     assert tree(tmp_path / "zarr.kpu") == tree(zarr)
     assert verify(tmp_path / "tars.kpu").ok
+
+
+def test_a_plan_that_comes_between_the_files_of_another_driver_stands(
+    built_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = built_cache("uniform").path, tmp_path / "o.kpu"
+    storage = open_storage(out, create=True)
+
+    def other() -> None:
+        with lease(storage, "other"), pytest.raises(ZeroDivisionError):
+            make_plan(Hooked(storage, "publish", "plan.json", lambda: 1 // 0), "other", unit_rows=16)
+
+    hooked = Hooked(storage, "publish", "plan.json", other)
+    monkeypatch.setattr("cache.convert.open_storage", lambda path, **_: hooked if path == out else open_storage(path))
+    with lease(storage, "r"):
+        convert(source, out, shards="zarr", run="r")
+    assert tree(out) == tree(source)
 
 
 def test_only_the_format_of_a_teacher_changes(built_cache, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from cache.leases import lease
 from cache.locations import open_storage
 from cache.plans import check_same_plan, load_plan, publish_plan
 from cache.samples import Samples, split_parts
-from tests.cache.builders import SmallCache, make_plan, sample_table, tree
+from cache.spec import Plan
+from tests.cache.builders import Hooked, SmallCache, make_plan, sample_table, tree
 
 
 def test_the_plan_that_is_loaded_is_the_one_that_was_published(small_cache: SmallCache) -> None:
@@ -71,6 +72,54 @@ def test_what_an_interrupted_plan_of_other_data_left_is_replaced(tmp_path: Path)
             make_plan(each, "second")
     assert tree(tmp_path / "a.kpu") == tree(tmp_path / "clean.kpu")
     assert (tmp_path / "a.kpu/.tmp/quarantine/second/samples/part-000000.parquet").exists()
+
+
+@pytest.fixture(params=["folder", "object store"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "a.kpu") if request.param == "folder" else f"memory://{tmp_path}/a.kpu"
+
+
+def assert_planned(place: str, plan: Plan) -> None:
+    """The plan stands, and everything that it seals."""
+    storage = open_storage(place)
+    assert load_plan(storage) == plan
+    assert Samples(storage, plan).to_table().equals(sample_table())
+
+
+def test_a_plan_that_comes_between_the_files_of_another_driver_stands(place: str) -> None:
+    """The other one moved the parts aside, and dies before it could publish a plan or put them back."""
+    storage = open_storage(place, create=True)
+
+    class Killed(BaseException):
+        pass
+
+    def other() -> None:
+        def die() -> None:
+            raise Killed
+
+        with lease(storage, "other"), pytest.raises(Killed):
+            make_plan(Hooked(storage, "publish", "plan.json", die), "other", unit_rows=16)
+
+    with lease(storage, "run"):
+        plan = make_plan(Hooked(storage, "publish", "plan.json", other), "run")
+    assert plan.unit_rows == 8
+    assert_planned(place, plan)
+
+
+@pytest.mark.parametrize("key", ["samples/part-000000.parquet", "images/size/zarr.json"])
+def test_a_driver_puts_back_what_it_moved_when_the_plan_came(place: str, key: str) -> None:
+    storage = open_storage(place, create=True)
+    with lease(storage, "dead"), pytest.raises(ZeroDivisionError):
+        make_plan(Hooked(storage, "publish", "plan.json", lambda: 1 // 0), "dead")
+    plans = []
+
+    def first() -> None:
+        with lease(storage, "first"):
+            plans.append(make_plan(storage, "first"))
+
+    with lease(storage, "second"), pytest.raises(MismatchError, match=r"plan\.json stands"):
+        make_plan(Hooked(storage, "quarantine", key, first), "second", unit_rows=16)
+    assert_planned(place, plans[0])
 
 
 def test_a_foreign_zarr_store_is_not_touched(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cache.teachers import (
     teacher_names,
 )
 from tests.cache.builders import (
+    Hooked,
     SmallCache,
     head_of,
     make_plan,
@@ -107,6 +108,54 @@ def test_what_an_interrupted_run_left_for_another_model_is_replaced(
         publish_teacher(empty, plan, new, statistics_of(new), head_of(new), "two", **calibration)
     assert tree(Path(empty.url)) == tree(tmp_path / "clean.kpu")
     assert (Path(empty.url) / ".tmp/quarantine/two/teachers/alpha/stats.safetensors").exists()
+
+
+def coarse_teacher(storage: Storage, run: str) -> None:
+    spec = teacher_spec("alpha", CodecSpec(step=0.1))
+    with lease(open_storage(storage.url), run):
+        make_teacher(storage, load_plan(storage), spec, run)
+
+
+def test_a_teacher_that_comes_between_the_files_of_another_driver_stands(empty: Storage) -> None:
+    """The other one has another codec, moved the files aside, and fails before it could publish its own teacher."""
+    plan, spec = load_plan(empty), teacher_spec("alpha")
+    other = Hooked(empty, "publish", "teachers/alpha/zarr.json", lambda: 1 // 0)
+
+    def between() -> None:
+        with pytest.raises(ZeroDivisionError):
+            coarse_teacher(other, "other")
+
+    with lease(empty, "run"):
+        published = make_teacher(Hooked(empty, "publish", "teachers/alpha/zarr.json", between), plan, spec, "run")
+    assert published.spec.codec.step == 0.05
+    assert load_teacher(empty, plan, "alpha").files == published.files
+
+
+@pytest.mark.parametrize("file", ["stats.safetensors", "patch/zarr.json"])
+def test_a_driver_puts_back_what_it_moved_when_the_teacher_came(empty: Storage, file: str) -> None:
+    plan, spec = load_plan(empty), teacher_spec("alpha")
+    with lease(empty, "dead"), pytest.raises(ZeroDivisionError):
+        make_teacher(Hooked(empty, "publish", "teachers/alpha/zarr.json", lambda: 1 // 0), plan, spec, "dead")
+
+    def first() -> None:
+        with lease(empty, "first"):
+            make_teacher(empty, plan, spec, "first")
+
+    with pytest.raises(MismatchError, match="stands"):
+        coarse_teacher(Hooked(empty, "quarantine", f"teachers/alpha/{file}", first), "second")
+    assert load_teacher(empty, plan, "alpha").spec == spec
+
+
+def test_a_sealed_file_that_is_nowhere_is_named(empty: Storage) -> None:
+    plan, spec = load_plan(empty), teacher_spec("alpha")
+
+    def between() -> None:
+        with pytest.raises(ZeroDivisionError):
+            coarse_teacher(Hooked(empty, "publish", "teachers/alpha/zarr.json", lambda: 1 // 0), "other")
+        (Path(empty.url) / ".tmp/quarantine/other/teachers/alpha/patch/zarr.json").unlink()
+
+    with lease(empty, "run"), pytest.raises(CorruptError, match=r"^teachers/alpha/patch/zarr\.json: .*in quarantine"):
+        make_teacher(Hooked(empty, "publish", "teachers/alpha/zarr.json", between), plan, spec, "run")
 
 
 def test_a_teacher_that_was_begun_is_no_teacher_yet(small_cache: SmallCache) -> None:

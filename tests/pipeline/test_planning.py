@@ -14,6 +14,7 @@ from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, TeacherSpec
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
 from pipeline.observers import Silent
 from pipeline.planning import choose_threads, choose_unit_rows, plan_cache
+from tests.cache.builders import Hooked
 from tests.toys import write_images
 
 
@@ -88,6 +89,23 @@ def test_the_same_listing_is_the_same_plan(images: Path) -> None:
     first = plan(config)
     assert plan(config, "again") == first == load_plan(open_storage(config.out))
     assert (first.samples, first.views, first.rows, first.unit_rows, first.threads) == (10, 1, 10, 64, 1)
+
+
+def test_units_that_another_driver_chose_at_the_same_time_are_taken_over(images: Path) -> None:
+    config = configure(images)
+    storage = open_storage(config.out, create=True)
+
+    def other() -> None:
+        plan(configure(images, unit_rows=128), "other")
+
+    with lease(storage, "run"):
+        late = Hooked(storage, "publish", "plan.json", other)
+        found = plan_cache(late, open_source(config.data), config, [teacher((8,))], 1, "run")
+    assert found == load_plan(storage)
+    assert found.unit_rows == 128
+    assert Samples(storage, found).to_table().num_rows == 10
+    with pytest.raises(MismatchError, match=r"unit_rows: the cache at .* was made with 128, found 64"):
+        plan(configure(images, unit_rows=64), "last")
 
 
 def test_views_are_rows_side_by_side(images: Path) -> None:

@@ -50,6 +50,29 @@ def test_another_run_at_work_keeps_what_was_made(tmp_path: Path) -> None:
         assert standing_plan(str(out)) == made
 
 
+def test_what_was_moved_aside_is_kept_while_another_run_lives(tmp_path: Path) -> None:
+    out = tmp_path / "o.kpu"
+    with pytest.raises(SourceError), left_as_it_was(str(out)):
+        storage = open_storage(out, create=True)
+        other = lease(storage, "other")
+        other.__enter__()
+        storage.publish("zarr.json", b"{}", run="other")
+        storage.quarantine("zarr.json", run="other")
+        raise SourceError("no images")
+    assert (out / ".tmp/quarantine/other/zarr.json").exists()
+    other.__exit__(None, None, None)
+
+
+def test_what_was_moved_aside_is_gone_with_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(SourceError), left_as_it_was(str(tmp_path / "o.kpu")):
+        storage = open_storage(tmp_path / "o.kpu", create=True)
+        with lease(storage, "mine"):
+            storage.publish("zarr.json", b"{}", run="mine")
+            storage.quarantine("zarr.json", run="mine")
+        raise SourceError("no images")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_teacher_that_stands_keeps_the_cache(tmp_path: Path) -> None:
     out = tmp_path / "o.kpu"
     with pytest.raises(SourceError), left_as_it_was(str(out)):
