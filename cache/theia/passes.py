@@ -46,7 +46,7 @@ class Passes:
         self._done, self._total = 0, 2 * plan.rows * len(found.models)
 
     def teacher(self, spec: TeacherSpec, reader: FeatureReader) -> PublishedTeacher:
-        """Publish a teacher with statistics of all its features, unless it stands."""
+        """Publish a teacher with statistics of its features in all rows that have an image, unless it stands."""
         statistics: dict[str, Statistics] = {}
         before = self._done
         if spec.name not in teacher_names(self._storage):
@@ -82,11 +82,17 @@ class Passes:
     def _statistics(self, spec: TeacherSpec, reader: FeatureReader) -> dict[str, Statistics]:
         totals = {output.name: Accumulator(output.channels) for output in spec.outputs}
         stream = self._dataset.entries(reader.model)
-        while batch := list(islice(stream, _AT_ONCE)):
-            for features in self._pool.map(reader.read, _cut(batch)):
-                for name, total in totals.items():
-                    total.update(features[name].reshape(-1, features[name].shape[-1]))
-            self._advance(len(batch))
+        for unit in range(self._plan.units):
+            table = self._samples.unit(unit)
+            valid = self._commit_images(unit, table)
+            for start in range(0, table.num_rows, _AT_ONCE):
+                batch = list(islice(stream, min(_AT_ONCE, table.num_rows - start)))
+                places = range(start, start + len(batch), _BATCH)
+                for place, features in zip(places, self._pool.map(reader.read, _cut(batch)), strict=True):
+                    for name, total in totals.items():
+                        usable = features[name][valid[place : place + _BATCH]]
+                        total.update(usable.reshape(-1, usable.shape[-1]))
+                self._advance(len(batch))
         return {name: calibrated(total, spec.codec) for name, total in totals.items()}
 
     def _commit_images(self, unit: int, table: pa.Table) -> npt.NDArray[np.bool_]:

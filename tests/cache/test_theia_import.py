@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from cache import open_cache
 from cache.errors import ConfigError, CorruptError, KpuError, MismatchError, SourceError
@@ -161,6 +161,12 @@ def test_an_image_that_cannot_be_decoded_is_masked(root: Path, tmp_path: Path) -
     cache = open_cache(tmp_path / "o.kpu")
     assert np.flatnonzero(~cache.valid(teacher="gamma")).tolist() == [4]
     assert verify(cache.path).ok
+    teacher = cache.teachers["gamma"]
+    features = [load(raw)["embedding"].double().numpy() for _, raw in members(root / "small/gamma")]
+    tokens = np.stack([each.reshape(len(each), -1).T for row, each in enumerate(features) if row != 4]).reshape(-1, 5)
+    assert teacher.statistics["patch"].count == len(tokens) == 17 * 6
+    np.testing.assert_allclose(teacher.statistics["patch"].mean, tokens.mean(0))
+    np.testing.assert_allclose(teacher.statistics["patch"].variance, tokens.var(0))
 
 
 def swap(content: Content) -> None:
