@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cache import layout
+from cache.cores import usable_cores
 from cache.digests import digest
 from cache.errors import ConfigError
 from cache.leases import lease
@@ -131,7 +132,7 @@ def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
             views=1,
             seed=0,
             unit_rows=unit_rows,
-            threads=1,
+            threads=usable_cores(),  # what `extract` computes with when it adds a teacher
             samples_digests=digests,
             metadata=metadata,
         )

@@ -81,10 +81,14 @@ def test_features_are_the_exported_ones(original: Path, tmp_path: Path, codec: s
             np.testing.assert_allclose(teacher.statistics[output].variance, flat.var(0))
 
 
-def test_the_source_gives_the_images(original: Path, tmp_path: Path) -> None:
+def test_the_plan_is_one_that_extract_can_go_on_with(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.theia.imported.usable_cores", lambda: 3)
     take_in(original / "root", tmp_path / "o.kpu")
     cache = open_cache(tmp_path / "o.kpu")
     assert cache.plan.source.options == {"image": "image", "label": None}
+    assert cache.plan.threads == 3
     table = cache.samples.to_table()
     assert table["key"][3].as_py() == f"small_train-000000-train/{KEPT[3]:012d}"
     for row, data in zip(KEPT, source_reader(cache.plan.source).read(table), strict=True):
