@@ -13,9 +13,10 @@ def failed_runs(path: str) -> list[tuple[RunRecord, frozenset[int]]]:
     Raises:
         NotACacheError: there is no cache at `path`.
     """
-    runs = {run.id: run for run in load_runs(open_storage(path))}
+    failed = status(path).failed
+    runs = {run.id: run for run in load_runs(open_storage(path))}  # later: every failure that was found is in them
     latest = {(failure.teacher, failure.unit): run.id for run in runs.values() for failure in run.failed}
     units: defaultdict[str, set[int]] = defaultdict(set)
-    for failure in status(path).failed:
+    for failure in failed:
         units[latest[failure.teacher, failure.unit]].add(failure.unit)
     return [(run, frozenset(units[name])) for name, run in runs.items() if name in units]

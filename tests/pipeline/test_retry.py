@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import NotACacheError
+from cache.status import Status, status
 from pipeline.retry import failed_runs
 from tests.cache.builders import build
 
@@ -37,6 +38,18 @@ def test_a_failure_of_all_teachers(tmp_path: Path) -> None:
     out = Path(build(tmp_path / "o.kpu").path)
     (out / "teachers/beta/commits/000001.json").unlink()
     write_run(out, "1", ["alpha", "beta"], (None, 0), (None, 1))
+    assert [(run.id, sorted(units)) for run, units in failed_runs(str(out))] == [("1", [1])]
+
+
+def test_a_failure_that_a_live_run_saves_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(build(tmp_path / "o.kpu").path)
+    (out / "teachers/beta/commits/000001.json").unlink()
+
+    def save_before(path: str) -> Status:
+        write_run(out, "1", ["beta"], ("beta", 1))
+        return status(path)
+
+    monkeypatch.setattr("pipeline.retry.status", save_before)
     assert [(run.id, sorted(units)) for run, units in failed_runs(str(out))] == [("1", [1])]
 
 
