@@ -7,7 +7,7 @@ Everything is published and committed as an extraction does it, and can be taken
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from cache.records import load_images_record, load_unit, sealed_files
 from cache.settle import BytesHandle, UnitShards, settling
 from cache.shards import ArrayLayout, Shard, encode_shard, open_shard
 from cache.spec import CodecSpec, OutputRecord, OutputSpec, ShardFormat, ShardRecord, UnitRecord
-from cache.statistics import Statistics, load_statistics
+from cache.statistics import load_statistics, same_statistics
 from cache.storage import Storage
 from cache.teachers import OWN_CALIBRATION, publish_teacher
 
@@ -156,7 +156,7 @@ class _Copy:
         )
         heads = [[] if head is None else list(head) for head in (source.head, target.head)]
         same_head = len(heads[0]) == len(heads[1]) and all(map(np.array_equal, *heads))
-        if not same_head or not all(_same(source.statistics[o], target.statistics[o]) for o in source.statistics):
+        if not same_head or not same_statistics(source.statistics, target.statistics):
             raise MismatchError(
                 f"out: {self._storage.url}: teacher {spec.name!r} stands there with another calibration or head than "
                 f"in {self._cache.path}; choose another place"
@@ -248,7 +248,3 @@ def _read_shard(storage: Storage, key: str, array: ArrayLayout, record: ShardRec
 def _never(_standing: npt.NDArray[Any]) -> bool:
     """A shard of other bytes is not taken over: the same bytes are what a conversion is for."""
     return False
-
-
-def _same(one: Statistics, other: Statistics) -> bool:
-    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))

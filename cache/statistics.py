@@ -6,7 +6,7 @@ stores integers on, so that a raw 0 lies on that grid and stays exactly 0.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Final
 
@@ -173,6 +173,15 @@ def _take(tensors: Mapping[str, npt.NDArray[Any]], output: str, file: str) -> St
     if axes is not None and not are_axes(axes, channels):
         raise CorruptError(file, f"{output}.{_AXES}: expected orthonormal float32{[channels] * 2}, found others")
     return Statistics(int(count), mean, centre, variance, covariance, float(zeros), axes)
+
+
+def same_statistics(one: Mapping[str, Statistics], other: Mapping[str, Statistics]) -> bool:
+    """Whether all outputs are the same, and every value of their statistics."""
+
+    def same(first: Statistics, second: Statistics) -> bool:
+        return all(np.array_equal(getattr(first, each.name), getattr(second, each.name)) for each in fields(first))
+
+    return one.keys() == other.keys() and all(same(one[output], other[output]) for output in one)
 
 
 def are_axes(axes: npt.NDArray[Any], channels: int) -> bool:

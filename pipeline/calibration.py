@@ -12,7 +12,7 @@ from cache.teachers import (
     standing_statistics,
     teacher_names,
 )
-from pipeline.checks import Calibration, borrow
+from pipeline.checks import Calibration, borrow, check_calibration
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor
 from pipeline.observers import Observer
@@ -43,7 +43,11 @@ def calibrate_teachers(
     calibrations = _calibrations(storage, plan, config, [t.spec for t in missing], executor, observer)
     for teacher in missing:
         made = calibrations[teacher.spec.name]
-        publish_teacher(storage, plan, teacher.spec, made.statistics, teacher.head, run, calibration=made.origin)
+        standing = publish_teacher(
+            storage, plan, teacher.spec, made.statistics, teacher.head, run, calibration=made.origin
+        )
+        if config.calibration_from is not None:
+            check_calibration(config, teacher.spec.name, standing.statistics, made)
 
 
 def _calibrations(

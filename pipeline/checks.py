@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cache import layout
 from cache.errors import MismatchError, NotACacheError
 from cache.locations import open_storage, stands
-from cache.plans import load_plan
+from cache.plans import load_plan, read_checked
+from cache.published import STATISTICS
 from cache.spec import TeacherSpec
-from cache.statistics import Statistics
+from cache.statistics import Statistics, load_statistics, same_statistics
 from cache.teachers import OWN_CALIBRATION, check_same, load_teacher, read_teacher, teacher_names
 from pipeline.config import ExtractConfig
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics by output, and where they come from."""
+    """Statistics by output, and where they come from: a digest of the lender's file of them."""
 
     statistics: dict[str, Statistics]
     origin: str = OWN_CALIBRATION
@@ -35,11 +37,27 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec]) -> None:
             continue
         standing = read_teacher(storage, spec.name)
         check_same(standing.spec, spec)
-        if borrowed is not None and borrowed.origin != standing.encoding_fingerprint:
-            raise MismatchError(
-                f"calibration_from: teacher {spec.name!r} stands in {config.out} with another calibration than that "
-                f"of {config.calibration_from}; extract it under a new teacher name or to another `out`"
-            )
+        if borrowed is not None:
+            file = f"{layout.teacher(spec.name)}/{STATISTICS}"
+            raw = read_checked(storage, file, standing.files[STATISTICS], teacher=spec.name)
+            check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
+
+
+def check_calibration(
+    config: ExtractConfig, teacher: str, standing: dict[str, Statistics], borrowed: Calibration
+) -> None:
+    """Compare the statistics of a teacher that stands with those that it was to take over, value by value.
+
+    Codecs without a grid need no calibration, but training standardises by it.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    if not same_statistics(standing, borrowed.statistics):
+        raise MismatchError(
+            f"calibration_from: teacher {teacher!r} stands in {config.out} with another calibration than that "
+            f"of {config.calibration_from}; extract it under a new teacher name or to another `out`"
+        )
 
 
 def borrow(path: str, spec: TeacherSpec) -> Calibration:
@@ -59,4 +77,4 @@ def borrow(path: str, spec: TeacherSpec) -> Calibration:
         check_same(lender.spec, spec)
     except MismatchError as error:
         raise MismatchError(f"calibration_from: {path}: {error}") from None
-    return Calibration(lender.statistics, lender.encoding_fingerprint)
+    return Calibration(lender.statistics, lender.files[STATISTICS])

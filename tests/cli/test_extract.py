@@ -15,8 +15,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import Result
 
 from cache import open_cache
+from cache.leases import lease
+from cache.locations import open_storage
+from cache.plans import sample_digests
+from cache.teachers import publish_teacher
 from tests.toys import assert_refused, files, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 ROWS = 70  # two units of 64 rows
@@ -211,6 +216,58 @@ def test_calibration_of_another_cache(made: Made) -> None:
     ours, theirs = (open_cache(path).teachers["t"] for path in (test_set.out, made.out))
     np.testing.assert_array_equal(ours.grid("patch").scale, theirs.grid("patch").scale)
     np.testing.assert_array_equal(ours.statistics["global"].covariance, theirs.statistics["global"].covariance)
+
+
+def test_calibration_where_nothing_is_quantised(made: Made) -> None:
+    place = made.out.parent
+
+    def extract(name: str, lender: str | None, *, limit: int = 5) -> Result:
+        settings = [
+            "codec.name=fp16",
+            f"data.limit={limit}",
+            *([f"calibration_from={place / lender}"] if lender else []),
+        ]
+        chosen = [argument for each in settings for argument in ("--set", each)]
+        return kpu("extract", *made._replace(out=place / name).arguments, *chosen)
+
+    def covariance(name: str) -> np.ndarray:
+        return open_cache(place / name).teachers["t"].statistics["patch"].covariance
+
+    for name, lender, limit in (("nine", None, 9), ("eight", None, 8), ("test", "nine", 5), ("third", "test", 4)):
+        assert extract(name, lender, limit=limit).exit_code == 0
+    before = snapshot(place / "test")
+    assert_refused(extract("test", "eight"), "calibration_from", "'t'", "another calibration")
+    assert snapshot(place / "test") == before
+    for lender in ("nine", "third", None):
+        assert extract("test", lender).exit_code == 0
+
+    (place / "test/teachers/t/zarr.json").unlink()  # as if it had been interrupted before its teacher stood
+    shutil.rmtree(place / "test/teachers/t/commits")
+    assert extract("test", "eight").exit_code == 0
+    np.testing.assert_array_equal(covariance("test"), covariance("eight"))
+    assert not np.array_equal(covariance("test"), covariance("nine"))
+
+
+def test_a_cache_whose_statistics_name_the_grid_that_they_were_taken_from(made: Made, tmp_path: Path) -> None:
+    """Earlier releases wrote the lender's encoding fingerprint as the origin of a calibration."""
+    lender = open_cache(made.out)
+    published = lender.teachers["t"].published
+    out = open_storage(tmp_path / "test.kpu", create=True)
+    with lease(out, "run"):
+        for key in (
+            "zarr.json",
+            "teachers/zarr.json",
+            "plan.json",
+            *lender.plan.metadata,
+            *sample_digests(lender.plan),
+        ):
+            out.publish(key, (made.out / key).read_bytes(), run="run")
+        origin = published.encoding_fingerprint
+        head, statistics = published.head, published.statistics
+        publish_teacher(out, lender.plan, published.spec, statistics, head, "run", calibration=origin)
+    test_set = made._replace(out=tmp_path / "test.kpu")
+    assert kpu("extract", *test_set.arguments, "--set", f"calibration_from={made.out}").exit_code == 0
+    assert kpu_json("verify", test_set.out)["ok"]
 
 
 def test_calibration_of_a_teacher_that_is_another(made: Made) -> None:
