@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from pydantic_core import from_json
@@ -21,6 +21,8 @@ from cache.runs import Failure, RunRecord, load_runs
 from cache.samples import Samples
 from cache.spec import ImageStatus, Plan
 from cache.storage import Storage
+
+T = TypeVar("T")
 
 _REMOTE_READS: Final = 32  # at once: each waits for the network
 
@@ -139,7 +141,8 @@ def _tally(storage: Storage, plan: Plan, teacher: TeacherFiles) -> _Tally:
     committed = committed_units(storage, folder, plan.units)
     tally = _Tally(plan, teacher, committed)
     units = np.flatnonzero(committed).tolist()
-    for unit, raw in zip(units, _read_all(storage, folder, units), strict=True):
+    records = _each(storage, lambda unit: storage.read(layout.commit(folder, unit)), units)
+    for unit, raw in zip(units, records, strict=True):
         try:
             tally.add(unit, from_json(raw))
         except (ValueError, KeyError, TypeError) as error:
@@ -148,25 +151,25 @@ def _tally(storage: Storage, plan: Plan, teacher: TeacherFiles) -> _Tally:
     return tally
 
 
-def _read_all(storage: Storage, folder: str, units: list[int]) -> Iterator[bytes]:
+def _each(storage: Storage, read: Callable[[int], T], units: list[int]) -> Iterator[T]:
+    """What `read` gives of every unit, in order; many at once where each waits for the network."""
     if "://" not in storage.url:
-        for unit in units:
-            yield storage.read(layout.commit(folder, unit))
+        yield from map(read, units)
         return
     with ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="kpu-status") as pool:
-        for start in range(0, len(units), 1024):  # in batches, so that not all records wait in memory
-            keys = [layout.commit(folder, unit) for unit in units[start : start + 1024]]
-            yield from pool.map(storage.read, keys)
+        for start in range(0, len(units), 1024):  # in batches, so that not all of it waits in memory
+            yield from pool.map(read, units[start : start + 1024])
 
 
 def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> Iterator[MaskedRow]:
     samples = Samples(storage, plan)
     masked_units = {unit for tally in tallies.values() for unit in tally.masked_units}
+    statuses = _each(storage, lambda unit: load_status(storage, plan, unit), sorted(masked_units))
     for unit in sorted(masked_units.union(*(tally.nonfinite for tally in tallies.values()))):
         rows = plan.unit_range(unit)
         reasons: list[tuple[int, str]] = []
         if unit in masked_units:
-            codes = load_status(storage, plan, unit)
+            codes = next(statuses)
             if codes is None:
                 raise CorruptError(layout.commit(layout.IMAGES, unit), "is missing", unit=unit)
             reasons += [(int(row), _describe(codes[row])) for row in np.flatnonzero(codes)]

@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -9,17 +10,19 @@ import pytest
 from cache import open_cache
 from cache.digests import seal_document
 from cache.errors import CorruptError, NotACacheError
+from cache.images import load_status
 from cache.leases import lease
 from cache.locations import open_storage
 from cache.plans import publish_plan
 from cache.records import load_record
 from cache.samples import split_parts
-from cache.spec import Plan, SourceSpec
+from cache.spec import ImageStatus, Plan, SourceSpec
 from cache.status import status
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,
     SmallCache,
+    build,
     key_of,
     make_teacher,
     sample_table,
@@ -48,6 +51,24 @@ def test_masked_rows_are_listed_with_key_and_reason(small_cache: SmallCache) -> 
         {"key": key_of(MASKED_ROW), "row": MASKED_ROW, "reason": "truncated"},
         {"key": key_of(NONFINITE_ROW), "row": NONFINITE_ROW, "reason": "NaN or infinity from teacher alpha"},
     ]
+
+
+def test_masked_rows_of_several_units_are_looked_up_at_once_in_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = np.zeros(20, np.uint8)
+    codes[[5, 9, 18]] = ImageStatus.TRUNCATED
+    monkeypatch.setattr("tests.cache.builders.image_status", lambda: codes)
+    path = build(f"memory://{tmp_path}/a.kpu").path
+    together = threading.Barrier(3)
+
+    def load(*arguments: object) -> object:
+        together.wait(timeout=20)
+        return load_status(*arguments)
+
+    monkeypatch.setattr("cache.status.load_status", load)
+    masked = [(row.row, row.key) for row in status(path).masked if row.reason == "truncated"]
+    assert masked == [(row, key_of(row)) for row in (5, 9, 18)]
 
 
 def test_precision_is_pooled_over_units_rows_and_outputs(small_cache: SmallCache) -> None:
