@@ -86,16 +86,20 @@ def _compare(cache: Cache, worker: Worker, rows: np.ndarray) -> list[Problem]:
 
 
 def _steps_apart(cache: Cache, name: str, output: str, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Per row, the largest distance of stored from computed features in grid steps."""
+    """Per row, the largest distance of stored from computed features in grid steps; infinite from NaN and infinity."""
     encoded = cache.read_encoded(name, output, rows)
     teacher = cache.teachers[name]
     grid = teacher.grid(output)
     if grid.on_grid:
-        stored, computed = (grid.steps(each).astype(np.int32) for each in (encoded.values, grid.encode(features)))
+        with np.errstate(invalid="ignore"):
+            again = grid.encode(features)
+        stored, computed = (grid.steps(each).astype(np.int32) for each in (encoded.values, again))
         apart = np.abs(stored - computed)
     else:
         tolerance = DEFAULT_STEP * teacher.statistics[output].std + RESOLUTION[encoded.codec] * np.abs(features)
-        apart = np.abs(grid.decode(encoded.values) - features) / tolerance
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(grid.decode(encoded.values) - features) / tolerance
+    apart = np.where(np.isfinite(features), apart, np.inf)
     return apart.reshape(len(rows), -1).max(1) if len(rows) else np.zeros(0)
 
 

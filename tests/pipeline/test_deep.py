@@ -79,6 +79,24 @@ def test_a_teacher_is_configured_again_as_it_was(tmp_path: Path) -> None:
     assert rows == 3
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_longer_finite(original: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    features = Worker.features
+
+    def broken(self: Worker, names: Any, rows: np.ndarray) -> Any:
+        digests, found = features(self, names, rows)
+        for outputs in found.values():
+            outputs["patch"][rows == 7, 0, 0] = value
+        return digests, found
+
+    monkeypatch.setattr(Worker, "features", broken)
+    report, _ = verify_deep(str(original), VerifyReport(), rows=70, seed=0)
+    assert {problem.file for problem in report.problems} == {
+        "teachers/t/patch", "teachers/u/patch", "teachers/v/patch"
+    }  # fmt: skip
+    assert all("'007.png'" in problem.reason for problem in report.problems)
+
+
 def test_images_that_are_gone(original: Path, tmp_path: Path) -> None:
     moved = original.parent / "images"
     moved.rename(tmp_path / "away")
