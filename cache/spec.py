@@ -12,6 +12,7 @@ from cache.errors import ConfigError
 FORMAT = "kpu-cache"
 VERSION = 1
 DEFAULT_STEP = 0.05
+LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
 _ON_GRID = ("uniform", "rotated")
 
@@ -140,6 +141,8 @@ class TeacherSpec(Frozen):
             parts["model"] = f"torch:{rest.rpartition(':')[2]}"
         elif kind == "hf" and rest.startswith("/"):  # so may the folder; its weights are in weights_digest
             parts["model"] = "hf:"
+        elif kind == "timm" and rest.startswith(LOCAL_DIR):  # and this one
+            parts["model"] = f"timm:{LOCAL_DIR}"
         return parts
 
     @property

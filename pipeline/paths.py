@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cache.spec import LOCAL_DIR
 from pipeline.config import ExtractConfig, TeacherConfig
 
 
@@ -43,4 +44,6 @@ def _resolve_teacher(config: TeacherConfig) -> TeacherConfig:
             changes["model"] = f"torch:{absolute(place)}:{factory}"
     elif kind == "hf" and Path(rest).expanduser().is_dir():
         changes["model"] = f"hf:{absolute(rest)}"
+    elif kind == "timm" and rest.startswith(LOCAL_DIR):
+        changes["model"] = f"timm:{LOCAL_DIR}{absolute(rest.removeprefix(LOCAL_DIR))}"
     return config.model_copy(update=changes)

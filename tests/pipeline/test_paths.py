@@ -26,6 +26,8 @@ def test_every_path_is_resolved_and_nothing_else(tmp_path: Path, monkeypatch: py
         "module": {"model": "torch:package.module:make", "weights": "random"},
         "folder": {"model": "hf:model"},
         "hub": {"model": "hf:owner/model"},
+        "timm-folder": {"model": "timm:local-dir:model"},
+        "timm-hub": {"model": "timm:hf-hub:owner/model"},
     }
     resolved = resolve_paths(config(teachers=teachers, calibration_from="../other.kpu"))
     assert resolved.data.source == f"{tmp_path}/images"
@@ -36,6 +38,8 @@ def test_every_path_is_resolved_and_nothing_else(tmp_path: Path, monkeypatch: py
         ("torch:package.module:make", "random"),
         (f"hf:{tmp_path}/model", None),
         ("hf:owner/model", None),
+        (f"timm:local-dir:{tmp_path}/model", None),
+        ("timm:hf-hub:owner/model", None),
     ]
 
 
