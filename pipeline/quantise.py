@@ -56,6 +56,9 @@ class DeviceGrid:
         self._device = torch.device(device)
         self._codec = grid.codec.name
         self._axes_DD = None if grid.axes is None else self._tensor(grid.axes)
+        self._wide_axes_DD: Tensor | None = None
+        if self._axes_DD is not None and self._device.type == "cpu":
+            self._wide_axes_DD = self._axes_DD.double()
         # Errors are measured on (x - centre) / unit: in steps where there is a grid, else in standard deviations.
         self._on_grid, self._limit = grid.on_grid, grid.limit
         self._offset = self._tensor(grid.offset)
@@ -114,10 +117,12 @@ class DeviceGrid:
             torch.zeros(count, dtype=torch.int64),
             torch.ones(count, dtype=torch.bool),
         )
-        for at in (~(lengths_3N[0] < self._usual)).nonzero().flatten().tolist():
-            part = slice(at, at + 1)
-            for cost_N, value in zip(costs, self._encode_any(x_ND[part], stored_ND[part], torch.float64), strict=True):
-                cost_N[part] = value
+        kind = _FLOAT_TYPES.get(self._codec, torch.int16)  # torch does not scatter uint16
+        for unusual in (~(lengths_3N[0] < self._usual)).nonzero().flatten().split(block):
+            part_ND = torch.empty((len(unusual), channels), dtype=self.dtype)
+            for cost_N, value in zip(costs, self._encode_any(x_ND[unusual], part_ND, torch.float64), strict=True):
+                cost_N[unusual] = value
+            stored_ND.view(kind)[unusual] = part_ND.view(kind)
         return costs
 
     def _encode_plain(self, x_ND: Tensor, stored_ND: Tensor, lengths_3N: Tensor) -> None:
@@ -191,7 +196,10 @@ class DeviceGrid:
             return u_ND
         if wide == torch.float32:
             u_ND.clamp_(-HUGE, HUGE)
-        return u_ND @ self._axes_DD.T.to(wide)
+        if self._wide_axes_DD is None:
+            return u_ND @ self._axes_DD.T
+        axes_DD = (self._axes_DD if wide == torch.float32 else self._wide_axes_DD).T
+        return torch.cat([u_1D @ axes_DD for u_1D in u_ND.split(1)])  # the last bits depend on how many there are
 
 
 def _fold(stored_ND: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Quantising on the device: the bits of the reference codec, the costs of the reference measure."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -122,6 +122,35 @@ def test_rotated_bears_what_is_large_or_missing(value: float) -> None:
     grid, statistics = calibrated("rotated", x)
     x[1, 2, 3], x[4] = value, 0
     check_rotated(grid, statistics, x)
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "rotated"])
+def test_unusual_tokens_are_encoded_in_blocks_as_if_alone(
+    codec: Codec | Literal["rotated"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.from_numpy(heavy_tailed(2, 150, CHANNELS))
+    device_grid = DeviceGrid(*calibrated(codec, x.numpy()), "cpu")
+    x *= 1e38
+    blocks: list[int] = []
+    encode_any = device_grid._encode_any
+
+    def noted(x_ND: torch.Tensor, *arguments: Any) -> Any:
+        blocks.append(len(x_ND))
+        return encode_any(x_ND, *arguments)
+
+    monkeypatch.setattr(device_grid, "_encode_any", noted)
+    together = device_grid.encode(x)
+    assert len(blocks) == 1 and blocks[0] > 100
+    alone = [device_grid.encode(token.view(1, 1, -1)) for token in x.view(-1, CHANNELS)]
+    bits = torch.cat([token.stored.view(-1, CHANNELS) for token in alone]).view(torch.uint8)
+    assert torch.equal(together.stored.view(-1, CHANNELS).view(torch.uint8), bits)
+    assert torch.equal(together.saturated, torch.cat([token.saturated for token in alone]).view(2, -1).sum(1))
+    errors, cosines = (
+        torch.stack([getattr(token, cost)[0] for token in alone]).view(2, -1).mean(1)
+        for cost in ("squared_error", "cosine")
+    )
+    torch.testing.assert_close(together.squared_error, errors, rtol=1e-12, atol=0, equal_nan=True)
+    torch.testing.assert_close(together.cosine, cosines, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_halves_round_to_even_as_in_numpy() -> None:
