@@ -3,12 +3,11 @@
 Whatever was done before is found in the cache and not done again, so the same call resumes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from time import perf_counter
 
 import numpy as np
 
-from cache import layout
 from cache.errors import IncompleteError, StorageError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
@@ -101,7 +100,9 @@ def _work_off(
     pending = count_rows(plan, np.logical_or.reduce(list(left.values())))
     observer.begin(total=plan.rows, pending=pending, workers=executor.workers)
     in_a_row = 0
-    for report in executor.run(_looked_up(storage, remaining_tasks(left))):
+    for report in executor.run(remaining_tasks(left)):
+        if not report.task.teachers:
+            continue  # another driver has committed it since the listing
         run.record(report)
         observer.report(report)
         in_a_row = in_a_row + 1 if report.failures else 0
@@ -115,12 +116,3 @@ def remaining_tasks(left: Mapping[str, Mask]) -> Iterator[Task]:
     """Tasks that are left, in order of units; `left` are, by teacher, the units that it has not committed."""
     for unit in np.flatnonzero(np.logical_or.reduce(list(left.values()))).tolist():
         yield Task(unit, tuple(name for name, missing in left.items() if missing[unit]))
-
-
-def _looked_up(storage: Storage, tasks: Iterable[Task]) -> Iterator[Task]:
-    """`tasks` without what another driver has committed since the listing; each is looked up when it is drawn."""
-    for task in tasks:
-        commits = {name: layout.commit(layout.teacher(name), task.unit) for name in task.teachers}
-        missing = tuple(name for name, commit in commits.items() if storage.size(commit) is None)
-        if missing:
-            yield Task(task.unit, missing)

@@ -6,7 +6,7 @@ beside the next unit's computing.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from socket import gethostname
 from time import perf_counter
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cache import layout
 from cache.codecs import Grid, calibrated, make_grid
 from cache.commits import load_images, publish_images, publish_unit
 from cache.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
@@ -117,14 +118,18 @@ class Worker:
         return {name: self._finish(name, outputs) for name, outputs in totals.items()}
 
     def extract(self, task: Task) -> UnitReport:
-        """Compute and commit one unit for the task's teachers.
+        """Compute and commit one unit for those of the task's teachers that nobody has committed meanwhile.
 
-        A failure of one teacher, or of the source, is part of the report. Raises only what concerns the whole run:
-        StorageError (a full disk, a lost mount), or an unexpected error.
+        The report's task names these teachers; where there are none, nothing was done. A failure of one teacher, or of
+        the source, is part of the report. Raises only what concerns the whole run: StorageError (a full disk, a lost
+        mount), or an unexpected error.
         """
         rows = self._open().unit_range(task.unit)
         watch = Stopwatch()
         try:
+            task = replace(task, teachers=tuple(name for name in task.teachers if not self._committed(name, task.unit)))
+            if not task.teachers:
+                return UnitReport(task, 0, 0, 0, watch.seconds)
             for name in task.teachers:
                 self._prepare(name)
             table = self._samples.unit(task.unit)
@@ -168,6 +173,9 @@ class Worker:
                 )
         codec = self._config.codec_of(name)
         return {output: calibrated(total, codec) for output, total in totals.items()}
+
+    def _committed(self, name: str, unit: int) -> bool:
+        return self._storage.size(layout.commit(layout.teacher(name), unit)) is not None
 
     def _prepare(self, name: str) -> None:
         """Read back how the teacher was calibrated, and hold what was loaded here against it."""

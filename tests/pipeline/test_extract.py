@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ class Noted(Silent):
         self.units.append(report.task.unit)
 
 
-def test_a_commit_is_looked_up_when_its_unit_is_drawn(
+def test_a_commit_is_looked_up_by_the_worker_that_is_given_its_unit(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "o.kpu"
@@ -61,11 +62,13 @@ def test_a_commit_is_looked_up_when_its_unit_is_drawn(
     commits = {unit: out / layout.commit(layout.teacher("toy"), unit) for unit in range(3)}
     records = {unit: path.read_bytes() for unit, path in commits.items()}
     asked: list[str] = []
+    threads: set[Thread] = set()
     size = LocalStorage.size
 
     def noted(self: LocalStorage, key: str) -> int | None:
         if "/commits/" in key and key.startswith("teachers/"):
             asked.append(key)
+            threads.add(current_thread())
         return size(self, key)
 
     monkeypatch.setattr(LocalStorage, "size", noted)
@@ -83,6 +86,7 @@ def test_a_commit_is_looked_up_when_its_unit_is_drawn(
     summary = extract(config(place, out), seen, frozenset({0, 2}))
     assert (seen.pending, seen.before, seen.units) == (64 + 2, [], [2])
     assert {Path(key).stem for key in asked} == {"000000", "000002"}
+    assert main_thread() not in threads  # the driver alone would limit a whole cluster
     assert summary.remaining_units == 1
     assert not commits[1].exists()
 
