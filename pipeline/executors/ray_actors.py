@@ -15,28 +15,31 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 
 from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
+from pipeline.executors.actor import ActorWorker
 from pipeline.executors.addresses import check_listening, not_reached
-from pipeline.executors.room import Nodes, count_by_gpus, count_room, count_workers, gpus_per_worker, threads_per_worker
+from pipeline.executors.room import (
+    Nodes,
+    count_by_gpus,
+    count_room,
+    count_workers,
+    gpus_per_worker,
+    held_by_others,
+    threads_per_worker,
+)
 from pipeline.executors.seats import Seat, TaskQueue
 from pipeline.executors.signals import stop_signals_kept
 from pipeline.observers import Observer
 from pipeline.reports import Failure, Task, UnitReport
-from pipeline.worker import Worker, WorkerSetup
+from pipeline.worker import WorkerSetup
 
 IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
 OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
 LOOK_SECONDS = 10.0  # how often the cluster is looked at while no worker runs
+LOOKS_ALLOWED = 6  # in which no worker gets a place: the first is placed before its process has loaded its modules
 PATIENCE_SECONDS = 600.0  # how long a cluster may be without room for any worker
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # the second is Ray's own killing before the memory is full
 ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
-
-
-class ActorWorker(Worker):
-    """A worker inside an actor; two of its methods may run at once."""
-
-    def ping(self) -> None:
-        """Return once the constructor is through."""
 
 
 class RayExecutor:
@@ -54,6 +57,7 @@ class RayExecutor:
         self._cleanup = ExitStack()
         self._seats: list[Seat] = []
         self._homeless_since: float | None = None
+        self._looks = 0  # at a cluster that has room, in vain
         self.workers = self.threads = 0
         self.gpus_per_worker = 0.0
 
@@ -113,7 +117,7 @@ class RayExecutor:
 
     def _seat(self, attempt: int = 1) -> Seat:
         actor = self._actor_class.remote(self._setup, self.threads)
-        return Seat(actor, actor.ping.remote(), attempt)
+        return Seat(actor, actor.ping.remote(), actor.load.remote(), attempt)
 
     def call(self, method: str, *arguments: Any) -> Any:
         deaths = 0
@@ -161,10 +165,11 @@ class RayExecutor:
         return None
 
     def _look_for_room(self) -> None:
-        """A worker that no node can hold is never made, and Ray says nothing."""
+        """A worker that no node can hold is never made, one whose place others hold is waited for; Ray says nothing."""
         nodes = _living_nodes()
         if count_room(nodes, self.threads, self.gpus_per_worker):
-            self._homeless_since = None  # it loads its teachers
+            self._homeless_since = None
+            self._look_for_others(nodes)
             return
         needed = f"a worker of {self.threads} CPU threads and {self.gpus_per_worker:g} GPUs"
         if self._homeless_since is None:
@@ -177,6 +182,15 @@ class RayExecutor:
                 f"no node of the cluster has had room for {needed} for {PATIENCE_SECONDS:g} s; committed units are "
                 "safe, and the same command resumes once nodes are back"
             )
+
+    def _look_for_others(self, nodes: Nodes) -> None:
+        """Say once that others hold what every worker waits for."""
+        placed, _ = ray.wait([seat.placed for seat in self._seats], num_returns=1, timeout=0)
+        self._looks = 0 if placed else self._looks + 1
+        if self._looks == LOOKS_ALLOWED:
+            held = held_by_others(nodes, ray.available_resources(), self.threads, self.gpus_per_worker)
+            if held is not None:
+                self._observer.warn(held)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         queue, deaths = TaskQueue(tasks), Counter[int]()

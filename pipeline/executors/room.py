@@ -53,6 +53,18 @@ def count_workers(nodes: Nodes, config: ExecutorConfig, threads: int, gpus: floa
     return wanted
 
 
+def held_by_others(nodes: Nodes, available: Mapping[str, float], threads: int, gpus: float) -> str | None:
+    """A warning where what is free in all nodes together holds no worker; None where it might hold one."""
+    if available.get("CPU", 0) >= threads and available.get("GPU", 0) >= gpus:
+        return None
+    cpus, cards = (sum(node.get(kind, 0) for node in nodes) - available.get(kind, 0) for kind in ("CPU", "GPU"))
+    return (
+        f"executor.workers: expected room for a worker of {threads} CPU threads and {gpus:g} GPUs, found "
+        f"{cpus:g} CPUs and {cards:g} GPUs of the cluster held by others; waiting until they are free: end the other "
+        "jobs, or stop this one and ask for fewer threads or gpus_per_worker"
+    )
+
+
 def _room(node: Mapping[str, float], threads: int, gpus: float) -> int:
     """How many workers one node can hold."""
     room = int(node.get("CPU", 0) // threads)

@@ -10,12 +10,14 @@ from pipeline.reports import Task
 
 @dataclass
 class Seat:
-    """One place for an actor and the units it holds; `ready` is pending until `run` knows that the actor runs.
+    """One place for an actor and the units it holds.
 
+    `placed` is pending until a node holds the actor, `ready` until `run` knows that it loaded its teachers, then None.
     `attempt` counts actors in this place, this one included, since the last that was known to run.
     """
 
     actor: Any
+    placed: Any
     ready: Any
     attempt: int
     flying: dict[Any, Task] = field(default_factory=dict)

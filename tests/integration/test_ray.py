@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from socket import gethostname
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -70,6 +71,25 @@ class Probe(nn.Module):
         patch = self.convolution(images)
         return {{"global": patch.mean((2, 3)), "patch": patch}}
 '''
+
+OTHER = """
+import sys
+import time
+import ray
+
+
+@ray.remote(num_cpus=1)
+class Holder:
+    def ping(self):
+        return None
+
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+holder = Holder.remote()
+ray.get(holder.ping.remote())
+print("holds", flush=True)
+time.sleep(600)
+"""
 
 Make = Callable[[Path], Path]
 
@@ -261,7 +281,8 @@ def test_what_a_worker_refuses_is_said_as_inline(config: Path, tmp_path: Path) -
     wrong = f"teachers.general.weights={ROOT}/examples/demo/weights/low.safetensors"
     arguments = ["extract", "-c", config, "-o", tmp_path / "my.kpu", "--set", wrong]
     inline, ray = run(tmp_path, *arguments), run(tmp_path, *arguments, "--executor", "ray")
-    assert (ray.code, ray.output) == (2, inline.output)
+    assert f" (on {gethostname()})" in ray.output
+    assert (ray.code, ray.output.replace(f" (on {gethostname()})", "")) == (2, inline.output)
     assert "does not fit" in ray.output
 
 
@@ -332,3 +353,35 @@ def test_a_cluster_that_runs_already(config: Path, reference: dict[str, str], tm
         out = tmp_path / "my.kpu"
         ended = run(tmp_path, "extract", "-c", config, "-o", out, "--ray-address", address, "--executor", "ray")
         assert_resumed(out, Standing(), reference, ended)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_others_hold_is_told_and_waited_for(
+    config: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_actors, "LOOK_SECONDS", 1.0)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    out = tmp_path / "my.kpu"
+    with ray_node(tmp_path / "head", "--head", "--include-dashboard=false", "--port=0", "--num-cpus=1") as (address, _):
+        arguments = [sys.executable, "-c", OTHER, address]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None and other.stdout.readline() == "holds\n"
+
+            class Patient(Silent):
+                warnings: ClassVar[list[str]] = []
+
+                def warn(self, message: str) -> None:
+                    if "held by others" in message:
+                        self.warnings.append(message)
+                        other.terminate()
+
+            values = {**read_yaml(config), "out": str(out)}
+            values["executor"] |= {"kind": "ray", "address": address}
+            try:
+                summary = extract(validate_config(values, "the test"), Patient())
+            finally:
+                other.kill()
+    assert summary.complete
+    assert differences(out, reference) == []
+    (warning,) = Patient.warnings
+    assert "found 1 CPUs and 0 GPUs of the cluster" in warning

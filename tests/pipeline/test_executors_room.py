@@ -6,7 +6,13 @@ import pytest
 
 from cache.errors import ConfigError
 from pipeline.config import ExecutorConfig
-from pipeline.executors.room import count_by_gpus, count_workers, gpus_per_worker, threads_per_worker
+from pipeline.executors.room import (
+    count_by_gpus,
+    count_workers,
+    gpus_per_worker,
+    held_by_others,
+    threads_per_worker,
+)
 
 LAPTOP = {"CPU": 8.0, "memory": 1e10, "node:127.0.0.1": 1.0}
 GPU_NODE = {"CPU": 32.0, "GPU": 4.0}
@@ -82,3 +88,11 @@ def test_one_gpu_a_worker_where_there_are_gpus() -> None:
     assert gpus_per_worker([LAPTOP], AUTO) == 0
     assert gpus_per_worker([LAPTOP, GPU_NODE], AUTO) == 1
     assert gpus_per_worker([GPU_NODE], ExecutorConfig(kind="ray", gpus_per_worker=0.25)) == 0.25
+
+
+def test_what_others_hold_is_told() -> None:
+    warning = held_by_others([GPU_NODE, LAPTOP], {"CPU": 40.0, "GPU": 0.5}, 8, 1)
+    assert warning is not None
+    assert "a worker of 8 CPU threads and 1 GPUs, found 0 CPUs and 3.5 GPUs of the cluster held by others" in warning
+    assert held_by_others([LAPTOP], {}, 1, 0) is not None  # Ray leaves out what is all taken
+    assert held_by_others([GPU_NODE, LAPTOP], {"CPU": 8.0, "GPU": 1.0}, 8, 1) is None
