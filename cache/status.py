@@ -32,7 +32,8 @@ class TeacherStatus:
     """How far one teacher is, and what storing its features cost.
 
     `bytes` of its committed shards; `rmse` in channel standard deviations over all values, `cosine` the mean over all
-    tokens, of every output and valid row together; None where nothing is committed.
+    tokens, of every output and valid row together; None where nothing is committed. `saturated` values are stored as
+    the nearest that their codec can hold.
     """
 
     committed_units: int
@@ -40,6 +41,7 @@ class TeacherStatus:
     bytes: int = 0
     rmse: float | None = None
     cosine: float | None = None
+    saturated: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class _Tally:
         self.nonfinite: dict[int, str] = {}
         self._plan = plan
         self._sizes = {output.name: (output.tokens, output.tokens * output.channels) for output in teacher.spec.outputs}
-        self._bytes = 0
+        self._bytes = self._saturated = 0
         self._squared_error = self._values = self._cosine = self._tokens = 0.0
 
     def add(self, unit: int, record: dict[str, Any]) -> None:
@@ -124,6 +126,7 @@ class _Tally:
                 self._values += rows * values
                 self._cosine += fidelity["cosine"] * rows * tokens
                 self._tokens += rows * tokens
+                self._saturated += fidelity["saturated"]
 
     def status(self) -> TeacherStatus:
         return TeacherStatus(
@@ -132,6 +135,7 @@ class _Tally:
             bytes=self._bytes,
             rmse=float(f"{math.sqrt(self._squared_error / self._values):.6g}") if self._values else None,
             cosine=float(f"{self._cosine / self._tokens:.6g}") if self._tokens else None,
+            saturated=self._saturated,
         )
 
 

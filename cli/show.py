@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `status` should not wait for torch
     from pipeline.runs import RunSummary
 
 LISTED = 20
+SATURATED_SHARE = 0.001  # of a teacher's values; above it, a run warns
 
 
 def summary_json(summary: RunSummary) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "bytes": summary.bytes,
         "masked": summary.masked,
         "remaining_units": summary.remaining_units,
+        "saturated": summary.saturated,
         "failed": [{"teacher": f.teacher, "unit": f.unit, "reason": f.reason} for f in summary.failures],
     }
 
@@ -37,6 +39,14 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 def show_summary(console: Console, summary: RunSummary) -> None:
     if summary.masked:
         _say(console, f"{plural(summary.masked, 'row')} masked: `kpu-cache status {summary.out}` lists them")
+    for name, share in summary.saturated.items():
+        if share > SATURATED_SHARE:
+            _say(
+                console,
+                f"warning: teacher {name}: {share:.2%} of the values are beyond the range of its codec and were stored "
+                "as the nearest within: extract it under a new name with a larger codec.step, or with more "
+                "calibration_rows",
+            )
     if summary.complete:
         _say(console, f"complete: {summary.out}")
         return
@@ -68,6 +78,10 @@ def show_status(console: Console, status: Status) -> None:
         )
     if status.teachers:
         console.print(table)
+    for name, teacher in status.teachers.items():
+        if teacher.saturated:
+            count = plural(teacher.saturated, "value")
+            _say(console, f"teacher {name}: {count} beyond the range of its codec stored as the nearest within")
     for row in status.masked[:LISTED]:
         _say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
     _more(console, len(status.masked), "masked rows")

@@ -1,11 +1,14 @@
 """Calibrating teachers before their first unit. Drivers agree, because each uses what was published first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import numpy as np
 
+from cache.codecs import Grid, make_grid
+from cache.errors import ConfigError
 from cache.spec import Plan, TeacherSpec
+from cache.statistics import Statistics
 from cache.storage import Storage
 from cache.teachers import (
     publish_teacher,
@@ -20,6 +23,7 @@ from pipeline.worker import Description
 
 ROWS_PER_CHANNEL: Final = 10
 LEAST_ROWS: Final = 2048
+USUAL: Final = 3.3  # standard deviations from the mean; of a normal distribution, 1 value in 1,000 is further away
 _STREAM: Final = 0x6B70752D63616C69  # apart from other uses of the plan's seed
 
 
@@ -37,10 +41,13 @@ def calibrate_teachers(
     Raises:
         MismatchError: another run published another teacher of that name meanwhile.
         NonFiniteError, SourceError: a teacher cannot be calibrated on these images.
+        ConfigError: the step of a codec is so small that usual values would saturate.
     """
     published = set(teacher_names(storage))
     missing = [teacher for teacher in teachers if teacher.spec.name not in published]
     calibrations = _calibrations(storage, plan, config, [t.spec for t in missing], executor, observer)
+    for teacher in missing:
+        check_range(teacher.spec, calibrations[teacher.spec.name].statistics)
     for teacher in missing:
         made = calibrations[teacher.spec.name]
         standing = publish_teacher(
@@ -89,6 +96,36 @@ def choose_rows(plan: Plan, widest: int, calibration_rows: int | Literal["auto"]
     draws = np.random.Philox(key=[plan.seed, _STREAM]).random_raw(count)  # this stream is fixed by NumPy's contract
     chosen: np.ndarray = edges[:-1] + (draws % np.diff(edges).astype(np.uint64)).astype(np.int64)
     return chosen
+
+
+def check_range(spec: TeacherSpec, statistics: Mapping[str, Statistics]) -> None:
+    """Refuse a step so small that the integers do not reach as far as one value in a thousand lies.
+
+    Raises:
+        ConfigError: naming the least step that does.
+    """
+    for output, found in statistics.items():
+        if spec.codec.step is None:
+            continue
+        grid = make_grid(spec.codec, found)
+        needed = USUAL * _widest(grid, found)
+        room = (grid.limit - int(np.abs(grid.offset).max())) * spec.codec.step
+        if room < needed:
+            raise ConfigError(
+                f"teacher {spec.name!r}, output {output!r}: codec.step: expected at least "
+                f"{spec.codec.step * needed / room:.2g}, found {spec.codec.step:g}: the stored integers would reach "
+                f"{room:.2g} standard deviations of a channel, and values lie as far as {needed:.2g}; use a larger "
+                "step, or codec.name fp16 or fp32"
+            )
+
+
+def _widest(grid: Grid, statistics: Statistics) -> float:
+    """The standard deviation of what is counted in steps, in those of channels; on axes, the largest."""
+    if grid.axes is None:
+        return 1.0
+    axes = grid.axes.astype(np.float64)
+    correlation = statistics.covariance / np.outer(statistics.std, statistics.std)
+    return float(np.sqrt(np.einsum("ij,ij->i", axes @ correlation, axes).max()))
 
 
 def thin_calibration(spec: TeacherSpec, rows: int) -> str | None:

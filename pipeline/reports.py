@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock, local
 from time import perf_counter
 
@@ -28,7 +28,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One finished task. `seconds` is busy time by stage; stages overlap, so the sum may exceed the wall time."""
+    """One finished task. `seconds` is busy time by stage; stages overlap, so the sum may exceed the wall time.
+
+    `saturated` is the share of values beyond the range of the codec, by teacher that has any.
+    """
 
     task: Task
     rows: int
@@ -36,6 +39,7 @@ class UnitReport:
     bytes: int
     seconds: dict[str, float]
     failures: tuple[Failure, ...] = ()
+    saturated: dict[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:

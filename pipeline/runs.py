@@ -8,9 +8,10 @@ import os
 import platform
 import secrets
 import socket
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
@@ -42,7 +43,10 @@ LINES_PER_PART = 1000
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The outcome: `remaining_units` units still lack a teacher; `failures` are those of this run."""
+    """The outcome: `remaining_units` units still lack a teacher; `failures` are those of this run.
+
+    `saturated` is the share of values beyond the range of the codec, by teacher that has any.
+    """
 
     id: str
     out: str
@@ -52,6 +56,7 @@ class RunSummary:
     masked: int
     remaining_units: int
     failures: tuple[Failure, ...]
+    saturated: dict[str, float] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -79,6 +84,8 @@ class Run:
         self._totals = dict.fromkeys(STAGES, 0.0)
         self._rows = self._bytes = self._masked = 0
         self._failures: list[Failure] = []
+        self._saturated_rows: defaultdict[str, float] = defaultdict(float)  # as if whole rows were
+        self._rows_of: Counter[str] = Counter()
         self._lines: list[str] = []
         self._part = 0
         self._document: dict[str, Any] = {
@@ -124,6 +131,11 @@ class Run:
         for stage, seconds in report.seconds.items():
             self._totals[stage] += seconds
         self._failures += report.failures
+        for name in report.task.teachers:
+            if not failed & {name, None}:
+                usable = report.rows - report.masked
+                self._rows_of[name] += usable
+                self._saturated_rows[name] += report.saturated.get(name, 0.0) * usable
         self._lines.append(json.dumps({"time": _now(), **asdict(report)}, ensure_ascii=False))
         if perf_counter() - self._saved > SAVE_EVERY_SECONDS:
             self._save()
@@ -134,8 +146,12 @@ class Run:
         self._close("complete" if left == 0 else "incomplete")
         return RunSummary(
             self.id, self._out, self._rows, self._document["seconds"], self._bytes, self._masked, left,
-            tuple(self._failures),
+            tuple(self._failures), self._saturated(),
         )  # fmt: skip
+
+    def _saturated(self) -> dict[str, float]:
+        """The share of each teacher's values; teachers without any are left out."""
+        return {name: float(f"{rows / self._rows_of[name]:.6g}") for name, rows in self._saturated_rows.items() if rows}
 
     def _close(self, status: str) -> None:
         self._document |= {"status": status, "finished": _now()}
@@ -150,6 +166,7 @@ class Run:
             "stage_seconds": {stage: round(total, 3) for stage, total in self._totals.items()},
             "bytes": self._bytes,
             "masked": self._masked,
+            "saturated": self._saturated(),
             "failed": [asdict(failure) for failure in self._failures],
         }
         text = json.dumps(self._document, indent=1, ensure_ascii=False)

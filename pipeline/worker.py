@@ -27,7 +27,7 @@ from cache.plans import load_plan
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.sources import source_reader
-from cache.spec import ImageStatus, Plan, SourceSpec, TeacherSpec
+from cache.spec import ImageStatus, OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
 from cache.statistics import Accumulator, Statistics
 from cache.teachers import PublishedTeacher, list_differences, load_teacher
 from pipeline.collect import Computed
@@ -198,16 +198,20 @@ class Worker:
             standing = load_images(self._storage, plan, task.unit)
         assert standing is not None
         valid = standing[1].status == ImageStatus.OK
-        written, failures = 0, []
+        written, failures, saturated = 0, list[Failure](), dict[str, float]()
         for name in task.teachers:
             nonfinite = valid & ~computed.teachers[name].finite
             if nonfinite.any() and not self._config.allow_nonfinite:
                 key = table["key"][int(np.flatnonzero(nonfinite)[0])].as_py()
                 failures.append(Failure(task.unit, name, str(nonfinite_error(name, key))))
                 continue
-            written += self._commit_teacher(task.unit, name, computed, valid, nonfinite, digest, watch)
+            record = self._commit_teacher(task.unit, name, computed, valid, nonfinite, digest, watch)
+            written += sum(output.bytes for output in record.outputs.values())
+            usable = int((valid & ~nonfinite).sum())
+            if share := _saturated(record, usable, self._engine.teachers[name].outputs):
+                saturated[name] = share
         masked = int((~valid).sum())
-        return UnitReport(task, table.num_rows, masked, written, watch.seconds, tuple(failures))
+        return UnitReport(task, table.num_rows, masked, written, watch.seconds, tuple(failures), saturated)
 
     def _commit_teacher(
         self,
@@ -218,11 +222,11 @@ class Worker:
         nonfinite: np.ndarray,
         digest: str,
         watch: Stopwatch,
-    ) -> int:
-        """Publish one teacher's shards and record; bytes written."""
+    ) -> UnitRecord:
+        """Publish one teacher's shards and record."""
         published, features = self._published[name], computed.teachers[name]
         with watch("publish"):
-            record = publish_unit(
+            return publish_unit(
                 self._storage,
                 self._open(),
                 published,
@@ -235,7 +239,6 @@ class Worker:
                 remeasure=partial(self._remeasure, unit, name),
                 encode=partial(self._encode, watch),
             )
-        return sum(output.bytes for output in record.outputs.values())
 
     def _encode(self, watch: Stopwatch, values: np.ndarray, layout: ArrayLayout, unit: int) -> Shard:
         with watch("encode"):
@@ -282,3 +285,10 @@ class Worker:
                 for name, features in computed.teachers.items()
             }
         return measurement(timed.num_rows, started, watch, sizes)
+
+
+def _saturated(record: UnitRecord, rows: int, outputs: Sequence[OutputSpec]) -> float:
+    """The share of the values of `rows` usable rows that were beyond the range of the codec."""
+    count = sum(output.fidelity.saturated for output in record.outputs.values() if output.fidelity is not None)
+    values = rows * sum(output.tokens * output.channels for output in outputs)
+    return count / values if values else 0.0

@@ -9,7 +9,7 @@ import typer
 
 from cache import open_cache
 from cli.cache import app
-from tests.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
+from tests.toys import assert_refused, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 COMMANDS = ("status", "info", "verify", "bench", "gc", "retry-failed")
 
@@ -39,7 +39,7 @@ def test_status_of_a_complete_cache(original: Path) -> None:
     assert status["failed"] == []
     assert set(status["teachers"]) == {"t", "u"}
     for teacher in status["teachers"].values():
-        assert set(teacher) == {"committed_units", "units", "bytes", "rmse", "cosine"}
+        assert set(teacher) == {"committed_units", "units", "bytes", "rmse", "cosine", "saturated"}
         assert teacher["committed_units"] == teacher["units"] == 2
         assert 0 < teacher["rmse"] < 0.0145
     text = kpu("status", original).stdout
@@ -53,6 +53,27 @@ def test_status_of_an_incomplete_cache(out: Path) -> None:
     assert result.exit_code == 1
     assert "incomplete: 71 rows in 2 units" in result.stdout
     assert ["u", "1/2"] in [line.split()[:2] for line in result.stdout.splitlines()]
+
+
+def test_values_that_no_integer_stands_for_are_counted_and_reported(original: Path, tmp_path: Path) -> None:
+    """The calibration is that of images with hardly any contrast."""
+    grey, toy = tmp_path / "grey", ("-t", f"t=torch:{original.parent}/toy.py:toy", "--set", "codec.step=0.001")
+    for seed, path in enumerate(sorted(write_images(grey, 70).iterdir())):
+        noise(seed).point(lambda value: 120 + value // 32).save(path)
+    assert kpu("extract", grey, *toy, "-o", tmp_path / "grey.kpu").exit_code == 0
+    assert "beyond the range" not in kpu("status", tmp_path / "grey.kpu").stdout
+
+    arguments = (original.parent / "images", *toy, "--set", f"calibration_from={tmp_path}/grey.kpu")
+    out = tmp_path / "o.kpu"
+    text = kpu("extract", *arguments, "-o", out).stdout
+    saturated = kpu_json("status", out)["teachers"]["t"]["saturated"]
+    share = saturated / (70 * (6 + 4 * 6))
+    assert share > 0.001
+    assert f"warning: teacher t: {share:.2%} of the values are beyond the range of its codec" in text
+    assert f"teacher t: {saturated:,} values beyond the range of its codec" in kpu("status", out).stdout
+    assert kpu_json("extract", *arguments, "-o", tmp_path / "again.kpu")["saturated"] == {
+        "t": pytest.approx(share, rel=1e-5)
+    }
 
 
 def test_info(original: Path) -> None:

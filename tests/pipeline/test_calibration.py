@@ -1,10 +1,15 @@
 """Which rows calibration looks at."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
+from cache.codecs import calibrated
+from cache.errors import ConfigError
 from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
-from pipeline.calibration import choose_rows, thin_calibration
+from cache.statistics import Accumulator
+from pipeline.calibration import check_range, choose_rows, thin_calibration
 
 PINNED = [23434, 34058, 67044]
 
@@ -66,6 +71,23 @@ def test_rows_cover_the_plan_evenly_and_depend_on_the_seed() -> None:
     assert np.array_equal(chosen, choose_rows(plan(100_000), 64, 1000))
     assert not np.array_equal(chosen, choose_rows(plan(100_000, seed=1), 64, 1000))
     assert choose_rows(plan(100_000, seed=2**63 - 1), 64, 3).tolist() == PINNED
+
+
+@pytest.mark.parametrize(("name", "least"), [("uniform", 3.3 / 32767), ("rotated", 2 * 3.3 / 16383)])
+def test_a_step_too_small_for_usual_values_is_refused(name: Literal["uniform", "rotated"], least: float) -> None:
+    """Under `rotated` they lie further out where channels go together: here all four are the same."""
+    total = Accumulator(4)
+    total.update(np.random.default_rng(0).standard_normal((500, 1)).repeat(4, 1))
+    for step, fits in ((least * 1.1, True), (least * 0.9, False), (1e-6, False)):
+        codec = CodecSpec(name=name, step=step)
+        spec, statistics = teacher(4).model_copy(update={"codec": codec}), {"global": calibrated(total, codec)}
+        if fits:
+            check_range(spec, statistics)
+            continue
+        with pytest.raises(ConfigError, match=r"teacher 'base', output 'global': codec\.step: expected at") as error:
+            check_range(spec, statistics)
+        advised = str(error.value).partition("at least ")[2].partition(",")[0]
+        assert float(advised) == pytest.approx(least, rel=0.05)
 
 
 def test_too_few_rows_are_told() -> None:
