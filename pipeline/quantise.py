@@ -118,7 +118,8 @@ class DeviceGrid:
             torch.ones(count, dtype=torch.bool),
         )
         kind = _FLOAT_TYPES.get(self._codec, torch.int16)  # torch does not scatter uint16
-        for unusual in (~(lengths_3N[0] < self._usual)).nonzero().flatten().split(block):
+        places = (~(lengths_3N[0] < self._usual)).nonzero().flatten()
+        for unusual in places.split(block) if len(places) else ():
             part_ND = torch.empty((len(unusual), channels), dtype=self.dtype)
             for cost_N, value in zip(costs, self._encode_any(x_ND[unusual], part_ND, torch.float64), strict=True):
                 cost_N[unusual] = value
