@@ -30,7 +30,7 @@ class Failure:
 class UnitReport:
     """One finished task. `seconds` is busy time by stage; stages overlap, so the sum may exceed the wall time.
 
-    `saturated` is the share of values beyond the range of the codec, by teacher that has any.
+    `saturated` is how many values are beyond the range of the codec, and of how many, by teacher that was committed.
     """
 
     task: Task
@@ -39,7 +39,7 @@ class UnitReport:
     bytes: int
     seconds: dict[str, float]
     failures: tuple[Failure, ...] = ()
-    saturated: dict[str, float] = field(default_factory=dict)
+    saturated: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ import os
 import platform
 import secrets
 import socket
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -84,8 +84,8 @@ class Run:
         self._totals = dict.fromkeys(STAGES, 0.0)
         self._rows = self._bytes = self._masked = 0
         self._failures: list[Failure] = []
-        self._saturated_rows: defaultdict[str, float] = defaultdict(float)  # as if whole rows were
-        self._rows_of: Counter[str] = Counter()
+        self._saturated: Counter[str] = Counter()
+        self._values: Counter[str] = Counter()
         self._lines: list[str] = []
         self._part = 0
         self._document: dict[str, Any] = {
@@ -131,11 +131,9 @@ class Run:
         for stage, seconds in report.seconds.items():
             self._totals[stage] += seconds
         self._failures += report.failures
-        for name in report.task.teachers:
-            if not failed & {name, None}:
-                usable = report.rows - report.masked
-                self._rows_of[name] += usable
-                self._saturated_rows[name] += report.saturated.get(name, 0.0) * usable
+        for name, (saturated, values) in report.saturated.items():
+            self._saturated[name] += saturated
+            self._values[name] += values
         self._lines.append(json.dumps({"time": _now(), **asdict(report)}, ensure_ascii=False))
         if perf_counter() - self._saved > SAVE_EVERY_SECONDS:
             self._save()
@@ -146,12 +144,12 @@ class Run:
         self._close("complete" if left == 0 else "incomplete")
         return RunSummary(
             self.id, self._out, self._rows, self._document["seconds"], self._bytes, self._masked, left,
-            tuple(self._failures), self._saturated(),
+            tuple(self._failures), self._saturated_shares(),
         )  # fmt: skip
 
-    def _saturated(self) -> dict[str, float]:
+    def _saturated_shares(self) -> dict[str, float]:
         """The share of each teacher's values; teachers without any are left out."""
-        return {name: float(f"{rows / self._rows_of[name]:.6g}") for name, rows in self._saturated_rows.items() if rows}
+        return {name: float(f"{count / self._values[name]:.6g}") for name, count in self._saturated.items() if count}
 
     def _close(self, status: str) -> None:
         self._document |= {"status": status, "finished": _now()}
@@ -166,7 +164,7 @@ class Run:
             "stage_seconds": {stage: round(total, 3) for stage, total in self._totals.items()},
             "bytes": self._bytes,
             "masked": self._masked,
-            "saturated": self._saturated(),
+            "saturated": self._saturated_shares(),
             "failed": [asdict(failure) for failure in self._failures],
         }
         text = json.dumps(self._document, indent=1, ensure_ascii=False)

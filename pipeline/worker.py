@@ -198,7 +198,7 @@ class Worker:
             standing = load_images(self._storage, plan, task.unit)
         assert standing is not None
         valid = standing[1].status == ImageStatus.OK
-        written, failures, saturated = 0, list[Failure](), dict[str, float]()
+        written, failures, saturated = 0, list[Failure](), dict[str, tuple[int, int]]()
         for name in task.teachers:
             nonfinite = valid & ~computed.teachers[name].finite
             if nonfinite.any() and not self._config.allow_nonfinite:
@@ -208,8 +208,7 @@ class Worker:
             record = self._commit_teacher(task.unit, name, computed, valid, nonfinite, digest, watch)
             written += sum(output.bytes for output in record.outputs.values())
             usable = int((valid & ~nonfinite).sum())
-            if share := _saturated(record, usable, self._engine.teachers[name].outputs):
-                saturated[name] = share
+            saturated[name] = _saturated(record, usable, self._engine.teachers[name].outputs)
         masked = int((~valid).sum())
         return UnitReport(task, table.num_rows, masked, written, watch.seconds, tuple(failures), saturated)
 
@@ -287,8 +286,7 @@ class Worker:
         return measurement(timed.num_rows, started, watch, sizes)
 
 
-def _saturated(record: UnitRecord, rows: int, outputs: Sequence[OutputSpec]) -> float:
-    """The share of the values of `rows` usable rows that were beyond the range of the codec."""
+def _saturated(record: UnitRecord, rows: int, outputs: Sequence[OutputSpec]) -> tuple[int, int]:
+    """How many values of `rows` usable rows were beyond the range of the codec, and how many values they have."""
     count = sum(output.fidelity.saturated for output in record.outputs.values() if output.fidelity is not None)
-    values = rows * sum(output.tokens * output.channels for output in outputs)
-    return count / values if values else 0.0
+    return count, rows * sum(output.tokens * output.channels for output in outputs)
