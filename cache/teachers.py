@@ -75,30 +75,34 @@ def publish_teacher(
         return _standing(storage, plan, spec)
 
     with settling(storage, marker, run, lambda: _sealed(storage, spec.name)) as settle:
-        encoding, files = _settle_files(storage, plan, spec, statistics, head, run, calibration, settle)
+        raw = _agreed_statistics(storage, spec, statistics, calibration, run)
+        encoding, files = _settle_files(plan, spec, raw, head, settle)
         won = storage.publish(marker, dump_group(spec, encoding, files), run=run)
         if won:
             failpoint("teacher.published")
     return load_teacher(storage, plan, spec.name) if won else _standing(storage, plan, spec)
 
 
-def _settle_files(
-    storage: Storage,
-    plan: Plan,
-    spec: TeacherSpec,
-    statistics: dict[str, Statistics],
-    head: Head | None,
-    run: str,
-    calibration: str,
-    settle: Callable[[str, bytes], str],
-) -> tuple[str, dict[str, str]]:
-    """Publish by `settle` all that the teacher's `zarr.json` seals; the encoding fingerprint, and digests by name."""
-    folder = layout.teacher(spec.name)
+def _agreed_statistics(
+    storage: Storage, spec: TeacherSpec, statistics: dict[str, Statistics], calibration: str, run: str
+) -> bytes:
+    """The statistics file that stands for this very model, step and calibration, else one of `statistics`."""
     standing = _read_statistics(storage, spec, calibration)
     raw = standing[0] if standing else dump_statistics(statistics, _metadata(spec, calibration))
-    if standing is None and not storage.publish(f"{folder}/{STATISTICS}", raw, run=run):
+    if standing is None and not storage.publish(f"{layout.teacher(spec.name)}/{STATISTICS}", raw, run=run):
         standing = _read_statistics(storage, spec, calibration)  # another driver may have been faster
         raw = standing[0] if standing else raw
+    return raw
+
+
+def _settle_files(
+    plan: Plan, spec: TeacherSpec, raw: bytes, head: Head | None, settle: Callable[[str, bytes], str]
+) -> tuple[str, dict[str, str]]:
+    """Publish by `settle` all that the teacher's `zarr.json` seals, `raw` being its statistics file.
+
+    Returns the encoding fingerprint, and digests by name.
+    """
+    folder = layout.teacher(spec.name)
     files = {STATISTICS: settle(f"{folder}/{STATISTICS}", raw)}
     agreed, _ = load_statistics(raw, f"{folder}/{STATISTICS}")
     failpoint("teacher.statistics")

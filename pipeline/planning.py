@@ -68,8 +68,25 @@ def plan_cache(
     """
     standing = load_plan(storage)
     if standing is None:
+        tables, unit_rows = _listed_in_units(source, config, teachers)
+
+        def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
+            return Plan(
+                source=source.spec,
+                fingerprint=fingerprint,
+                classes=source.classes,
+                samples=samples,
+                views=config.views,
+                seed=config.seed,
+                unit_rows=unit_rows,
+                threads=threads,
+                samples_digests=digests,
+                metadata=metadata,
+                crop=config.planned_crop,
+            )
+
         try:
-            return _publish_new(storage, source, config, teachers, threads, run)
+            return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
         except MismatchError:  # another driver, with other teachers, may have chosen other units at the same time
             standing = load_plan(storage)
             if standing is None:
@@ -79,37 +96,15 @@ def plan_cache(
     return standing
 
 
-def _publish_new(
-    storage: Storage,
-    source: Source,
-    config: ExtractConfig,
-    teachers: Sequence[TeacherSpec],
-    threads: int,
-    run: str,
-) -> Plan:
+def _listed_in_units(
+    source: Source, config: ExtractConfig, teachers: Sequence[TeacherSpec]
+) -> tuple[Iterator[pa.Table], int]:
+    """The source's rows, and how many of them are to be a unit."""
     tables = listed_rows(source, config.views, config.seed)
-    unit_rows = config.unit_rows
-    if unit_rows == "auto":
-        head, tables = _peek(tables, UNITS_WANTED * LARGEST_UNIT)
-        unit_rows = choose_unit_rows(sum(table.num_rows for table in head), teachers)
-        tables = itertools.chain(head, tables)
-
-    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
-        return Plan(
-            source=source.spec,
-            fingerprint=fingerprint,
-            classes=source.classes,
-            samples=samples,
-            views=config.views,
-            seed=config.seed,
-            unit_rows=unit_rows,
-            threads=threads,
-            samples_digests=digests,
-            metadata=metadata,
-            crop=config.planned_crop,
-        )
-
-    return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
+    if config.unit_rows != "auto":
+        return tables, config.unit_rows
+    head, tables = _peek(tables, UNITS_WANTED * LARGEST_UNIT)
+    return itertools.chain(head, tables), choose_unit_rows(sum(table.num_rows for table in head), teachers)
 
 
 def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
