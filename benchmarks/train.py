@@ -179,9 +179,9 @@ def _copy_rate(origin: torch.Tensor, device: torch.device) -> float:
 
 
 def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, device: str) -> dict[str, float]:
+    from trainer.batches import open_corpus
     from trainer.config import validate_config
     from trainer.corpus import Corpus
-    from trainer.loop import open_corpus
     from trainer.model import Inheritance
     from trainer.training import Training
     from trainer.world import join_world
@@ -228,8 +228,8 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
 
 
 def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", world: "World") -> "Generator[Batch]":
+    from trainer.batches import draw_batches, open_loader, open_stream
     from trainer.data import Upload
-    from trainer.loop import draw_batches, open_loader, open_stream
 
     live: Callable[..., Any] | None = None
     if config.targets.source == "live":

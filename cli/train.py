@@ -12,8 +12,8 @@ from cli.console import console, escape_unprintable, progress_bar
 from cli.failures import reported
 
 if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage errors should not wait for it
+    from trainer.batches import Live
     from trainer.config import TrainConfig
-    from trainer.loop import Live
 
 app = typer.Typer(
     help="Train one student that inherits what all teachers of a feature cache know; no teacher is loaded.",

@@ -98,7 +98,10 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Safetensors bytes of a state dict; equal input gives equal bytes."""
     # Copies, since safetensors refuses a tensor that a module holds under two names.
     return save_tensors(
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
     )
 
 

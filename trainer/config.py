@@ -222,6 +222,11 @@ class TrainConfig(Section):
     threads: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
     compile: bool = Field(default=False, description="true or false")
 
+    @property
+    def rows_per_worker(self) -> int:
+        """How many rows of a step each process computes."""
+        return self.batch_size // self.workers
+
     @field_validator("caches", "teachers", "outputs")
     @classmethod
     def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -24,8 +24,7 @@ from cache.pixels.views import resolve_view
 from cache.recent import Recent
 from cache.samples import Samples
 from cache.spec import InputSpec
-
-Rows = npt.NDArray[np.int64]
+from trainer.resident import Rows
 
 _HELD_ROWS: Final = 2**22  # of the sample table, some 100 bytes each: random rows lie in all of its parts
 _HELD_UNITS: Final = 2**12  # of digests, at most 64 KiB each

@@ -1,6 +1,6 @@
 """`kpu-train fit`, from top to bottom: open the caches, build the model, train, keep what was learned."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +13,16 @@ import torch
 
 from cache.errors import ConfigError, KpuError
 from cache.failpoints import failpoint
+from trainer.batches import Live, draw_batches, first_epoch, open_corpus, open_loader, open_stream
 from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
-from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload, loader_threads
+from trainer.data import Loader, Stream, Upload
 from trainer.evaluation.scores import batches_of, score
 from trainer.events import Events
 from trainer.files import held
 from trainer.model import Inheritance
-from trainer.order import make_order
 from trainer.prepare import check_student, gate_space, prepare_space
-from trainer.resident import Rows, free_memory
 from trainer.runs import RunFolder
 from trainer.split import some_of
 from trainer.training import Training
@@ -33,8 +32,6 @@ VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with each object that is logged."""
-Live = Callable[[Corpus, TrainConfig, Fetch], Fetch]
-"""Turns reading from the cache into running the teachers: only `cli` has one to give."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ def fit(
     with ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, corpus, model, live))
         upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
-        size = config.batch_size // world.size  # where every process computes the same, as much as in a step
-        check_student(model, corpus.sources[config.base].spec, first_epoch(stream, size, loader, upload, images=True))
+        check_student(model, corpus.sources[config.base].spec, first_epoch(config, stream, loader, upload, images=True))
         run = open_run(config, out, corpus, world, resume=resume)
         finished = run.summary()
         if finished is not None:
@@ -79,10 +75,7 @@ def fit(
         world.lead(lambda: stack.enter_context(held(run.path / "lock")))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
-            drawn = draw_batches(stream, config.batch_size, share=world.share(config.batch_size))
-            shares = (upload(host) for _, host in loader.load(drawn, images=False))
-            whole = partial(first_epoch, stream, size, loader, upload)
-            learn_space(model, shares, whole, world, run, watch, resume=resume)
+            learn_space(model, stream, loader, upload, world, run, watch, resume=resume)
         else:
             model.settle_space()
         training = Training(config, model, world, steps)
@@ -91,23 +84,16 @@ def fit(
             training.restore(checkpoint)
             position = checkpoint.position
         events = stack.enter_context(Events(run, world, training.step, watch))
-        validation, begun_at = stream.held_back, training.step
+        begun_at = training.step
         loader.waited = 0.0
 
         seconds = perf_counter()
-        position = train(training, stream, loader, upload, position, run, events, validation)
+        position = train(training, stream, loader, upload, position, run, events)
         seconds = perf_counter() - seconds
 
-        final = score(training.trained, batches_of(validation, size, loader, upload))
-    rows_per_step = config.batch_size * config.optim.accumulate
+        final = score(training.trained, batches_of(stream.held_back, config.rows_per_worker, loader, upload))
     summary = {
-        "steps": training.step,
-        "rows": training.step * rows_per_step,
-        "train_rows": stream.rows,
-        "validation_rows": len(validation),
-        "seconds": round(seconds, 3),
-        "rows_per_second": round((training.step - begun_at) * rows_per_step / seconds, 1),
-        "parameters": sum(p.numel() for p in training.model.student.parameters() if p.requires_grad),
+        **summarise(training, stream, seconds, training.step - begun_at),
         "position": position,
         "validation": final,
     }
@@ -119,10 +105,25 @@ def fit(
     return Fitted(out, summary)
 
 
+def summarise(training: Training, stream: Stream, seconds: float, steps: int) -> dict[str, Any]:
+    """What a training did; this process took `seconds` for the last `steps` of its steps."""
+    rows_per_step = training.config.batch_size * training.config.optim.accumulate
+    return {
+        "steps": training.step,
+        "rows": training.step * rows_per_step,
+        "train_rows": stream.rows,
+        "validation_rows": len(stream.held_back),
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(steps * rows_per_step / seconds, 1),
+        "parameters": sum(p.numel() for p in training.model.student.parameters() if p.requires_grad),
+    }
+
+
 def learn_space(
     model: Inheritance,
-    shares: Iterator[Batch],
-    whole: Callable[[], Iterator[Batch]],
+    stream: Stream,
+    loader: Loader,
+    upload: Upload,
     world: World,
     run: RunFolder,
     watch: Watch | None,
@@ -134,8 +135,11 @@ def learn_space(
     Raises:
         MismatchError: the space collapsed, or lost the base.
     """
+    config = model.config
+    drawn = draw_batches(stream, config.batch_size, share=world.share(config.batch_size))
+    shares = (upload(host) for _, host in loader.load(drawn, images=False))
     try:
-        figures = prepare_space(model, shares, whole, watch)
+        figures = prepare_space(model, shares, partial(first_epoch, config, stream, loader, upload), watch)
     except KpuError:
         if world.leads and not resume:
             run.discard()  # nothing was learned: the next attempt may have the same folder
@@ -152,7 +156,6 @@ def train(
     position: int,
     run: RunFolder,
     events: Events,
-    validation: Rows,
 ) -> int:
     """Take the steps that are left, logging and saving on the way; where the next batch would begin."""
     config, world = training.config, training.world
@@ -160,6 +163,7 @@ def train(
     left = (training.steps - training.step) * each
     drawn = draw_batches(stream, config.batch_size, position, world.share(config.batch_size))
     loaded = loader.load(islice(drawn, left))
+    some = some_of(stream.held_back, VALIDATION_ROWS, config.seed)
     for _ in range(training.step, training.steps):
         pairs = list(islice(loaded, each))
         position = pairs[-1][0].position
@@ -172,9 +176,8 @@ def train(
         if training.step % config.log.checkpoint == 0 or training.step == training.steps:
             training.check_finite()
             gate_joint_space(training, stream, loader, upload, run)
-            some = some_of(validation, VALIDATION_ROWS, config.seed)
             if len(some) and training.step < training.steps:
-                batches = batches_of(some, config.batch_size // world.size, loader, upload)
+                batches = batches_of(some, config.rows_per_worker, loader, upload)
                 events.validated(training.step, score(training.trained, batches))
             if world.leads:
                 save_checkpoint(run.checkpoints, training.checkpoint(position))
@@ -188,11 +191,10 @@ def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload:
     Raises:
         MismatchError: naming the teacher and the figure.
     """
-    config, world = training.config, training.world
-    space = training.model.space
+    config, space = training.config, training.model.space
     if config.unify.mode == "joint" and space is not None and space.specialists:
-        figures = gate_space(training.model, first_epoch(stream, config.batch_size // world.size, loader, upload))
-        if world.leads:
+        figures = gate_space(training.model, first_epoch(config, stream, loader, upload))
+        if training.world.leads:
             run.write_space(figures)
 
 
@@ -208,12 +210,6 @@ def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainCon
     return config.model_copy(update={"teachers": names or tuple(choose_outputs(config))})
 
 
-def open_corpus(config: TrainConfig, world: World) -> Corpus:
-    """The caches of a run, checked."""
-    memory = free_memory(world.local_size) if config.loader.memory == "auto" else config.loader.memory
-    return Corpus(config.caches, choose_outputs(config), config.base, memory=memory, pinned=world.device.type == "cuda")
-
-
 def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool) -> RunFolder:
     """The run's folder, which the leading process makes."""
 
@@ -225,12 +221,6 @@ def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, re
 
     world.lead(begin)
     return RunFolder(out)
-
-
-def open_stream(config: TrainConfig, corpus: Corpus) -> Stream:
-    """The training rows of the caches, in the order that the configuration names."""
-    order = make_order(config.order, corpus.units(), corpus.digest, config.seed)
-    return Stream(order, corpus.validation(config.validation))
 
 
 def count_steps(config: TrainConfig, rows: int) -> int:
@@ -247,40 +237,3 @@ def count_steps(config: TrainConfig, rows: int) -> int:
             f"{size}; lower batch_size or validation"
         )
     return steps
-
-
-def draw_batches(stream: Stream, size: int, position: int = 0, share: slice = slice(None)) -> Iterator[Drawn]:
-    """This process's share of every batch of `size` rows from `position` on, without end."""
-    while True:
-        drawn = stream.draw(position, size)
-        position = drawn.position
-        yield Drawn(drawn.rows[share], drawn.epochs[share], position)
-
-
-def first_epoch(stream: Stream, size: int, loader: Loader, upload: Upload, *, images: bool = False) -> Iterator[Batch]:
-    """The training rows in their first order, `size` at a time, the same in every process. `images` as for `Loader`."""
-    drawn = islice(draw_batches(stream, size), -(-stream.rows // size))
-    for _, host in loader.load(drawn, images=images):
-        yield upload(host)
-
-
-def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: Live | None) -> Loader:
-    """The threads that read ahead what the model needs.
-
-    Raises:
-        ConfigError: live targets are asked for where there is nothing to make them with.
-    """
-    targets: Fetch = corpus.fetch
-    if config.targets.source == "live":
-        if live is None:
-            raise ConfigError("targets.source: expected cache, found live; only `kpu-train fit` can run teachers")
-        targets = live(corpus, config, targets)
-    fetch = targets
-    if model.student.needs_images:
-        from trainer.pictures import with_images  # decoding is loaded only where it is needed
-
-        fetch = with_images(targets, corpus, model.student, config)
-    threads = config.loader.threads
-    if threads == "auto":
-        threads = loader_threads(next(model.parameters()).device, images=model.student.needs_images)
-    return Loader(fetch, threads, config.loader.ahead, targets=targets)

@@ -24,9 +24,10 @@ from ray.util.queue import Queue
 
 from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
+from trainer.batches import Live
 from trainer.config import TrainConfig
 from trainer.files import write_error
-from trainer.loop import Live, Watch, fit
+from trainer.loop import Watch, fit
 
 OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
 _POLL_SECONDS: Final = 0.5

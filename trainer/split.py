@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from trainer.resident import Rows
+
 _PERSON: Final = b"kpu-split"
 _BYTES: Final = 8
-
-Rows = npt.NDArray[np.int64]
 
 
 def validation_mask(keys: Sequence[str] | pa.Array | pa.ChunkedArray, fraction: float) -> npt.NDArray[np.bool_]:

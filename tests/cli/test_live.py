@@ -16,10 +16,10 @@ from cli import live
 from cli.live import run_teachers
 from pipeline.teachers import Teacher, build_teacher
 from tests.toys import TOY, kpu, write_images, write_teacher
+from trainer.batches import open_loader
 from trainer.config import validate_config
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Drawn, Upload
-from trainer.loop import open_loader
 from trainer.model import Inheritance
 
 CPU = torch.device("cpu")

@@ -48,8 +48,8 @@ class LinearMaps:
             for output, shape in outputs.items():
                 moments = self._moments.setdefault((teacher, output), _Moments())
                 kept_B = valid_B & chosen[shape.tokens]
-                x = self._aligned(batch.targets[self._base], teacher, output)
-                moments.update(x[kept_B], batch.targets[teacher][output][kept_B])
+                base = {output: batch.targets[self._base][output][kept_B]}
+                moments.update(self._aligned(base, teacher, output), batch.targets[teacher][output][kept_B])
 
     def solve(self) -> "LinearMaps":
         """Fix the maps by what was added; a teacher without any valid row has none."""

@@ -131,7 +131,7 @@ class _Reading:
             fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}))
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:
-            for batch in batches_of(rows, config.batch_size // config.workers, loader, upload):
+            for batch in batches_of(rows, config.rows_per_worker, loader, upload):
                 yield batch
                 done += len(batch)
                 if self.progress is not None:
