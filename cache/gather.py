@@ -92,7 +92,7 @@ def _engine() -> _Engine:
 
     shared = {
         "cache_pool": {"total_bytes_limit": _MEMORY},
-        "data_copy_concurrency": {"limit": usable_cores()},
+        "data_copy_concurrency": {"limit": max(1, usable_cores() // 2)},  # the others are for who waits for the rows
         "file_io_concurrency": {"limit": _READS},
     }
     return _Engine(tensorstore, tensorstore.Context(shared), os.getpid())
