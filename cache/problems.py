@@ -3,24 +3,30 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from cache.errors import CorruptError, KpuError, MissingUnitError
 from cache.plans import read_checked
 from cache.storage import Storage
 
 NOT_COMMITTED: Final = "is missing: the unit is not committed"
+Kind = Literal["damaged", "absent", "foreign", "unreadable"]
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a file; `unit` and `teacher` are None where it belongs to none."""
+    """Something wrong with a file; `unit` and `teacher` are None where it belongs to none.
+
+    `kind` is `damaged` where it is not what was committed, `absent` where a unit is not committed, `foreign` where it
+    does not belong to the cache, `unreadable` where its place failed.
+    """
 
     file: str
     unit: int | None
     teacher: str | None
     reason: str
+    kind: Kind = "damaged"
 
 
 @dataclass
@@ -52,12 +58,14 @@ class Collector:
         self._report = VerifyReport()
         self._lock = Lock()
 
-    def add(self, file: str, reason: str, *, unit: int | None = None, teacher: str | None = None) -> None:
+    def add(
+        self, file: str, reason: str, *, unit: int | None = None, teacher: str | None = None, kind: Kind = "damaged"
+    ) -> None:
         with self._lock:
-            self._report.problems.append(Problem(file, unit, teacher, reason))
+            self._report.problems.append(Problem(file, unit, teacher, reason, kind))
 
     def add_foreign(self, file: str, *, unit: int | None = None, teacher: str | None = None) -> None:
-        self.add(file, "does not belong to the cache", unit=unit, teacher=teacher)
+        self.add(file, "does not belong to the cache", unit=unit, teacher=teacher, kind="foreign")
 
     def count(self, size: int) -> None:
         with self._lock:
@@ -73,9 +81,9 @@ class Collector:
         except CorruptError as error:
             self.add(error.file, error.reason, unit=unit, teacher=teacher)
         except MissingUnitError:
-            self.add(file, NOT_COMMITTED, unit=unit, teacher=teacher)
+            self.add(file, NOT_COMMITTED, unit=unit, teacher=teacher, kind="absent")
         except KpuError as error:
-            self.add(file, str(error), unit=unit, teacher=teacher)
+            self.add(file, str(error), unit=unit, teacher=teacher, kind="unreadable")
         return None
 
     def check_file(self, file: str, expected: str, *, teacher: str | None = None) -> None:

@@ -42,6 +42,13 @@ def units_left(storage: Storage, plan: Plan, teachers: Iterable[str]) -> dict[st
     return {name: ~committed_units(storage, layout.teacher(name), plan.units) for name in teachers}
 
 
+def lost_images(storage: Storage, plan: Plan, teachers: Iterable[str]) -> dict[int, str]:
+    """Units whose images are not committed though one of `teachers` is, with its name; from the listings alone."""
+    committed = {name: ~missing for name, missing in units_left(storage, plan, teachers).items()}
+    images = committed_units(storage, layout.IMAGES, plan.units)  # after the teachers': images are committed first
+    return {int(unit): name for name, units in reversed(committed.items()) for unit in np.flatnonzero(units & ~images)}
+
+
 def count_rows(plan: Plan, units: Mask) -> int:
     """How many rows the units that are marked in `units`, bool [units], have together."""
     lacking = plan.units * plan.unit_rows - plan.rows  # in the last unit

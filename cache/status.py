@@ -16,7 +16,7 @@ from cache.images import load_status
 from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.published import TeacherFiles, read_teacher, teacher_folders, teacher_names
-from cache.records import Mask, committed_units, unpack_mask
+from cache.records import Mask, committed_units, lost_images, unpack_mask
 from cache.runs import Failure, RunRecord, load_runs
 from cache.samples import Samples
 from cache.spec import ImageStatus, Plan
@@ -55,7 +55,10 @@ class MaskedRow:
 
 @dataclass
 class Status:
-    """`complete` says that every unit is committed of every teacher that was begun or that the last run was to do."""
+    """`complete` says that every unit is committed of every teacher that was begun or that the last run was to do.
+
+    `lost_images` are units that a teacher has committed and whose images are not: `kpu-cache repair` mends that.
+    """
 
     complete: bool
     rows: int
@@ -63,6 +66,7 @@ class Status:
     teachers: dict[str, TeacherStatus]
     masked: list[MaskedRow] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
+    lost_images: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,13 +91,16 @@ def status(path: str | os.PathLike[str]) -> Status:
     begun = [*teacher_folders(storage), *(runs[-1].teachers if runs else ())]
     teachers |= {name: TeacherStatus(0, plan.units) for name in begun if name not in teachers}
     committed = {name: tally.committed for name, tally in tallies.items()}
+    lost = sorted(lost_images(storage, plan, tallies))
+    all_done = bool(teachers) and all(teacher.committed_units == plan.units for teacher in teachers.values())
     return Status(
-        complete=bool(teachers) and all(teacher.committed_units == plan.units for teacher in teachers.values()),
+        complete=all_done and not lost,
         rows=plan.rows,
         units=plan.units,
         teachers=teachers,
         masked=list(_masked_rows(storage, plan, tallies)),
         failed=_failed(runs, committed),
+        lost_images=lost,
     )
 
 
@@ -174,12 +181,13 @@ def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> It
         reasons: list[tuple[int, str]] = []
         if unit in masked_units:
             codes = next(statuses)
-            if codes is None:
-                raise CorruptError(layout.commit(layout.IMAGES, unit), "is missing", unit=unit)
-            reasons += [(int(row), _describe(codes[row])) for row in np.flatnonzero(codes)]
+            if codes is not None:  # else its images are lost
+                reasons += [(int(row), _describe(codes[row])) for row in np.flatnonzero(codes)]
         for name, tally in tallies.items():
             mask = unpack_mask(tally.nonfinite.get(unit, ""), len(rows))
             reasons += [(int(row), f"NaN or infinity from teacher {name}") for row in np.flatnonzero(mask)]
+        if not reasons:
+            continue
         reasons.sort()
         keys = samples.unit(unit)["key"].take([row for row, _ in reasons]).to_pylist()
         for key, (row, reason) in zip(keys, reasons, strict=True):

@@ -148,10 +148,10 @@ class _Units:
                     self._report.add(file, "masks other rows than images/status", unit=unit)
         return record
 
-    def _images_record(self, unit: int, file: str) -> ImagesRecord:
+    def _images_record(self, unit: int, file: str) -> ImagesRecord | None:
         record = load_images_record(self._storage, self._plan, unit)
         if record is None:
-            raise CorruptError(file, NOT_COMMITTED, unit=unit)
+            self._report.add(file, NOT_COMMITTED, unit=unit, kind="absent")
         return record
 
     def _check_teacher(self, unit: int, name: str, rows: str | None, images: ImagesRecord | None) -> None:

@@ -163,8 +163,29 @@ def verify(
         from pipeline.deep import verify_deep
 
         report, again = verify_deep(cache, report, rows=rows, seed=seed)
-    _print(report.as_json(), as_json, lambda console: show_verification(console, report, again))
+    _print(report.as_json(), as_json, lambda console: show_verification(console, cache, report, again))
     if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def repair(
+    cache: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be withdrawn; change nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a cache and withdraw its damaged units, so that the command that made it does them again.
+
+    Nothing is deleted: records are moved into quarantine, which gc empties. Exits with 1 where work or damage is left.
+    """
+    from cache.repair import repair as mend
+    from cli.show import show_repair
+
+    with progress_bar("verify") as progress:
+        repaired = mend(cache, dry_run=dry_run, progress=progress)
+    _print(repaired.as_json(), as_json, lambda console: show_repair(console, cache, repaired, dry_run))
+    if not repaired.report.ok:
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,7 +11,11 @@ from rich.table import Table
 from cli.units import human_bytes, human_seconds, plural
 
 if TYPE_CHECKING:  # `status` should not wait for torch
+    from collections.abc import Sequence
+
+    from cache.problems import Problem
     from cache.reader import Cache
+    from cache.repair import Repair
     from cache.status import Status
     from cache.verify import VerifyReport
     from pipeline.dry_run import Estimate
@@ -82,6 +87,9 @@ def show_status(console: Console, status: Status) -> None:
         if teacher.saturated:
             count = plural(teacher.saturated, "value")
             _say(console, f"teacher {name}: {count} beyond the range of its codec stored as the nearest within")
+    if status.lost_images:
+        units = plural(len(status.lost_images), "unit")
+        _say(console, f"the images of {units} are not committed though a teacher is: `kpu-cache repair` mends that")
     for row in status.masked[:LISTED]:
         _say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
     _more(console, len(status.masked), "masked rows")
@@ -153,14 +161,40 @@ def _codec(codec: dict[str, Any]) -> str:
     return f"{codec['name']}{step}"
 
 
-def show_verification(console: Console, report: VerifyReport, recomputed: int) -> None:
+def show_verification(console: Console, cache: str, report: VerifyReport, recomputed: int) -> None:
     """`recomputed` rows were run through the teachers again."""
-    for problem in report.problems:
-        unit = "" if problem.unit is None else f" (unit {problem.unit})"
-        _say(console, f"{problem.file}{unit}: {problem.reason}")
+    _problems(console, report.problems)
     again = f", {plural(recomputed, 'row')} computed again" if recomputed else ""
     read = f"{plural(report.files, 'file')}, {human_bytes(report.bytes)} read{again}"
     _say(console, f"verified: {read}" if report.ok else f"{plural(len(report.problems), 'problem')}: {read}")
+    if not recomputed and any(problem.unit is not None and problem.kind == "damaged" for problem in report.problems):
+        _say(console, f"`kpu-cache repair {cache}` withdraws damaged units, for the same extract command to do again")
+
+
+def show_repair(console: Console, cache: str, repaired: Repair, dry_run: bool) -> None:
+    for file in repaired.withdrawn:
+        _say(console, f"{'would withdraw' if dry_run else 'withdrawn'}: {file}")
+    if repaired.left:
+        _say(console, "left as it is, for no unit can be extracted again to mend it:")
+        _problems(console, repaired.left)
+    if repaired.report.ok:
+        _say(console, f"sound: {cache}")
+    elif not repaired.withdrawn:
+        _say(console, "nothing to withdraw")
+    elif not dry_run:
+        count = plural(len(repaired.withdrawn), "record")
+        _say(console, f"{count} withdrawn: the command that made {cache} does these units again")
+
+
+def _problems(console: Console, problems: Sequence[Problem]) -> None:
+    """A line each, but for units that are not committed: a line for each folder."""
+    absent = Counter(problem.file.rpartition("/")[0] for problem in problems if problem.kind == "absent")
+    for folder, count in absent.items():
+        _say(console, f"{folder}: {plural(count, 'unit')} not committed")
+    for problem in problems:
+        if problem.kind != "absent":
+            unit = "" if problem.unit is None else f" (unit {problem.unit})"
+            _say(console, f"{problem.file}{unit}: {problem.reason}")
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:

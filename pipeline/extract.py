@@ -8,11 +8,13 @@ from time import perf_counter
 
 import numpy as np
 
-from cache.errors import IncompleteError, StorageError
+from cache import layout
+from cache.errors import CorruptError, IncompleteError, StorageError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
-from cache.records import Mask, count_rows, units_left
+from cache.published import teacher_folders
+from cache.records import Mask, count_rows, lost_images, units_left
 from cache.sources import open_source
 from cache.spec import Plan
 from cache.storage import Storage
@@ -94,6 +96,7 @@ def _work_off(
 ) -> None:
     """Run every pending unit; stop early where nothing succeeds any more."""
     left = units_left(storage, plan, config.teachers)
+    _check_images(storage, plan)
     if units is not None:
         wanted = np.isin(np.arange(plan.units), list(units))
         left = {name: missing & wanted for name, missing in left.items()}
@@ -110,6 +113,16 @@ def _work_off(
             raise IncompleteError(
                 f"stopped: {in_a_row} units in a row failed, the last one with: {report.failures[-1].reason}"
             )
+
+
+def _check_images(storage: Storage, plan: Plan) -> None:
+    for unit, teacher in sorted(lost_images(storage, plan, teacher_folders(storage)).items()):
+        raise CorruptError(
+            layout.commit(layout.IMAGES, unit),
+            f"is missing, though teacher {teacher!r} committed the unit; `kpu-cache repair {storage.url}` "
+            "withdraws it, for this command to extract it again",
+            unit=unit,
+        )
 
 
 def remaining_tasks(left: Mapping[str, Mask]) -> Iterator[Task]:

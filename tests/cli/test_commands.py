@@ -11,17 +11,23 @@ from cache import open_cache
 from cli.cache import app
 from tests.toys import assert_refused, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
-COMMANDS = ("status", "info", "verify", "bench", "gc", "retry-failed")
+COMMANDS = ("status", "info", "verify", "repair", "bench", "gc", "retry-failed")
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("commands")
-    images, model = write_images(place / "images" / "cats", 70), write_teacher(place)
+    images = write_images(place / "images" / "cats", 70)
+    write_teacher(place)
     (images / "broken.png").write_bytes(b"no image")
-    teachers = ["-t", f"t={model}:toy", "-t", f"u={model}:wider", "--set", "teachers.u.codec.name=fp16"]
-    assert kpu("extract", images.parent, *teachers, "-o", place / "o.kpu").exit_code == 0
+    assert kpu("extract", *arguments(place), "-o", place / "o.kpu").exit_code == 0
     return place / "o.kpu"
+
+
+def arguments(place: Path) -> list[object]:
+    """What is extracted there, and by whom."""
+    model = f"torch:{place}/toy.py"
+    return [place / "images", "-t", f"t={model}:toy", "-t", f"u={model}:wider", "--set", "teachers.u.codec.name=fp16"]
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def test_status_of_a_complete_cache(original: Path) -> None:
     result = kpu("status", original, "--json")
     assert result.exit_code == 0
     status = json.loads(result.stdout)
-    assert set(status) == {"complete", "rows", "units", "teachers", "masked", "failed"}
+    assert set(status) == {"complete", "rows", "units", "teachers", "masked", "failed", "lost_images"}
     assert (status["complete"], status["rows"], status["units"]) == (True, 71, 2)
     assert status["masked"] == [{"key": "cats/broken.png", "row": 70, "reason": "not an image"}]
     assert status["failed"] == []
@@ -98,12 +104,52 @@ def test_verify(out: Path) -> None:
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert not report["ok"]
-    assert [set(problem) for problem in report["problems"]] == [{"file", "unit", "teacher", "reason"}]
+    assert [set(problem) for problem in report["problems"]] == [{"file", "unit", "teacher", "reason", "kind"}]
     assert [(p["file"], p["unit"], p["teacher"]) for p in report["problems"]] == [("teachers/t/patch/c/1/0/0", 1, "t")]
     text = kpu("verify", out)
     assert text.exit_code == 1
     assert "teachers/t/patch/c/1/0/0 (unit 1): " in text.stdout
     assert "1 problem" in text.stdout
+    assert f"`kpu-cache repair {out}`" in text.stdout
+
+
+def test_an_incomplete_cache_is_a_line_for_each_teacher(out: Path) -> None:
+    for record in (out / "teachers/u/commits").iterdir():
+        record.unlink()
+    text = kpu("verify", out).stdout
+    assert text.splitlines()[0] == "teachers/u/commits: 2 units not committed"
+    assert "repair" not in text
+
+
+def contents(cache: Path) -> dict[str, str]:
+    return {file: digest for file, (_, digest) in snapshot(cache).items()}
+
+
+def test_repair(original: Path, out: Path) -> None:
+    before = contents(out)
+    assert kpu("repair", out).stdout == f"sound: {out}\n"
+    shard, images = out / "teachers/t/patch/c/1/0/0", out / "images/commits/000000.json"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    images.unlink()
+    again = (*arguments(original.parent), "-o", out)
+    assert_refused(kpu("extract", *again), "images/commits/000000.json: is missing", f"repair {out}`", code=1)
+    status = kpu("status", out)
+    assert status.exit_code == 1
+    assert "the images of 1 unit are not committed" in status.stdout
+
+    planned = kpu("repair", "--dry-run", out, "--json")
+    assert planned.exit_code == 1
+    records = ["teachers/t/commits/000000.json", "teachers/t/commits/000001.json", "teachers/u/commits/000000.json"]
+    assert json.loads(planned.stdout) == {"withdrawn": records, "left": []}
+    done = kpu("repair", out)
+    assert done.exit_code == 1
+    assert [line for line in done.stdout.splitlines() if line.startswith("withdrawn")] == [
+        f"withdrawn: {record}" for record in records
+    ]
+    assert "nothing to withdraw" in kpu("repair", out).stdout
+    assert kpu("extract", *again).exit_code == 0
+    assert kpu("verify", out).exit_code == 0
+    assert contents(out).items() >= before.items()
 
 
 def test_gc_frees_what_dead_runs_left_and_nothing_else(out: Path) -> None:
