@@ -30,6 +30,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "rows_per_second": round(summary.rows_per_second, 3),
         "bytes": summary.bytes,
         "masked": summary.masked,
+        "nonfinite": summary.nonfinite,
         "remaining_units": summary.remaining_units,
         "saturated": summary.saturated,
         "failed": [{"teacher": f.teacher, "unit": f.unit, "reason": f.reason} for f in summary.failures],
@@ -37,8 +38,11 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def show_summary(console: Console, summary: RunSummary) -> None:
-    if summary.masked:
-        _say(console, f"{plural(summary.masked, 'row')} masked: `kpu-cache status {summary.out}` lists them")
+    reasons = [f"{summary.masked:,} undecodable"] * bool(summary.masked)
+    reasons += [f"{rows:,} with NaN or infinity from teacher {name}" for name, rows in summary.nonfinite.items()]
+    if reasons:
+        masked = plural(summary.masked + sum(summary.nonfinite.values()), "row")
+        _say(console, f"{masked} masked ({', '.join(reasons)}): `kpu-cache status {summary.out}` lists them")
     for name, share in summary.saturated.items():
         if share > SATURATED_SHARE:
             _say(
