@@ -94,8 +94,12 @@ def weights_digest(module: nn.Module) -> str:
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, tensor in sorted(module.state_dict().items()):
         state.update(canonical_json([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]))
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(_raw(tensor))
     return state.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -113,19 +117,28 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def build_twice(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[str]]:
+    """Build a model under two seeds: the second, and the names of its tensors that are not as in the first.
+
+    Of the first only digests are kept, so that there is room for a large one.
+    """
+    with seeded(0):
+        first = {name: digest(_raw(tensor)) for name, tensor in build().state_dict().items()}
+    with seeded(1):
+        module = build()
+    return module, [name for name, tensor in module.state_dict().items() if digest(_raw(tensor)) != first.get(name)]
+
+
 def initialise(build: Callable[[], nn.Module], identity: str, seed: int) -> nn.Module:
     """Build a model whose random parameters depend on `identity` and `seed` alone, bit for bit on every machine.
 
-    torch's own draws differ with the CPU's vector instructions. So the model is built under two seeds, and every
-    tensor that came out differently is drawn anew, uniform with variance 1 / fan-in, from a counter-based generator.
-    What the model sets to fixed values stays.
+    torch's own draws differ with the CPU's vector instructions. So every tensor that `build_twice` finds to be random
+    is drawn anew, uniform with variance 1 / fan-in, from a counter-based generator. What the model sets to fixed values
+    stays.
     """
-    with seeded(0):
-        other = build().state_dict()
-    with seeded(1):
-        module = build()
+    module, drawn = build_twice(build)
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.equal(tensor, other[name]):
+        if tensor.is_floating_point() and name in drawn:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else tensor.numel()
             key = digest(canonical_json([identity, seed, name]))
             tensor.copy_(torch.from_numpy(_uniform(tensor.numel(), key, math.sqrt(3 / fan_in))).view_as(tensor))
