@@ -91,6 +91,14 @@ def test_batch_counters_may_be_absent() -> None:
     load_strictly(tiny(), state, "t", "w.pth")
 
 
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
+def test_any_seed_that_a_configuration_may_have(seed: int) -> None:
+    with seeded(seed):
+        first = tiny()
+    with seeded(seed):
+        assert weights_digest(tiny()) == weights_digest(first)
+
+
 def test_digest_is_of_names_dtypes_shapes_and_values() -> None:
     with seeded(0):
         module = nn.Linear(4, 4)
