@@ -101,6 +101,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "rows": plan.rows,
         "samples": plan.samples,
+        "labels": sum(len(part) - part["label"].null_count for part in cache.samples.iter_batches(["label"])),
         "views": plan.views,
         "unit_rows": plan.unit_rows,
         "units": plan.units,
@@ -129,6 +130,7 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
     )
     units = f"{plural(described['units'], 'unit')} of {described['unit_rows']}"
     _say(console, f"rows     {described['rows']:,}{views} in {units}")
+    _say(console, f"labels   for {described['labels']:,} of {plural(described['rows'], 'row')}")
     if described["classes"]:
         names = described["classes"]
         _say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")
