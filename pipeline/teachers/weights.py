@@ -7,7 +7,7 @@ import random
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,7 +48,7 @@ def read_weights(path: str, who: str) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise TeacherError(
-            f"{who}: weights: {path} is no safetensors file or plain torch state_dict ({_first_line(error)}); "
+            f"{who}: weights: {path} is no safetensors file or plain torch state_dict ({_found(file, error)}); "
             "save the model's state_dict() with safetensors or torch.save"
         ) from None
     for wrapper in _WRAPPERS:
@@ -162,6 +162,17 @@ def can_reach(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _found(file: Path, error: BaseException) -> str:
+    """What is wrong with a file of weights. torch's advice, to run the code in it, is not passed on."""
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+        return _first_line(error)
+    objects: list[str] = []
+    with suppress(Exception):  # it reads checkpoints in the newer of torch's two formats
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    names = ", ".join(objects[:_NAMED_AT_MOST])
+    return f"it holds {names} besides tensors" if names else "it holds something other than tensors"
 
 
 def _first_line(error: BaseException) -> str:
