@@ -227,9 +227,10 @@ def export_command(
     images: Annotated[str | None, typer.Option("--images", help="theia: where the images are, if they moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a complete cache in another format; all its teachers, or those named. The same command again resumes.
+    """Write a complete cache in another format; all its teachers, or those named.
 
-    zarr and webdataset give a cache with the same plan, stored values and masks; theia gives a dataset for Theia.
+    zarr and webdataset give a cache with the same plan, stored values and masks; the same command again resumes. theia
+    gives a split of a dataset for Theia; if interrupted it is begun anew, and once it stands it is never written again.
     """
     from cli.convert import export_cache, show_export
 
