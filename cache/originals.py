@@ -26,8 +26,8 @@ class Originals:
     """
 
     def __init__(self, cache: Cache, root: str | None, *, option: str) -> None:
-        self._path, self._extracted_from, self._option = cache.path, cache.plan.source.root, option
-        self._source = _at_root(cache, root, option)
+        self._path, self._advice = cache.path, if_moved(cache, option)
+        self._source = source_at(cache, root, option)
         self._reader = source_reader(self._source)
 
     def read(self, records: pa.Table) -> list[bytes]:
@@ -39,7 +39,7 @@ class Originals:
         try:
             return self._reader.read(records)
         except SourceError as error:
-            raise SourceError(f"{error}. {self._advice()}") from error
+            raise SourceError(f"{error}. {self._advice}") from error
 
     def decode(self, data: bytes, expected: npt.NDArray[np.uint8], record: pa.Table) -> Image.Image:
         """The image in the bytes of one record whose digest was `expected`, uint8 [16], at extraction.
@@ -52,7 +52,7 @@ class Originals:
             raise MismatchError(
                 f"{self._name(record)}: expected the image that {self._path} was extracted from (digest "
                 f"{expected.tobytes().hex()}), found other bytes ({found.hex()}); restore it, or extract into a new "
-                f"cache. {self._advice()}"
+                f"cache. {self._advice}"
             )
         image = decode_image(data)
         if isinstance(image, ImageStatus):
@@ -66,15 +66,21 @@ class Originals:
         key, file = (record[name][0].as_py() for name in ("key", "file"))
         return f"image {key!r} ({self._source.root.rstrip('/')}/{file})"
 
-    def _advice(self) -> str:
-        return (
-            f"If the images of {self._path} have moved, set {self._option} to where they are now (extracted from "
-            f"{self._extracted_from})"
-        )
+
+def if_moved(cache: Cache, option: str) -> str:
+    """What to do where a cache's images are not found, as a sentence of a message."""
+    return (
+        f"If the images of {cache.path} have moved, set {option} to where they are now (extracted from "
+        f"{cache.plan.source.root})"
+    )
 
 
-def _at_root(cache: Cache, root: str | None, option: str) -> SourceSpec:
-    """The cache's source, below `root` where one is given."""
+def source_at(cache: Cache, root: str | None, option: str) -> SourceSpec:
+    """The cache's source, below `root` where one is given; `option` is what a user sets to give it.
+
+    Raises:
+        ConfigError: there is no such folder, or no such kind of URL.
+    """
     spec = cache.plan.source
     if root is not None:
         place = str(Path(root).expanduser().absolute()) if is_local(root) else root

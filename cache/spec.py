@@ -12,6 +12,7 @@ from cache.errors import ConfigError
 FORMAT = "kpu-cache"
 VERSION = 1
 DEFAULT_STEP = 0.05
+LABEL_OF_NOTHING = -1  # among a teacher's labels
 LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
 _ON_GRID = ("uniform", "rotated")

@@ -147,22 +147,28 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Also run the teachers again on a sample of rows.")] = False,
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows --deep computes again.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which rows --deep picks.")] = 0,
+    images: Annotated[
+        str | None, typer.Option("--images", metavar="DIR", help="Where the images of --deep are, if they moved.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Prove a cache: every unit committed, every checksum and digest right, rows equal across teachers.
 
     Reads every byte, lists all problems, and exits with 1 if there is one. --deep looks further where there is none.
     """
+    from cache.errors import ConfigError
     from cache.verify import verify as prove
     from cli.show import show_verification
 
+    if images is not None and not deep:
+        raise ConfigError(f"--images {images}: expected with --deep, which alone reads images; add it, or leave it out")
     with progress_bar("verify") as progress:
         report = prove(cache, progress=progress)
     again = 0
     if deep and report.ok:
         from pipeline.deep import verify_deep
 
-        report, again = verify_deep(cache, report, rows=rows, seed=seed)
+        report, again = verify_deep(cache, report, rows=rows, seed=seed, images=images)
     _print(report.as_json(), as_json, lambda console: show_verification(console, cache, report, again))
     if not report.ok:
         raise typer.Exit(1)
@@ -242,9 +248,10 @@ def export_command(
     images: Annotated[str | None, typer.Option("--images", help="theia: where the images are, if they moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a complete cache in another format; all its teachers, or those named. The same command again resumes.
+    """Write a complete cache in another format; all its teachers, or those named.
 
-    zarr and webdataset give a cache with the same plan, stored values and masks; theia gives a dataset for Theia.
+    zarr and webdataset give a cache with the same plan, stored values and masks; the same command again resumes. theia
+    gives a split of a dataset for Theia; if interrupted it is begun anew, and once it stands it is never written again.
     """
     from cli.convert import export_cache, show_export
 

@@ -33,7 +33,7 @@ class Meter:
 
     def add(self, report: UnitReport) -> None:
         self.rows += report.rows
-        self.masked += report.masked
+        self.masked += report.masked + sum(report.nonfinite.values())
         self.failed += bool(report.failures)
         for stage, seconds in report.seconds.items():
             self._stages[stage] = self._stages.get(stage, 0.0) + seconds

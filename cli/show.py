@@ -35,6 +35,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "rows_per_second": round(summary.rows_per_second, 3),
         "bytes": summary.bytes,
         "masked": summary.masked,
+        "nonfinite": summary.nonfinite,
         "remaining_units": summary.remaining_units,
         "saturated": summary.saturated,
         "failed": [{"teacher": f.teacher, "unit": f.unit, "reason": f.reason} for f in summary.failures],
@@ -42,8 +43,11 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def show_summary(console: Console, summary: RunSummary) -> None:
-    if summary.masked:
-        _say(console, f"{plural(summary.masked, 'row')} masked: `kpu-cache status {summary.out}` lists them")
+    reasons = [f"{summary.masked:,} undecodable"] * bool(summary.masked)
+    reasons += [f"{rows:,} with NaN or infinity from teacher {name}" for name, rows in summary.nonfinite.items()]
+    if reasons:
+        masked = plural(summary.masked + sum(summary.nonfinite.values()), "row")
+        _say(console, f"{masked} masked ({', '.join(reasons)}): `kpu-cache status {summary.out}` lists them")
     for name, share in summary.saturated.items():
         if share > SATURATED_SHARE:
             _say(
@@ -105,6 +109,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "rows": plan.rows,
         "samples": plan.samples,
+        "labels": sum(len(part) - part["label"].null_count for part in cache.samples.iter_batches(["label"])),
         "views": plan.views,
         "unit_rows": plan.unit_rows,
         "units": plan.units,
@@ -133,6 +138,7 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
     )
     units = f"{plural(described['units'], 'unit')} of {described['unit_rows']}"
     _say(console, f"rows     {described['rows']:,}{views} in {units}")
+    _say(console, f"labels   for {described['labels']:,} of {plural(described['rows'], 'row')}")
     if described["classes"]:
         names = described["classes"]
         _say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")

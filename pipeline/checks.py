@@ -1,17 +1,22 @@
-"""What a run checks of its teachers against the caches that stand, before it writes anything."""
+"""What a run checks of its teachers, against the caches that stand and the classes of the data."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from cache import layout
-from cache.errors import MismatchError, NotACacheError
+from cache.errors import ConfigError, MismatchError, NotACacheError
 from cache.locations import open_storage, stands
 from cache.plans import load_plan, read_checked
 from cache.published import STATISTICS
-from cache.spec import TeacherSpec
+from cache.samples import Samples
+from cache.spec import LABEL_OF_NOTHING, Plan, TeacherSpec
 from cache.statistics import Statistics, load_statistics, same_statistics
 from cache.teachers import OWN_CALIBRATION, check_same, load_teacher, read_teacher, teacher_names
 from pipeline.config import ExtractConfig
+from pipeline.observers import Observer
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,13 @@ class Calibration:
     origin: str = OWN_CALIBRATION
 
 
-def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec]) -> None:
+def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes: Sequence[str] | None) -> None:
     """Compare loaded teachers with those of the same names in the cache at `out`, and in the one to calibrate from.
 
+    The labels of those that are new are compared with the data's `classes`, where it names them.
+
     Raises:
+        ConfigError: a label stands for no class of the data.
         MismatchError: one was made otherwise, or is not in the cache to take the calibration from.
         NotACacheError: there is no cache to take the calibration from.
     """
@@ -34,6 +42,7 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec]) -> None:
     for spec in specs:
         borrowed = None if config.calibration_from is None else borrow(config.calibration_from, spec)
         if storage is None or spec.name not in published:
+            _check_labels(spec, classes)
             continue
         standing = read_teacher(storage, spec.name)
         check_same(standing.spec, spec)
@@ -41,6 +50,35 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec]) -> None:
             file = f"{layout.teacher(spec.name)}/{STATISTICS}"
             raw = read_checked(storage, file, standing.files[STATISTICS], teacher=spec.name)
             check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
+
+
+def _check_labels(spec: TeacherSpec, classes: Sequence[str] | None) -> None:
+    known = range(len(classes)) if classes is not None else range(sys.maxsize)
+    outside = sorted({label for label in spec.labels or () if label not in known and label != LABEL_OF_NOTHING})
+    if outside:
+        expected = f"numbers from 0 to {known[-1]}, the data's classes" if classes else "numbers from 0"
+        raise ConfigError(
+            f"teacher {spec.name!r}: labels: expected {expected}, or null for none of them, found "
+            f"{', '.join(map(str, outside))}"
+        )
+
+
+def warn_of_labels(specs: Sequence[TeacherSpec], plan: Plan, samples: Samples, observer: Observer) -> None:
+    """Warn of teachers' labels above all of the data's, where the data does not name its classes.
+
+    It is no error, for the data may be a part without images of the last classes.
+    """
+    wanted = {spec.name: max(spec.labels) for spec in specs if spec.labels}
+    if plan.classes is not None or not wanted:
+        return
+    found = (pc.max(part["label"]).as_py() for part in samples.iter_batches(["label"]))
+    largest = max((label for label in found if label is not None), default=sys.maxsize)
+    for name, label in wanted.items():
+        if label > largest:
+            observer.warn(
+                f"teacher {name!r}: labels: expected numbers up to {largest}, the largest label in the data, found "
+                f"{label}; that is right only if the data lacks images of this class"
+            )
 
 
 def check_calibration(

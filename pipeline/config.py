@@ -32,11 +32,14 @@ _HOW: Final = {
 
 
 class DataConfig(Section):
-    """Where the images are. `image`, `label` and `key` name columns or members where the default is not right."""
+    """Where the images are. `image`, `label` and `key` name columns or members where the default is not right.
+
+    `label: false` leaves labels out.
+    """
 
     source: Text | tuple[Text, ...] = Field(description="a path, URL or pattern, or a list of them")
     image: Text | None = Field(default=None, description="a name, or null")
-    label: Text | None = Field(default=None, description="a name, or null")
+    label: Text | Literal[False] | None = Field(default=None, description="a name, false for no labels, or null")
     key: Text | None = Field(default=None, description="a name, or null")
     limit: Positive | None = Field(default=None, description=_COUNT_OR_NULL)
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from pydantic import ValidationError
 
-from cache.errors import KpuError
+from cache.errors import KpuError, SourceError
 from cache.locations import open_storage
+from cache.originals import if_moved, source_at
 from cache.reader import Cache, open_cache
 from cache.runs import latest_run
 from cache.sources import open_source
@@ -18,25 +19,31 @@ from pipeline.teachers import ship
 from pipeline.worker import Worker, WorkerSetup
 
 BATCH = 64
+_IMAGES = "--images"
 RESOLUTION = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # from one number to the next, relative
 
 
-def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tuple[VerifyReport, int]:
+def verify_deep(
+    path: str, report: VerifyReport, *, rows: int, seed: int, images: str | None = None
+) -> tuple[VerifyReport, int]:
     """Add to `report` every sampled row whose features, computed again, differ by more than one grid step.
 
-    At most `rows` rows are sampled; their number is returned too.
+    At most `rows` rows are sampled; their number is returned too. `images` stands in for the root that the cache
+    remembers.
 
     Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
     standard deviations, and one step of their number format: another CPU or thread count may round differently.
 
     Raises:
+        ConfigError: there is no folder `images`.
         KpuError: the source or a teacher cannot be loaded again.
     """
     cache = open_cache(path)
     problems = list(report.problems)
+    source = _source(cache) if images is None else source_at(cache, images, _IMAGES)
     config = _config(cache, path)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
-    worker = Worker(WorkerSetup(config, shipped, _source(cache), "verify"), cache.plan.threads)
+    worker = Worker(WorkerSetup(config, shipped, source, "verify"), cache.plan.threads)
     try:
         for description in worker.describe():
             standing = cache.teachers[description.spec.name].spec
@@ -44,6 +51,8 @@ def verify_deep(path: str, report: VerifyReport, *, rows: int, seed: int) -> tup
         picked = _sample(cache, rows, seed)
         for start in range(0, len(picked), BATCH):
             problems += _compare(cache, worker, picked[start : start + BATCH])
+    except SourceError as error:
+        raise SourceError(f"{error}. {if_moved(cache, _IMAGES)}") from error
     finally:
         worker.close()
     return report.with_problems(problems), len(picked)

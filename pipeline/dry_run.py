@@ -71,7 +71,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     observer.phase("load", ", ".join(shipped))
     with open_executor(WorkerSetup(loaded, shipped, source.spec, new_run_id()), threads, observer) as executor:
         specs = [description.spec for description in executor.call("describe")]
-        check_teachers(config, specs)
+        check_teachers(config, specs, source.classes)
         observer.phase("plan", f"listing {source.spec.root}")
         sample, rows = _list(source, config, standing)
         observer.phase("measure", f"{sample.num_rows} rows")

@@ -15,11 +15,12 @@ from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
 from cache.published import teacher_folders
 from cache.records import Mask, count_rows, lost_images, units_left
+from cache.samples import Samples
 from cache.sources import open_source
 from cache.spec import Plan
 from cache.storage import Storage
 from pipeline.calibration import calibrate_teachers
-from pipeline.checks import check_teachers
+from pipeline.checks import check_teachers, warn_of_labels
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor, open_executor
 from pipeline.observers import Observer, Silent
@@ -58,13 +59,14 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     setup = WorkerSetup(config, shipped, source.spec, run_id)
     with left_as_it_was(config.out), open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
-        check_teachers(config, [teacher.spec for teacher in teachers])
+        check_teachers(config, [teacher.spec for teacher in teachers], source.classes)
         loaded = perf_counter()
 
         storage = open_storage(config.out, create=True)
         with lease(storage, run_id):
             observer.phase("plan", f"listing {source.spec.root}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id)
+            warn_of_labels([t.spec for t in teachers], plan, Samples(storage, plan), observer)
             planned = perf_counter()
             collect_garbage(storage, quarantine=False)
 

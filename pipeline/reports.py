@@ -30,7 +30,9 @@ class Failure:
 class UnitReport:
     """One finished task. `seconds` is busy time by stage; stages overlap, so the sum may exceed the wall time.
 
-    `saturated` is how many values are beyond the range of the codec, and of how many, by teacher that was committed.
+    `masked` rows have no image that can be decoded. By teacher that was committed, `saturated` is how many values are
+    beyond the range of the codec, and of how many, and `nonfinite` how many other rows are masked for this teacher
+    alone, which gave NaN or infinity for them.
     """
 
     task: Task
@@ -40,6 +42,7 @@ class UnitReport:
     seconds: dict[str, float]
     failures: tuple[Failure, ...] = ()
     saturated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 class Stopwatch:

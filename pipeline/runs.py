@@ -45,7 +45,9 @@ LINES_PER_PART = 1000
 class RunSummary:
     """The outcome: `remaining_units` units still lack a teacher; `failures` are those of this run.
 
-    `saturated` is the share of values beyond the range of the codec, by teacher that has any.
+    `masked` rows have no image that can be decoded. By teacher that has any, `saturated` is the share of values beyond
+    the range of the codec, and `nonfinite` the number of other rows that are masked for this teacher alone, which gave
+    NaN or infinity for them.
     """
 
     id: str
@@ -57,6 +59,7 @@ class RunSummary:
     remaining_units: int
     failures: tuple[Failure, ...]
     saturated: dict[str, float] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -86,6 +89,7 @@ class Run:
         self._failures: list[Failure] = []
         self._saturated: Counter[str] = Counter()
         self._values: Counter[str] = Counter()
+        self._nonfinite: Counter[str] = Counter()
         self._lines: list[str] = []
         self._part = 0
         self._document: dict[str, Any] = {
@@ -134,6 +138,7 @@ class Run:
         for name, (saturated, values) in report.saturated.items():
             self._saturated[name] += saturated
             self._values[name] += values
+        self._nonfinite.update(report.nonfinite)
         self._lines.append(json.dumps({"time": _now(), **asdict(report)}, ensure_ascii=False))
         if perf_counter() - self._saved > SAVE_EVERY_SECONDS:
             self._save()
@@ -144,12 +149,15 @@ class Run:
         self._close("complete" if left == 0 else "incomplete")
         return RunSummary(
             self.id, self._out, self._rows, self._document["seconds"], self._bytes, self._masked, left,
-            tuple(self._failures), self._saturated_shares(),
+            tuple(self._failures), self._saturated_shares(), self._nonfinite_rows(),
         )  # fmt: skip
 
     def _saturated_shares(self) -> dict[str, float]:
         """The share of each teacher's values; teachers without any are left out."""
         return {name: float(f"{count / self._values[name]:.6g}") for name, count in self._saturated.items() if count}
+
+    def _nonfinite_rows(self) -> dict[str, int]:
+        return {name: rows for name, rows in self._nonfinite.items() if rows}
 
     def _close(self, status: str) -> None:
         self._document |= {"status": status, "finished": _now()}
@@ -164,6 +172,7 @@ class Run:
             "stage_seconds": {stage: round(total, 3) for stage, total in self._totals.items()},
             "bytes": self._bytes,
             "masked": self._masked,
+            "nonfinite": self._nonfinite_rows(),
             "saturated": self._saturated_shares(),
             "failed": [asdict(failure) for failure in self._failures],
         }

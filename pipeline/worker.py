@@ -198,7 +198,8 @@ class Worker:
             standing = load_images(self._storage, plan, task.unit)
         assert standing is not None
         valid = standing[1].status == ImageStatus.OK
-        written, failures, saturated = 0, list[Failure](), dict[str, tuple[int, int]]()
+        written, failures = 0, list[Failure]()
+        saturated, masked_alone = dict[str, tuple[int, int]](), dict[str, int]()
         for name in task.teachers:
             nonfinite = valid & ~computed.teachers[name].finite
             if nonfinite.any() and not self._config.allow_nonfinite:
@@ -209,8 +210,11 @@ class Worker:
             written += sum(output.bytes for output in record.outputs.values())
             usable = int((valid & ~nonfinite).sum())
             saturated[name] = _saturated(record, usable, self._engine.teachers[name].outputs)
+            masked_alone[name] = int(nonfinite.sum())
         masked = int((~valid).sum())
-        return UnitReport(task, table.num_rows, masked, written, watch.seconds, tuple(failures), saturated)
+        return UnitReport(
+            task, table.num_rows, masked, written, watch.seconds, tuple(failures), saturated, masked_alone
+        )
 
     def _commit_teacher(
         self,

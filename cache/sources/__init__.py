@@ -6,7 +6,7 @@ addresses that the listing gave.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import pyarrow as pa
 
@@ -30,7 +30,7 @@ class Data(Protocol):
     @property
     def image(self) -> str | None: ...
     @property
-    def label(self) -> str | None: ...
+    def label(self) -> str | Literal[False] | None: ...
     @property
     def key(self) -> str | None: ...
     @property
@@ -50,7 +50,7 @@ class Source(Protocol):
 
         Raises:
             SourceError: while iterating: nothing found, something unreadable or malformed, or, at the end, a
-                duplicate key.
+                duplicate key, or no label where the configuration names where they are.
         """
         ...
 
@@ -84,20 +84,19 @@ def open_source(data: Data) -> Source:
     """Find what `data` names and see what kind of source it is.
 
     Raises:
-        SourceError: it does not exist, mixes kinds, or (Parquet) lacks a column.
+        SourceError: it does not exist, mixes kinds, or (Parquet) lacks a column or has another type of it.
         ConfigError: an option that this kind of source has no use for.
     """
     located = locate(data.source)
-    listing: _Listing
     if located.kind == "folder":
         _refuse(data, "a folder of images", "image", "label", "key")
-        listing = FolderListing(located)
-    elif located.kind == "tar":
+        return _Checked(FolderListing(located), data.limit)
+    if located.kind == "tar":
         _refuse(data, "tars", "key")
-        listing = TarListing(located, data.image, data.label)
-    else:
-        listing = ParquetListing(located, data.image, data.label, data.key)
-    return _Checked(listing, data.limit)
+        tars = TarListing(located, data.image, data.label)
+        return _Checked(tars, data.limit, tars.unlabelled if data.label else None)
+    tables = ParquetListing(located, data.image, data.label, data.key)
+    return _Checked(tables, data.limit, tables.unlabelled if data.label else None)
 
 
 def source_reader(spec: SourceSpec) -> SourceReader:
@@ -113,10 +112,13 @@ _READERS: Final[dict[str, Callable[[SourceSpec], SourceReader]]] = {
 
 
 class _Checked:
-    """A listing cut to `limit` rows, with unique keys and at least one row."""
+    """A listing cut to `limit` rows, with unique keys and at least one row.
 
-    def __init__(self, listing: _Listing, limit: int | None) -> None:
-        self._listing, self._limit = listing, limit
+    `unlabelled` is given where labels were asked for by name: what to say where no row has one.
+    """
+
+    def __init__(self, listing: _Listing, limit: int | None, unlabelled: Callable[[], str] | None = None) -> None:
+        self._listing, self._limit, self._unlabelled = listing, limit, unlabelled
         self.spec = listing.spec
 
     @property
@@ -128,7 +130,12 @@ class _Checked:
         first = next(batches, None)
         if first is None:
             raise SourceError(f"data.source: nothing to extract: {self._listing.nothing()}")
-        yield from itertools.chain([first], batches)
+        labelled = False
+        for batch in itertools.chain([first], batches):
+            labelled = labelled or batch.column("label").null_count < batch.num_rows
+            yield batch
+        if self._unlabelled is not None and not labelled:
+            raise SourceError(self._unlabelled())
 
     def _limited(self) -> Iterator[pa.RecordBatch]:
         left = self._limit

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +16,26 @@ from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
 
-_INTEGERS: Final = (pa.types.is_integer, pa.types.is_boolean)
+_INTEGERS: Final = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
 
 
 class ParquetListing:
     """The rows of some Parquet files, in order; no image is read.
 
-    `image`, `label`, `key` name columns; without them the image column is found by its type, `label` is taken if it is
-    an integer column, and a row's key is `<file without extension>:<row>`.
+    `image`, `label`, `key` name columns; without them the image column is found by its type, `label` is taken where
+    there is one, and a row's key is `<file without extension>:<row>`. A `label` of False leaves labels out.
     """
 
-    def __init__(self, located: Located, image: str | None, label: str | None, key: str | None) -> None:
+    def __init__(
+        self, located: Located, image: str | None, label: str | Literal[False] | None, key: str | None
+    ) -> None:
         self._files = located.files
         self._entries = [entry.path for entry in located.entries]
         self._label, self._key = label, key
         first = open_parquet(self._files, self._entries[0])
         self._image = image_column(first.schema_arrow, self._files.name(self._entries[0]), image)
         self._classes_of_first = _classes(first.schema_arrow, self._label_column(first, self._entries[0]))
-        options = {"image": self._image, "label": label, "key": key}
+        options = {"image": self._image, "label": label or None, "key": key}
         self.spec = SourceSpec(kind="parquet", root=self._files.root, options=options)
 
     @cached_property
@@ -62,6 +64,13 @@ class ParquetListing:
     def nothing(self) -> str:
         """What to say where there is no row."""
         return f"{self._files.root}: {len(self._entries)} Parquet files hold no row"
+
+    def unlabelled(self) -> str:
+        """What to say where no row has a label."""
+        return (
+            f"{self._files.root}: column {self._label!r} (data.label): expected a class number in some row, found null "
+            "in every row; name another column, or set data.label: false to go without labels"
+        )
 
     def _file(self, file: str, opened: pq.ParquetFile, label: str | None) -> Iterator[pa.RecordBatch]:
         metadata = opened.metadata
@@ -122,15 +131,16 @@ class ParquetListing:
     def _label_column(self, opened: pq.ParquetFile, file: str) -> str | None:
         schema = opened.schema_arrow
         name = self._label or "label"
-        suits = name in schema.names and any(check(schema.field(name).type) for check in _INTEGERS)
-        if self._label is None:
-            return name if suits else None
+        if self._label is False or (self._label is None and name not in schema.names):
+            return None
         if name not in schema.names:
             raise _no_column(self._files.name(file), "data.label", name, schema)
-        if not suits:
+        found = schema.field(name).type
+        if not any(check(found) for check in _INTEGERS):
             raise SourceError(
-                f"{self._files.name(file)}: column {name!r} (data.label): expected integers, "
-                f"found {schema.field(name).type}"
+                f"{self._files.name(file)}: column {name!r} (data.label): expected integers, the numbers of the "
+                f"classes, found {found}; write them as such, name another column, or set data.label: false to go "
+                "without labels"
             )
         return name
 

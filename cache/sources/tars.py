@@ -7,7 +7,7 @@ are keys only: nothing is ever unpacked, so `..` and absolute names are harmless
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -35,19 +35,19 @@ class TarListing:
     """The samples of some tars, in their order.
 
     `image` and `label` are the extensions of the image and of its class number (`jpg;png` names alternatives); without
-    them an image is known by its extension, and the label is what `.cls` says.
+    them an image is known by its extension, and the label is what `.cls` says. A `label` of False leaves labels out.
     """
 
     unique_keys = False
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, located: Located, image: str | None, label: str | None) -> None:
+    def __init__(self, located: Located, image: str | None, label: str | Literal[False] | None) -> None:
         self._files = located.files
         self._tars = [entry.path for entry in located.entries]
         self._image = _extensions(image)
-        self._label = _extensions(label) or ("cls",)
+        self._label = () if label is False else _extensions(label) or ("cls",)
         self._seen: set[str] = set()
-        self.spec = SourceSpec(kind="tar", root=self._files.root, options={"image": image, "label": label})
+        self.spec = SourceSpec(kind="tar", root=self._files.root, options={"image": image, "label": label or None})
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Columns key, file, offset, length and label."""
@@ -61,8 +61,21 @@ class TarListing:
     def nothing(self) -> str:
         """What to say where there is no image."""
         expected = " or ".join(f".{name}" for name in self._image) or "an image extension"
-        found = ", ".join(f".{name}" for name in sorted(self._seen)[:20]) or "no members"
-        return f"{self._files.root}: {len(self._tars)} tars hold no member with {expected} (data.image); found {found}"
+        return f"{self._hold_none(expected)} (data.image); found {self._found()}"
+
+    def unlabelled(self) -> str:
+        """What to say where no image has a label."""
+        expected = " or ".join(f".{name}" for name in self._label)
+        return (
+            f"{self._hold_none(expected)} (data.label) beside an image; found {self._found()}: name the one that holds "
+            "class numbers, or set data.label: false to go without labels"
+        )
+
+    def _hold_none(self, expected: str) -> str:
+        return f"{self._files.root}: {len(self._tars)} tars hold no member with {expected}"
+
+    def _found(self) -> str:
+        return ", ".join(f".{name}" for name in sorted(self._seen)[:20]) or "no members"
 
     def _scans(self) -> Iterator[tuple[str, list[_Sample]]]:
         if self._files.local:
@@ -118,7 +131,8 @@ class TarListing:
                 except ValueError:
                     raise SourceError(
                         f"{self._files.name(tar)}: member {part.name!r} at offset {part.offset}: expected a class "
-                        f"number, found {text[:40]!r}; set data.label to the extension that holds one"
+                        f"number, found {text[:40]!r}; set data.label to the extension that holds one, or to false to "
+                        "go without labels"
                     ) from None
         return None
 

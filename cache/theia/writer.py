@@ -118,7 +118,7 @@ def refuse_standing(folder: Path, split: str) -> None:
         ConfigError: it does.
     """
     if split in read_splits(folder):
-        raise ConfigError(f"split: {folder / SPLITS} has {split!r} already; choose another --split or --dataset")
+        raise ConfigError(f"split: {folder / SPLITS} has {split!r} already, whole; choose another --split or --dataset")
     for tar in sorted(folder.glob("*/*.tar")):
         if is_tar_of(tar.name, split) and not tar.parent.name.startswith("."):
             raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cache.errors import ConfigError, TeacherError
 from cache.layout import check_name
-from cache.spec import CodecSpec, OutputSpec, ShardFormat, TeacherSpec
+from cache.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, ShardFormat, TeacherSpec
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, reason
 from pipeline.teachers.weights import weights_digest
@@ -21,7 +21,6 @@ from pipeline.teachers.weights import weights_digest
 Precision = Literal["fp32", "bf16", "fp16"]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_IMAGES = 2
-_LABEL_OF_NOTHING = -1
 
 
 class Teacher:
@@ -193,7 +192,7 @@ class Teacher:
         classes = len(self.head[0])
         if len(config.labels) != classes:
             raise TeacherError(f"{self._who}: labels: expected {classes}, one a class, found {len(config.labels)}")
-        return tuple(_LABEL_OF_NOTHING if label is None else label for label in config.labels)
+        return tuple(LABEL_OF_NOTHING if label is None else label for label in config.labels)
 
 
 def _choose_precision(wanted: str, device: torch.device) -> Precision:

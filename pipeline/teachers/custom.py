@@ -28,9 +28,10 @@ from cache.digests import digest
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason
-from pipeline.teachers.weights import RANDOM, initialise, load_strictly, read_weights, seeded
+from pipeline.teachers.weights import RANDOM, build_twice, initialise, load_strictly, read_weights, seeded
 
 _OWN_NAME = "kpu_teacher_"
+_NAMED_AT_MOST = 5
 
 
 def split_model(model: str) -> tuple[str, str]:
@@ -59,7 +60,7 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
 
     Raises:
         TeacherError: the file or module does not import, has no such factory, the factory fails or returns something
-            else, or the weights do not fit.
+            else, the weights do not fit, or none are given and the factory loads none.
     """
     who = describe(name, config)
     place, factory_name = split_model(config.model)
@@ -70,6 +71,8 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
         build = partial(_build, factory, state, who)
         if config.weights == RANDOM:
             module = initialise(build, f"torch:{factory_name}", seed)
+        elif config.weights is None:
+            module = _with_own_weights(build, who)
         else:
             with seeded(seed):
                 module = build()
@@ -141,6 +144,19 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
         raise TeacherError(f"{who}: the factory raised {reason(error)}") from error
     if not isinstance(module, nn.Module):
         raise TeacherError(f"{who}: expected the factory to return an nn.Module, found {type(module).__name__}")
+    return module
+
+
+def _with_own_weights(build: Callable[[], nn.Module], who: str) -> nn.Module:
+    """What a factory gives that loads trained weights by itself: the same, whatever the seed."""
+    module, drawn = build_twice(build)
+    if drawn:
+        more = f" and {len(drawn) - _NAMED_AT_MOST} more" if len(drawn) > _NAMED_AT_MOST else ""
+        raise TeacherError(
+            f"{who}: weights: expected a file of weights, or a factory that loads its own, found null and random "
+            f"values in {', '.join(drawn[:_NAMED_AT_MOST])}{more}; give weights: <file.safetensors or .pth>, or "
+            "weights: random where random ones are wanted"
+        )
     return module
 
 

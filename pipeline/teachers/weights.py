@@ -7,7 +7,7 @@ import random
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,7 +48,7 @@ def read_weights(path: str, who: str) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise TeacherError(
-            f"{who}: weights: {path} is no safetensors file or plain torch state_dict ({_first_line(error)}); "
+            f"{who}: weights: {path} is no safetensors file or plain torch state_dict ({_found(file, error)}); "
             "save the model's state_dict() with safetensors or torch.save"
         ) from None
     for wrapper in _WRAPPERS:
@@ -94,8 +94,12 @@ def weights_digest(module: nn.Module) -> str:
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name, tensor in sorted(module.state_dict().items()):
         state.update(canonical_json([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]))
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(_raw(tensor))
     return state.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -104,7 +108,7 @@ def seeded(seed: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)
         yield
     finally:
@@ -113,19 +117,28 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def build_twice(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[str]]:
+    """Build a model under two seeds: the second, and the names of its tensors that are not as in the first.
+
+    Of the first only digests are kept, so that there is room for a large one.
+    """
+    with seeded(0):
+        first = {name: digest(_raw(tensor)) for name, tensor in build().state_dict().items()}
+    with seeded(1):
+        module = build()
+    return module, [name for name, tensor in module.state_dict().items() if digest(_raw(tensor)) != first.get(name)]
+
+
 def initialise(build: Callable[[], nn.Module], identity: str, seed: int) -> nn.Module:
     """Build a model whose random parameters depend on `identity` and `seed` alone, bit for bit on every machine.
 
-    torch's own draws differ with the CPU's vector instructions. So the model is built under two seeds, and every
-    tensor that came out differently is drawn anew, uniform with variance 1 / fan-in, from a counter-based generator.
-    What the model sets to fixed values stays.
+    torch's own draws differ with the CPU's vector instructions. So every tensor that `build_twice` finds to be random
+    is drawn anew, uniform with variance 1 / fan-in, from a counter-based generator. What the model sets to fixed values
+    stays.
     """
-    with seeded(0):
-        other = build().state_dict()
-    with seeded(1):
-        module = build()
+    module, drawn = build_twice(build)
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.equal(tensor, other[name]):
+        if tensor.is_floating_point() and name in drawn:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else tensor.numel()
             key = digest(canonical_json([identity, seed, name]))
             tensor.copy_(torch.from_numpy(_uniform(tensor.numel(), key, math.sqrt(3 / fan_in))).view_as(tensor))
@@ -149,6 +162,17 @@ def can_reach(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _found(file: Path, error: BaseException) -> str:
+    """What is wrong with a file of weights. torch's advice, to run the code in it, is not passed on."""
+    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
+        return _first_line(error)
+    objects: list[str] = []
+    with suppress(Exception):  # it reads checkpoints in the newer of torch's two formats
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    names = ", ".join(objects[:_NAMED_AT_MOST])
+    return f"it holds {names} besides tensors" if names else "it holds something other than tensors"
 
 
 def _first_line(error: BaseException) -> str:

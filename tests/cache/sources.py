@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -15,7 +15,7 @@ class Data:
 
     source: str | Sequence[str]
     image: str | None = None
-    label: str | None = None
+    label: str | Literal[False] | None = None
     key: str | None = None
     limit: int | None = None
 

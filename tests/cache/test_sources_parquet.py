@@ -69,19 +69,37 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_missing_or_unfit_columns_are_named_with_those_that_exist(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.parquet", {"image": pa.array([b"1"]), "label": ["cat"]})
+    path = write(tmp_path / "t.parquet", {"image": pa.array([b"1"]), "name": ["cat"]})
     for option in ("image", "label", "key"):
-        with pytest.raises(SourceError, match=rf"has no column 'x' \(data\.{option}\); its columns are image, label"):
+        with pytest.raises(SourceError, match=rf"has no column 'x' \(data\.{option}\); its columns are image, name"):
             listing(path, **{option: "x"})
     with pytest.raises(
-        SourceError, match=r"'label' \(data\.image\): expected binary or struct<bytes, path>, found string"
+        SourceError, match=r"'name' \(data\.image\): expected binary or struct<bytes, path>, found string"
     ):
-        listing(path, image="label")
-    with pytest.raises(SourceError, match=r"'label' \(data\.label\): expected integers, found string"):
-        listing(path, label="label")
-    assert listing(path)["label"].to_pylist() == [None], "a label that is no number is not taken unasked"
+        listing(path, image="name")
     with pytest.raises(SourceError, match=r"found none among the columns text \(string\)"):
         listing(write(tmp_path / "u.parquet", {"text": ["a"]}))
+
+
+@pytest.mark.parametrize("column", [pa.array(["cat", "dog"]), pa.array([1.0, None])])
+@pytest.mark.parametrize("label", [None, "label"])
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path: Path, column: pa.Array, label: str | None) -> None:
+    path = write(tmp_path / "t.parquet", {"image": images(2), "label": column})
+    expected = rf"t\.parquet: column 'label' \(data\.label\): expected integers, .* found {column.type}; .*label: false"
+    with pytest.raises(SourceError, match=expected):
+        listing(path, label=label)
+    assert listing(path, label=False)["label"].to_pylist() == [None, None]
+
+
+def test_a_named_column_without_any_label_is_refused(tmp_path: Path) -> None:
+    columns = {"image": images(2), "label": pa.nulls(2), "species": pa.array([None, 4], pa.int16())}
+    path = write(tmp_path / "t.parquet", columns)
+    assert listing(path)["label"].to_pylist() == [None, None]
+    assert listing(path, label="species")["label"].to_pylist() == [None, 4]
+    for limit, label in ((None, "label"), (1, "species")):
+        with pytest.raises(SourceError, match=rf"column '{label}' \(data\.label\): .* found null in every row"):
+            listing(path, label=label, limit=limit)
+    assert open_source(Data(str(path), label=False)).spec == open_source(Data(str(path))).spec
 
 
 @pytest.mark.parametrize(

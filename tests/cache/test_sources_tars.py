@@ -146,6 +146,16 @@ def test_image_and_label_can_be_chosen(tmp_path: Path) -> None:
         listing(path, key="x")
 
 
+def test_a_named_label_that_no_image_has_is_refused(tmp_path: Path) -> None:
+    path = pack(tmp_path / "s.tar", SMALL)
+    message = r"no member with \.clss \(data\.label\) .* found \.cls, \.jpg, \.png, \.txt"
+    for limit in (None, 1):
+        with pytest.raises(SourceError, match=message):
+            listing(path, label="clss", limit=limit)
+    assert listing(path, label="clss;cls")["label"].to_pylist() == [3, 12, None]
+    assert listing(path, label=False)["label"].to_pylist() == [None] * 3
+
+
 def test_label_that_is_no_number_is_named(tmp_path: Path) -> None:
     path = pack(tmp_path / "s.tar", [("x.jpg", b"1"), ("x.cls", b"tabby cat")])
     with pytest.raises(

@@ -86,7 +86,9 @@ def test_info(original: Path) -> None:
     described = kpu_json("info", original)
     assert described["classes"] == ["cats"]
     assert described["teachers"]["t"]["outputs"][1] == {"name": "patch", "shape": [4, 6], "grid": [2, 2]}
+    assert described["labels"] == 71
     text = kpu("info", original).stdout
+    assert "labels   for 71 of 71 rows" in text
     assert "output   patch: 4 x 6 (grid 2 x 2), calibrated on 280 vectors" in text
     assert "codec    fp16" in text
 

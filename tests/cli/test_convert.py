@@ -14,7 +14,7 @@ from cache import open_cache
 from cache.pixels.views import resolve_view
 from tests.cache.builders import tree
 from tests.cache.theia_builders import members
-from tests.toys import assert_refused, kpu, kpu_json, write_images, write_teacher
+from tests.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
 from trainer.config import StudentConfig
 from trainer.corpus import Corpus
 from trainer.images import ImageReader
@@ -151,7 +151,11 @@ def test_what_export_refuses(place: Path, imported: Path, tmp_path: Path) -> Non
     assert_refused(kpu("export", cache, cache), "another place")
     assert_refused(kpu("export", cache, place / "images"), "found a folder with 'cats'")
     assert_refused(kpu("export", cache, imported), "another plan")
-    assert_refused(kpu("export", cache, place / "root", "--format", "theia"), "has 'train' already")
+    before = snapshot(place / "root")
+    assert_refused(kpu("export", cache, place / "root", "--format", "theia"), "has 'train' already, whole")
+    assert snapshot(place / "root") == before
+    described = " ".join(kpu("export", "--help").stdout.split())
+    assert "theia gives a split of a dataset for Theia; if interrupted it is begun anew" in described
     incomplete = shutil.copytree(cache, tmp_path / "incomplete.kpu")
     (incomplete / "teachers/u/commits/000001.json").unlink()
     assert_refused(kpu("export", incomplete, out), "'u': expected all 2 units, found 1 not committed (unit 1)")

@@ -304,6 +304,8 @@ def test_nan_fails_its_unit_alone_and_names_the_image(red: Path, original: Made,
 
     allowed = kpu("extract", *arguments, "--set", "allow_nonfinite=true")
     assert allowed.exit_code == 0, allowed.output
+    line = f"1 row masked (1 with NaN or infinity from teacher t): `kpu-cache status {out}` lists them"
+    assert line in allowed.stdout
     status = kpu_json("status", out)
     assert status["complete"] and not status["failed"]
     assert status["masked"] == [{"key": "064.png", "row": 64, "reason": "NaN or infinity from teacher t"}]

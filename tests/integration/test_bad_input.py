@@ -227,6 +227,7 @@ SETTINGS: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = {
     "wrong value": (lambda _: ["--set", "unit_rows=100"], ("unit_rows", "power of two from 64 to 4096", "found 100")),
     "unknown layer": (lambda _: ["--set", "teachers.t.layers=[stem]"], ("teacher 't'", "stem")),
     "labels": (lambda _: ["--set", "teachers.t.labels=[1]"], ("labels", "expected 3", "found 1")),
+    "negative label": (lambda _: ["--set", "teachers.t.labels=[0, null, -2]"], ("labels", "from 0, or null", "-2")),
     "no cache to calibrate from": (
         lambda place: ["--set", f"calibration_from={place}/images"],
         ("calibration_from", "images", "expected a cache"),

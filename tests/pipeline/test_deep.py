@@ -101,6 +101,9 @@ def test_images_that_are_gone(original: Path, tmp_path: Path) -> None:
     moved = original.parent / "images"
     moved.rename(tmp_path / "away")
     try:
-        assert_refused(kpu("verify", "--deep", original), "images/0", "no such file")
+        assert_refused(kpu("verify", "--deep", original), "images/0", "no such file", "set --images to where they are")
+        assert "64 rows computed again" in kpu("verify", "--deep", "--images", tmp_path / "away", original).stdout
+        assert_refused(kpu("verify", "--deep", "--images", moved, original), "--images", "found no folder")
+        assert_refused(kpu("verify", "--images", tmp_path / "away", original), "--images", "expected with --deep")
     finally:
         (tmp_path / "away").rename(moved)

@@ -35,7 +35,8 @@ def storage(out: Path) -> Storage:
 
 
 def report(unit: int, *failures: Failure, size: int = 100) -> UnitReport:
-    return UnitReport(Task(unit, ("t", "u")), 64, 2, size, {"decode": 0.5, "forward": 1.5}, failures)
+    seconds = {"decode": 0.5, "forward": 1.5}
+    return UnitReport(Task(unit, ("t", "u")), 64, 2, size, seconds, failures, nonfinite={"t": unit, "u": 0})
 
 
 def read(path: Path) -> Any:
@@ -52,7 +53,9 @@ def test_a_complete_run(config: ExtractConfig, storage: Storage, out: Path) -> N
         summary = run.finish([])
     assert summary.complete
     assert (summary.rows, summary.bytes, summary.masked, summary.remaining_units) == (192, 300, 6, 0)
+    assert summary.nonfinite == {"t": 3}
     document = read(out)
+    assert (document["masked"], document["nonfinite"]) == (6, {"t": 3})
     assert (document["status"], document["plan"]) == ("complete", plan.digest)
     assert document["rows"] == 192
     assert document["rows_per_second"] == pytest.approx(192 / document["seconds"], rel=0.5)

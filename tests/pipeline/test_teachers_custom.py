@@ -49,8 +49,8 @@ def write(folder: Path, body: str = "", name: str = "mine.py") -> Path:
     return path
 
 
-def config(path: Path | str, factory: str = "tiny", **options: Any) -> TeacherConfig:
-    return TeacherConfig.model_validate({"model": f"torch:{path}:{factory}", **options})
+def config(path: Path | str, factory: str = "tiny", weights: str | None = "random", **options: Any) -> TeacherConfig:
+    return TeacherConfig.model_validate({"model": f"torch:{path}:{factory}", "weights": weights, **options})
 
 
 def build(path: Path | str, factory: str = "tiny", **options: Any) -> Teacher:
@@ -115,11 +115,31 @@ def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
         build(path, weights=str(tmp_path / "w.safetensors"))
 
 
-def test_without_weights_the_factory_is_seeded(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    first = build(path).weights_digest
-    torch.manual_seed(99)
-    assert build(path).weights_digest == first
+def test_a_factory_without_weights_must_not_give_random_ones(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        def loading():
+            module = Tiny()
+            module.load_state_dict({name: torch.ones_like(tensor) for name, tensor in module.state_dict().items()})
+            return module
+
+        def headless():
+            module = loading()
+            module.head = nn.Linear(4, 2)
+            return module
+
+        def from_the_clock():
+            torch.seed()
+            return Tiny()
+        """,
+    )
+    state = torch.get_rng_state()
+    assert build(path, "loading", weights=None).weights_digest == build(path, "loading").weights_digest
+    for factory, names in (("headless", "head.weight, head.bias"), ("from_the_clock", "conv.weight, conv.bias, head.")):
+        with pytest.raises(TeacherError, match=rf"'t' .*:{factory}\): weights: expected .*{names}.*weights: random"):
+            build(path, factory, weights=None)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_factory_may_size_itself_by_the_weights(tmp_path: Path) -> None:

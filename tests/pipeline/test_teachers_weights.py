@@ -51,14 +51,17 @@ class Evil:
 def test_refuses_what_is_no_weights_file(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    with pytest.raises(TeacherError, match=rf"teacher 't': weights: .*w\{suffix}"):
+    with pytest.raises(TeacherError, match=rf"teacher 't': weights: .*w\{suffix}.*save the model's") as caught:
         read_weights(str(path), "teacher 't'")
+    assert "weights_only" not in str(caught.value)
 
 
-def test_refuses_pickled_code(tmp_path: Path) -> None:
-    torch.save({"a": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(TeacherError, match=r"w\.pth"):
+@pytest.mark.parametrize(("newer", "found"), [(True, r".*\.Evil besides"), (False, "something other than")])
+def test_refuses_pickled_code(tmp_path: Path, newer: bool, found: str) -> None:
+    torch.save({"a": Evil()}, tmp_path / "w.pth", _use_new_zipfile_serialization=newer)
+    with pytest.raises(TeacherError, match=rf"w\.pth .*\(it holds {found} tensors\); save the") as caught:
         read_weights(str(tmp_path / "w.pth"), "t")
+    assert "trust" not in str(caught.value) and "weights_only" not in str(caught.value)
 
 
 def test_refuses_a_file_without_tensors(tmp_path: Path) -> None:
@@ -89,6 +92,14 @@ def test_batch_counters_may_be_absent() -> None:
     state = tiny().state_dict()
     del state["1.num_batches_tracked"]
     load_strictly(tiny(), state, "t", "w.pth")
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1])
+def test_any_seed_that_a_configuration_may_have(seed: int) -> None:
+    with seeded(seed):
+        first = tiny()
+    with seeded(seed):
+        assert weights_digest(tiny()) == weights_digest(first)
 
 
 def test_digest_is_of_names_dtypes_shapes_and_values() -> None:

@@ -1,0 +1,50 @@
+"""What a run checks of its teachers before it writes: here, that their labels are classes of the data."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.toys import assert_refused, kpu, kpu_json, write_images, write_teacher
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("labels")
+    for name in ("cats", "dogs"):
+        write_images(place / "images" / name, 35)
+    write_teacher(place)
+    pictures = [path.read_bytes() for path in sorted((place / "images").glob("*/*.png"))]
+    pq.write_table(pa.table({"image": pictures, "label": [row % 2 for row in range(70)]}), place / "images.parquet")
+    return place
+
+
+def extraction(place: Path, images: str, labels: str, out: Path) -> list[object]:
+    teacher = f"t=torch:{place / 'toy.py'}:toy"
+    return ["extract", place / images, "-t", teacher, "--set", f"teachers.t.labels={labels}", "-o", out]
+
+
+@pytest.mark.parametrize("mode", [(), ("--dry-run",)], ids=["extract", "dry-run"])
+@pytest.mark.parametrize(("labels", "found"), [("[0, 5, 2]", "found 2, 5"), ("[0, 1, -2]", "found -2")])
+def test_a_label_that_is_no_class_of_the_data(
+    place: Path, tmp_path: Path, labels: str, found: str, mode: tuple[str, ...]
+) -> None:
+    result = kpu(*extraction(place, "images", labels, tmp_path / "o.kpu"), *mode)
+    assert_refused(result, "teacher 't': labels", "from 0 to 1, the data's classes, or null", found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_answers_may_stand_for_one_class(place: Path, tmp_path: Path) -> None:
+    result = kpu(*extraction(place, "images", "[1, 1, null]", tmp_path / "o.kpu"))
+    assert result.exit_code == 0, result.output
+    assert kpu_json("info", tmp_path / "o.kpu")["teachers"]["t"]["labels"] == [1, 1, -1]
+
+
+def test_data_without_class_names_may_lack_the_last_ones(place: Path, tmp_path: Path) -> None:
+    result = kpu(*extraction(place, "images.parquet", "[0, 1, 2]", tmp_path / "o.kpu"))
+    assert result.exit_code == 0, result.output
+    warning = "warning: teacher 't': labels: expected numbers up to 1, the largest label in the data, found 2"
+    assert warning in result.stderr
+    fitting = kpu(*extraction(place, "images.parquet", "[0, 1, null]", tmp_path / "p.kpu"))
+    assert "labels" not in fitting.stderr
