@@ -98,8 +98,7 @@ def fit(
         "validation": final,
     }
     if world.leads:
-        run.write_model(pack_tensors(training.trained.state_dict()))
-        run.write_summary(summary)
+        run.finish(pack_tensors(training.trained.state_dict()), summary)
     world.wait()
     world.leave()
     return Fitted(out, summary)

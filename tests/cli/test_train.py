@@ -1,8 +1,10 @@
 """`kpu-train eval`, `export` and `compare`: what they print, write and refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ from cli.train import app
 from tests.toys import assert_refused
 from tests.trained import labelled_cache, small_run
 from trainer import load_student
+
+PCA = {
+    "unify": (
+        ("mode", "pca"), ("pca_rows", 64), ("lowest_reconstruction", -1e9), ("lowest_rank", 0.0), ("lowest_std", 0.0),
+    )
+}  # fmt: skip
+"""A shared space, which gates measure and let pass."""
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +84,75 @@ def test_compare(run: Path, place: Path, tmp_path: Path) -> None:
 def test_a_run_that_is_none(tmp_path: Path) -> None:
     for command in (("eval",), ("export", "--out", tmp_path / "out"), ("compare",)):
         assert_refused(kpu_train(*command, tmp_path), "expected a run of kpu-train")
+
+
+def zeroed(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(8) + data[len(data) // 2 + 8 :]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def strip_digests(run: Path) -> None:
+    """Leave a run as older releases made it."""
+    config = run / "config.yaml"
+    config.write_bytes(config.read_bytes().partition(b"\n")[2])
+    for name in ("sources.json", "summary.json"):
+        document = json.loads((run / name).read_bytes())
+        del document["digest"], document["digests"]
+        (run / name).write_text(json.dumps(document, indent=1))
+
+
+@pytest.mark.parametrize("damage", [zeroed, cut])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "statistics.safetensors", "heads.safetensors", "space.json", "sources.json"]
+)
+def test_a_damaged_run_is_neither_measured_nor_exported(
+    name: str, damage: Callable[[bytes], bytes], place: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(small_run(place, "run-pca", **PCA), tmp_path / "run"))
+    (broken / name).write_bytes(damage((broken / name).read_bytes()))
+    for command in (("eval",), ("export", "--out", tmp_path / "out")):
+        assert_refused(kpu_train(*command, broken), str(broken / name), "copy the run again", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "old"),
+    [
+        (zeroed, False), (cut, False), (lambda _: b"", False), (lambda _: b"{}", False),
+        (lambda _: b"", True), (lambda _: b"{}", True), (lambda _: b"\xff\x00", True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.yaml", "sources.json", "summary.json"])
+def test_a_damaged_document_of_a_run_is_one_message(
+    name: str, old: bool, damage: Callable[[bytes], bytes], run: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(run, tmp_path / "run"))
+    arguments = ("-c", run / "config.yaml", "--out", broken, "--resume")
+    if old:
+        strip_digests(broken)
+    (broken / name).write_bytes(damage((broken / name).read_bytes()))
+    commands = [("eval", broken), ("fit", *arguments)]
+    if name != "sources.json":
+        commands.append(("compare", broken, "--plot", tmp_path / "p.png"))
+    for command in commands:
+        assert_refused(kpu_train(*command), str(broken / name), code=1)
+
+
+def test_a_run_without_digests_is_read_and_says_so(run: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(run, tmp_path / "run"))
+    strip_digests(old)
+    found = json.loads(kpu_train("eval", old, "--json").stdout)
+    kept = json.loads(kpu_train("eval", run, "--json").stdout)
+    assert found["notes"] == [
+        "statistics.safetensors, heads.safetensors, model.safetensors: the run keeps no digest, so that damage would "
+        "not show"
+    ]
+    assert found["teachers"] == kept["teachers"] and kept["notes"] == []
+    assert kpu_train("fit", "-c", run / "config.yaml", "--out", old, "--resume").exit_code == 0
+    assert "no digest" in kpu_train("export", old, "--out", tmp_path / "out", "--no-program").stdout
 
 
 def test_help_does_not_wait_for_torch() -> None:

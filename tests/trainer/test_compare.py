@@ -118,9 +118,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found no config"):
         compare([tmp_path])
     run = write_run(tmp_path / "run", b=1.0)
-    (run / "eval.json").write_text("{")
-    with pytest.raises(CorruptError, match=r"eval\.json"):
-        compare([run])
+    for text in ("{", "[]", "{}"):
+        (run / "eval.json").write_text(text)
+        with pytest.raises(CorruptError, match=r"eval\.json: .*run `kpu-train eval` again"):
+            compare([run])
     (run / "summary.json").unlink()
     with pytest.raises(ConfigError, match="expected a run that ended"):
         compare([run])

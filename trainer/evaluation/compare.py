@@ -1,6 +1,5 @@
 """Runs side by side: one line a run, the transfer balance where runs for one teacher are among them, and a plot."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,14 @@ import numpy as np
 
 from cache import open_cache
 from cache.digests import digest_of
-from cache.errors import ConfigError, CorruptError
+from cache.errors import ConfigError
 from trainer.evaluation.evaluate import evaluation_file
 from trainer.runs import RunFolder
+from trainer.sealed import open_json
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
+
+_SCORES_KEYS: Final = ("teachers", "base", "caches", "rows")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def compare(paths: Sequence[Path], caches: Sequence[str] = ()) -> list[Compared]
 
     Raises:
         ConfigError: there is no finished run, or it was not evaluated on `caches`.
-        CorruptError: an evaluation is damaged.
+        CorruptError: a file of a run is damaged.
     """
     digest = digest_of([open_cache(path).plan.digest for path in caches]) if caches else None
     found = [_read(path, evaluation_file(digest), required=bool(caches)) for path in paths]
@@ -139,10 +141,7 @@ def _read(path: Path, name: str, *, required: bool) -> Compared:
     scores: dict[str, Any] | None = None
     file = path / name
     if file.exists():
-        try:
-            scores = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise CorruptError(str(file), f"is not JSON ({error})") from None
+        scores = open_json(file, _SCORES_KEYS, "run `kpu-train eval` again")
     elif required:
         raise ConfigError(
             f"{path}: expected an evaluation on this cache, found none; run `kpu-train eval` with --cache"

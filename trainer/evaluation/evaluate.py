@@ -64,10 +64,11 @@ def evaluate(
 
     Raises:
         ConfigError: there is no finished run, or a cache lacks what is needed, or no row is there to measure on.
+        CorruptError: a file of the run is damaged.
         MismatchError: a cache was made with another base or other teachers.
     """
     trained = load_trained(path)
-    notes: list[str] = []
+    notes = list(trained.notes)
     device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
     trained.model.to(device)
     if device.type == "cpu":
