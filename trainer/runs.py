@@ -30,12 +30,24 @@ from torch import Tensor
 from cache import Cache
 from cache.digests import digest
 from cache.errors import ConfigError, CorruptError, MismatchError
+from cache.spec import TeacherSpec
 from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
 from trainer.environment import environment
 from trainer.files import replace_file, write_error
-from trainer.sealed import DIGEST, DIGESTS, dump_json, open_json, open_yaml, plain, read_sealed, seal_json, seal_yaml
-from trainer.sources import SOURCE_FILES, images_of, load_sources, open_sources, pack_sources
+from trainer.sealed import (
+    ADVICE,
+    DIGEST,
+    DIGESTS,
+    dump_json,
+    open_json,
+    open_yaml,
+    plain,
+    read_sealed,
+    seal_json,
+    seal_yaml,
+)
+from trainer.sources import SOURCE_FILES, images_of, load_sources, load_specs, open_sources, pack_sources
 
 MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 """Keys that a run may be resumed with other values of: none of them decides what is learned."""
@@ -116,17 +128,17 @@ class RunFolder:
             return "; ".join(f"{key}: begun with {begun[key]!r}, now {asked[key]!r}" for key in changed)
         if self.has_caches(corpus):
             return None
-        then, now = (", ".join(each["path"] for each in caches) for caches in (self._caches(), corpus.fingerprints()))
+        then, now = (", ".join(each["path"] for each in caches) for caches in (self.caches(), corpus.fingerprints()))
         return f"caches: begun with {then}, now {now}, whose plans or teachers are others (by their digests)"
 
     def has_caches(self, corpus: Corpus) -> bool:
         """Whether the caches of `corpus` are those that the run was begun with, wherever they are now."""
-        then, now = ([{**each, "path": ""} for each in caches] for caches in (self._caches(), corpus.fingerprints()))
+        then, now = ([{**each, "path": ""} for each in caches] for caches in (self.caches(), corpus.fingerprints()))
         return then == now
 
     def learned_from(self, cache: Cache) -> bool:
         """Whether the run was begun with the images of a cache: by its plan, or by where and what they are."""
-        plans = {each["plan"] for each in self._caches()}
+        plans = {each["plan"] for each in self.caches()}
         return cache.plan.digest in plans or images_of(cache) in open_sources(self.path).get("images", [])
 
     def config(self) -> TrainConfig:
@@ -149,6 +161,11 @@ class RunFolder:
         except ConfigError as error:
             raise CorruptError(str(file), f"is damaged, or of another release of KPU ({error})") from None
 
+    def caches(self) -> list[dict[str, Any]]:
+        """What `Corpus.fingerprints` said when the run was begun. Raises as `sources`."""
+        found: list[dict[str, Any]] = open_sources(self.path)["caches"]
+        return found
+
     def sources(self) -> dict[str, Source]:
         """The teachers of the run, base included, with the statistics that it was trained with.
 
@@ -156,6 +173,10 @@ class RunFolder:
             CorruptError: a file is damaged or missing.
         """
         return load_sources(self.path)
+
+    def specs(self) -> dict[str, TeacherSpec]:
+        """Those of the teachers, base included. Raises as `sources`."""
+        return load_specs(self.path)
 
     def model(self) -> dict[str, Tensor]:
         """The trained model, on the CPU; what else was written last is checked with it.
@@ -173,7 +194,7 @@ class RunFolder:
         try:
             return load_tensors(kept[MODEL])
         except SafetensorError as error:
-            raise CorruptError(str(file), f"cannot be read ({error})") from None
+            raise CorruptError(str(file), f"holds no tensors ({error}); {ADVICE}") from None
 
     def unchecked(self) -> list[str]:
         """Files of which no digest was kept, as in runs of older releases: damage to them may not show."""
@@ -249,11 +270,6 @@ class RunFolder:
         resolved = config.model_copy(update={"caches": tuple(cache.path for cache in corpus.caches)})
         if not self.begun or self.config() != resolved:
             self._write(_CONFIG, seal_yaml(resolved.model_dump(mode="json"), MAY_CHANGE))
-
-    def _caches(self) -> list[dict[str, Any]]:
-        """What `Corpus.fingerprints` said when the run was begun."""
-        caches: list[dict[str, Any]] = open_sources(self.path)["caches"]
-        return caches
 
     def _summary(self) -> dict[str, Any]:
         return open_json(self.path / _SUMMARY, _SUMMARY_KEYS)

@@ -17,6 +17,7 @@ DIGESTS: Final = "digests"
 """The key of the digests, by name, of files that were written before it."""
 _HEAD: Final = b"# digest of what decides what is learned: "
 ADVICE: Final = "copy the run again from where it is whole, or train again into another folder"
+"""What to do about a damaged file of a run."""
 
 
 def read_sealed(path: Path, expected: str | None) -> bytes:

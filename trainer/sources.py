@@ -16,7 +16,7 @@ from cache.errors import CorruptError
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics, dump_statistics, load_statistics
 from trainer.corpus import Corpus, Source
-from trainer.sealed import DIGESTS, open_json, read_sealed, seal_json
+from trainer.sealed import ADVICE, DIGESTS, open_json, read_sealed, seal_json
 from trainer.shapes import shape_of
 
 _SOURCES, _STATISTICS, _HEADS = "sources.json", "statistics.safetensors", "heads.safetensors"
@@ -52,6 +52,18 @@ def open_sources(folder: Path) -> dict[str, Any]:
     return open_json(folder / _SOURCES, _KEYS)
 
 
+def load_specs(folder: Path) -> dict[str, TeacherSpec]:
+    """The specs of the teachers.
+
+    Raises:
+        CorruptError: the last of these files is damaged or missing.
+    """
+    try:
+        return {name: TeacherSpec.model_validate(spec) for name, spec in open_sources(folder)["teachers"].items()}
+    except (ValueError, AttributeError) as error:
+        raise CorruptError(str(folder / _SOURCES), f"does not describe the teachers ({error}); {ADVICE}") from None
+
+
 def load_sources(folder: Path) -> dict[str, Source]:
     """The teachers, with the statistics of the training.
 
@@ -65,14 +77,14 @@ def load_sources(folder: Path) -> dict[str, Source]:
     try:
         heads = load_arrays(read_sealed(heads_file, digests.get(_HEADS)))
     except SafetensorError as error:
-        raise CorruptError(str(heads_file), f"holds no heads ({error})") from None
+        raise CorruptError(str(heads_file), f"holds no heads ({error}); {ADVICE}") from None
     try:
         return {
             name: _source(name, spec, document["seeds"][name], statistics, heads)
-            for name, spec in document["teachers"].items()
+            for name, spec in load_specs(folder).items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(str(folder / _SOURCES), f"does not describe the teachers ({error})") from None
+    except (KeyError, TypeError) as error:
+        raise CorruptError(str(folder / _SOURCES), f"does not fit {_HEADS} ({error}); {ADVICE}") from None
 
 
 def images_of(cache: Cache) -> list[str]:
@@ -82,14 +94,13 @@ def images_of(cache: Cache) -> list[str]:
 
 def _source(
     name: str,
-    spec: Any,
+    spec: TeacherSpec,
     seed: int,
     statistics: Mapping[str, Statistics],
     heads: Mapping[str, npt.NDArray[np.float32]],
 ) -> Source:
     """A teacher of the document, with its part of the statistics and heads of all."""
-    known = TeacherSpec.model_validate(spec)
     own = {key.partition("/")[2]: value for key, value in statistics.items() if key.partition("/")[0] == name}
-    shapes = {output.name: shape_of(output) for output in known.outputs if output.name in own}
+    shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in own}
     head = (heads[f"{name}.weight"], heads[f"{name}.bias"]) if f"{name}.weight" in heads else None
-    return Source(known, shapes, own, head, seed)
+    return Source(spec, shapes, own, head, seed)
