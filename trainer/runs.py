@@ -35,6 +35,7 @@ from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
 from trainer.environment import environment
 from trainer.files import replace_file, write_error
+from trainer.repeated import require_distinct
 from trainer.sealed import (
     ADVICE,
     DIGEST,
@@ -74,7 +75,7 @@ class RunFolder:
         """Begin a run. Paths of caches are kept absolute: what is done with the run may be called from elsewhere.
 
         Raises:
-            ConfigError: something stands at `path` already, or two paths are those of one cache.
+            ConfigError: something stands at `path` already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
         run = RunFolder(path)
@@ -82,10 +83,7 @@ class RunFolder:
             raise ConfigError(f"out: {path}: a run stands there; continue it with --resume, or choose another folder")
         if path.exists() and (not path.is_dir() or any(not _begins(file) for file in path.iterdir())):
             raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
-        paths = tuple(cache.path for cache in corpus.caches)
-        twice = next((cache for cache in paths if paths.count(cache) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"caches: expected each cache once, found {twice} again; remove one")
+        require_distinct(corpus.caches)
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:

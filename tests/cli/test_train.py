@@ -81,6 +81,16 @@ def test_compare(run: Path, place: Path, tmp_path: Path) -> None:
     assert_refused(refused, "expected an evaluation on this cache")
 
 
+def test_images_that_are_in_two_caches_are_noted(run: Path, place: Path, tmp_path: Path) -> None:
+    one, two = labelled_cache(place), labelled_cache(place, "base-alone", teachers=())
+    note = f"note: {one} and {two} are of the same images: what both have of an image counts twice"
+    caches = ("--cache", one, "--cache", two)
+    fitted = kpu_train("fit", "-c", run / "config.yaml", *caches, "--out", tmp_path / "run")
+    assert note in fitted.stdout.splitlines()
+    assert note in kpu_train("eval", tmp_path / "run").stdout.splitlines()
+    assert_refused(kpu_train("eval", run, "--cache", one, "--cache", one), "expected each cache once")
+
+
 def test_a_run_that_is_none(tmp_path: Path) -> None:
     for command in (("eval",), ("export", "--out", tmp_path / "out"), ("compare",)):
         assert_refused(kpu_train(*command, tmp_path), "expected a run of kpu-train")

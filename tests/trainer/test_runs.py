@@ -107,6 +107,20 @@ def test_one_cache_by_two_names_is_refused(configure: Configure, toys: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_one_cache_by_a_link_or_as_a_copy_is_refused(
+    configure: Configure, toys: Path, tmp_path: Path, how: str
+) -> None:
+    again = tmp_path / "again.kpu"
+    if how == "link":
+        again.symlink_to(toys)
+    else:
+        shutil.copytree(toys, again)
+    config = configure(caches=[str(toys), str(again)])
+    with pytest.raises(ConfigError, match=r"each cache once, found \S+/again\.kpu again \(it is \S+/toys\.kpu"):
+        RunFolder.create(tmp_path / "run", config, corpus_of(config))
+
+
 def test_images_are_known_by_the_plan_or_by_where_and_what_they_are(
     begun: RunFolder, toys: Path, place: Path, extract: Extract
 ) -> None:

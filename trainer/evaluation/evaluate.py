@@ -22,6 +22,7 @@ from trainer.evaluation.probing import Vectors, add_vectors, probe_all
 from trainer.evaluation.scores import batches_of
 from trainer.evaluation.trained import Trained, load_trained
 from trainer.files import replace_file
+from trainer.repeated import require_distinct, shared_images
 from trainer.resident import Rows
 from trainer.split import some_of
 
@@ -63,7 +64,8 @@ def evaluate(
         cannot be measured, of which `notes` says why.
 
     Raises:
-        ConfigError: there is no finished run, or a cache lacks what is needed, or no row is there to measure on.
+        ConfigError: there is no finished run, or a cache is given twice or lacks what is needed, or no row is there to
+            measure on.
         CorruptError: a file of the run is damaged.
         MismatchError: a cache was made with another base or other teachers.
     """
@@ -74,6 +76,9 @@ def evaluate(
     if device.type == "cpu":
         keep_freed_memory()
     corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
+    if caches:
+        require_distinct(corpus.caches)
+    notes.extend(shared_images(corpus.caches))
     training = open_training(trained, corpus, notes)
     rows, unseen = rows_to_measure(trained, corpus, training, bool(caches), notes)
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
