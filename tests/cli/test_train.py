@@ -1,10 +1,12 @@
 """`kpu-train eval`, `export` and `compare`: what they print, write and refuse."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,37 @@ def test_images_that_are_in_two_caches_are_noted(run: Path, place: Path, tmp_pat
     assert note in fitted.stdout.splitlines()
     assert note in kpu_train("eval", tmp_path / "run").stdout.splitlines()
     assert_refused(kpu_train("eval", run, "--cache", one, "--cache", one), "expected each cache once")
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files may have no more than 100 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_was_measured_is_printed_and_the_failure_told_where_it_cannot_be_kept(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval*.json")))
+    with full_disk():
+        as_text, as_json = kpu_train("eval", copy), kpu_train("eval", copy, "--json")
+    assert any(line.startswith("student") for line in as_text.stdout.splitlines())
+    for result in (as_text, as_json):
+        assert_refused(result, "could not be kept with the run", "eval.json: cannot write", "free some space", code=1)
+    assert "eval.json" in json.loads(as_json.stdout)["unkept"]
+    assert not list(copy.glob("*eval*"))
+
+
+def test_a_plot_on_a_full_disk(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"former")
+    with full_disk():
+        result = kpu_train("compare", run, "--plot", tmp_path / "p.png")
+    assert_refused(result, "p.png: cannot write", "free some space and give the same command again", code=1)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("p.png", b"former")]
+    assert_refused(kpu_train("compare", run, "--plot", tmp_path / "p.png/q.png"), "q.png: cannot write")
 
 
 def test_a_run_that_is_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from cache.digests import digest_of
 from cache.errors import ConfigError
 from trainer.evaluation.evaluate import evaluation_file
 from trainer.evaluation.origin import Origin, differences
+from trainer.files import replace_file, write_error
 from trainer.runs import RunFolder
 from trainer.sealed import open_json
 
@@ -114,7 +116,9 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     """R2 by teacher, base preservation and the course of the validation R2, as an image.
 
     Raises:
-        ConfigError: the kind of the file is unknown, or it cannot be written there.
+        ConfigError: the kind of the file is unknown.
+        FullDiskError: no space is left.
+        StorageError: it cannot be written there.
     """
     from matplotlib.figure import Figure  # it takes a while to import
 
@@ -134,11 +138,16 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     bars.axhline(0, color="black", linewidth=0.8)
     course.set(title="mean R2 over teachers, on validation rows", xlabel="step")
     bars.legend(fontsize="small")
+    drawn = BytesIO()
+    try:
+        figure.savefig(drawn, dpi=120, format=file.suffix[1:] or None)
+    except ValueError as error:
+        raise ConfigError(f"plot: {file}: cannot draw it ({error}); give a path that ends in .png or .svg") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"plot: {file}: cannot write it ({error}); give a path that ends in .png or .svg") from None
+    except OSError as error:
+        raise write_error(error, file) from error
+    replace_file(file, drawn.getvalue())
 
 
 def _read(path: Path, label: str, evaluation: str, *, required: bool) -> Compared:

@@ -61,7 +61,7 @@ def evaluate(
         `{"teachers": {name: {agreement, kappa, majority, accuracy, r2_<output>}}, "base": {r2, r2_<output>, agreement,
         kappa, majority}, "linear_probe", "knn", "effective_rank", "frozen_base": {the same}, "teacher_alone": {name:
         {accuracy, linear_probe, knn, effective_rank}}, "run", "caches", "rows", "fitted_rows", "notes"}`; None for what
-        cannot be measured, of which `notes` says why.
+        cannot be measured, of which `notes` says why. Where it could not be kept, `unkept` says why.
 
     Raises:
         ConfigError: there is no finished run, or a cache is given twice or lacks what is needed, or no row is there to
@@ -214,4 +214,4 @@ def _keep(path: Path, name: str, found: dict[str, Any]) -> None:
     try:
         replace_file(path / name, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     except StorageError as error:  # what was measured is worth more than the copy
-        found["notes"].append(f"not kept with the run: {error}")
+        found["unkept"] = str(error)
