@@ -62,8 +62,14 @@ def test_export(run: Path, tmp_path: Path) -> None:
     assert load_student(tmp_path / "out").description.outputs == ("global", "patch")
     assert_refused(kpu_train("export", run, "--out", tmp_path / "out"), "expected a path where nothing stands")
     moved = kpu_train("export", run, "--out", tmp_path / "other", "--images", tmp_path / "nowhere")
-    assert_refused(moved, "images.root", "nowhere")
+    assert_refused(moved, "error: --images: expected the folder", "nowhere; set --images to where they are now")
     assert not (tmp_path / "other").exists()
+
+
+def test_eval_says_how_to_name_images_that_moved(place: Path, tmp_path: Path) -> None:
+    student = (("kind", "full"), ("model", f"torch:{place}/toy.py:toy"))
+    refused = kpu_train("eval", small_run(place, "run-full", student=student), "--images", tmp_path / "nowhere")
+    assert_refused(refused, "error: --images: expected the folder", "nowhere; set --images to where they are now")
 
 
 def test_compare(run: Path, place: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class _Reading:
             from trainer.pictures import with_images  # decoding is loaded only where it is needed
 
             place = config.images if self.images is None else config.images.model_copy(update={"root": self.images})
-            fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}))
+            fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}), "--images")
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:
             for batch in batches_of(rows, config.rows_per_worker, loader, upload):

@@ -108,7 +108,8 @@ def _rows(trained: Trained) -> tuple[Corpus, Rows]:
 
 
 def _pixels(corpus: Corpus, rows: Rows, module: ExportedStudent, root: str | None) -> Tensor:
-    pixels, _ = ImageReader(corpus.caches[0], module.description.input, root=root, threads=1).load(rows)
+    reader = ImageReader(corpus.caches[0], module.description.input, root=root, threads=1, option="--images")
+    pixels, _ = reader.load(rows)
     return torch.from_numpy(pixels)
 
 
