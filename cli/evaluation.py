@@ -80,6 +80,8 @@ def show_comparison(console: Console, runs: Sequence[Compared]) -> None:
             *((_number(values["transfer_min"]), _number(values["transfer_spread"])) if transfers else ()),
         )
     console.print(heading)
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        _say(console, f"note: {note}")
     lacking = [run.name for run in runs if run.scores is None]
     if lacking:
         _say(console, f"note: {', '.join(lacking)}: not evaluated; R2 is of the run's summary. Run `kpu-train eval`")

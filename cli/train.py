@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from cache.errors import IncompleteError
 from cli.console import console, escape_unprintable, progress_bar
 from cli.failures import reported
 
@@ -116,10 +117,12 @@ def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json:
         found = measure(run, cache or (), images=images, progress=progress)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
-        return
-    from cli.evaluation import show_evaluation
+    else:
+        from cli.evaluation import show_evaluation
 
-    show_evaluation(console(), found)
+        show_evaluation(console(), found)
+    if "unkept" in found:
+        raise IncompleteError(f"what was measured could not be kept with the run, for `compare`: {found['unkept']}")
 
 
 @app.command()

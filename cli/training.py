@@ -25,7 +25,9 @@ def watching(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
     def watch(line: dict[str, Any]) -> None:
         nonlocal last
         now = time.monotonic()
-        if "validation" in line:
+        if "note" in line:
+            console.print(f"note: {line['note']}", markup=False, soft_wrap=True)
+        elif "validation" in line:
             console.print(f"step {line['step']:,}: {describe_scores(line['validation'])}", markup=False, soft_wrap=True)
         elif now - last >= PLAIN_EVERY_SECONDS:
             last = now

@@ -23,10 +23,10 @@ from trainer.files import replace_file, write_error
 from trainer.loop import fit, settle_teachers
 from trainer.resident import free_memory
 from trainer.runs import RunFolder
-from trainer.sweeps import Sweep, Trial, name_of
+from trainer.sweeps import TRIAL_NAME, Sweep, Trial, name_of
 
 LEVEL: Final = 0.95
-_TABLE: Final = "ablation.json"
+_TABLE, _RAY = "ablation.json", ".ray"
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     """Do every training that has not ended yet, and compare the cells; the table is kept as `ablation.json`, too.
 
     Raises:
-        ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster.
+        ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster; or other files than
+            those of a sweep stand at `out`.
         MismatchError: a training of another sweep stands in the folder of one of this; nothing was changed.
         IncompleteError: some trainings failed; those that ended are kept, and so is their table.
     """
+    _require_own(sweep.out)
     try:
         sweep.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -167,7 +169,7 @@ def _by_ray(sweep: Sweep, waiting: list[Trial], address: str | None) -> list[tup
 
     threads = max(int(trial.config.threads) for trial in waiting)
     trials = [(trial, sweep.out / trial.name) for trial in waiting]
-    storage = sweep.out / ".ray"
+    storage = sweep.out / _RAY
     found = run_trials(partial(run_trial, trials), len(trials), storage=storage, address=address, threads=threads)
     shutil.rmtree(storage, ignore_errors=True)
     return [(trial, why) for trial, why in zip(waiting, found, strict=True) if why is not None]
@@ -178,6 +180,16 @@ def _on_own_cores(trial: Trial) -> Trial:
     if trial.config.threads != "auto":
         return trial
     return replace(trial, config=trial.config.model_copy(update={"threads": 1}))
+
+
+def _require_own(out: Path) -> None:
+    """Raises ConfigError where files stand at `out` and none is of a sweep; beside a sweep there may be others."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names and not any(name in (_TABLE, _RAY) or TRIAL_NAME.fullmatch(name) for name in names):
+        raise ConfigError(
+            f"out: {out}: expected a new path, an empty folder or that of a sweep, found other files ({names[0]}); "
+            "choose another"
+        )
 
 
 def _ended(sweep: Sweep, trial: Trial) -> bool:

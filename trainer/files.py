@@ -79,7 +79,10 @@ def held(path: Path) -> Iterator[None]:
 def write_error(error: OSError, path: Path) -> StorageError:
     """What to raise for an operating system's refusal to write `path`."""
     if error.errno in FULL:
-        return FullDiskError(f"{path}: cannot write: {error.strerror}; free some space and continue with --resume")
+        return FullDiskError(
+            f"{path}: cannot write: {error.strerror}; free some space and give the same command again, `fit` with "
+            "--resume"
+        )
     return StorageError(f"{path}: cannot write: {error.strerror}; choose another folder, or give permission")
 
 

@@ -33,15 +33,24 @@ _HELD_UNITS: Final = 2**12  # of digests, at most 64 KiB each
 class ImageReader:
     """Reads the images of one cache for a model's `input`. Safe to use from several threads.
 
-    `root`, if given, stands in for the folder or URL that the cache remembers; `threads` decode at once.
+    `root`, if given, stands in for the folder or URL that the cache remembers; `option` is what a user sets to give it;
+    `threads` decode at once.
 
     Raises (on opening):
         ConfigError: there is no such folder, or no such kind of URL.
     """
 
-    def __init__(self, cache: Cache, input: InputSpec, *, root: str | None, threads: int) -> None:  # noqa: A002
+    def __init__(
+        self,
+        cache: Cache,
+        input: InputSpec,  # noqa: A002
+        *,
+        root: str | None,
+        threads: int,
+        option: str = "images.root",
+    ) -> None:
         self._cache, self._geometry = cache, geometry(input)
-        self._originals = Originals(cache, root, option="images.root")
+        self._originals = Originals(cache, root, option=option)
         parts = max(2, _HELD_ROWS // (UNITS_PER_PART * cache.plan.unit_rows))
         self._samples = Samples(open_storage(cache.path), cache.plan, cached_parts=parts)
         self._digests: Recent[int, npt.NDArray[np.uint8]] = Recent(_HELD_UNITS)

@@ -23,6 +23,7 @@ from trainer.events import Events
 from trainer.files import held
 from trainer.model import Inheritance
 from trainer.prepare import check_student, gate_space, prepare_space
+from trainer.repeated import shared_images
 from trainer.runs import RunFolder
 from trainer.split import some_of
 from trainer.training import Training
@@ -31,7 +32,7 @@ from trainer.world import World, join_world
 VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the end
 
 Watch = Callable[[dict[str, Any]], None]
-"""Called with each object that is logged."""
+"""Called with each object that is logged, and with each `note`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def fit(
         upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
         check_student(model, corpus.sources[config.base].spec, first_epoch(config, stream, loader, upload, images=True))
         run = open_run(config, out, corpus, world, resume=resume)
+        for note in shared_images(corpus.caches):
+            if watch is not None:
+                watch({"note": note})
         finished = run.summary()
         if finished is not None:
             world.leave()
@@ -98,8 +102,7 @@ def fit(
         "validation": final,
     }
     if world.leads:
-        run.write_model(pack_tensors(training.trained.state_dict()))
-        run.write_summary(summary)
+        run.finish(pack_tensors(training.trained.state_dict()), summary)
     world.wait()
     world.leave()
     return Fitted(out, summary)

@@ -15,15 +15,20 @@ from trainer.students import Student
 _THREADS: Final = 1  # each loader thread decodes its own batch
 
 
-def with_images(fetch: Fetch, corpus: Corpus, student: Student, config: TrainConfig) -> Fetch:
+def with_images(
+    fetch: Fetch, corpus: Corpus, student: Student, config: TrainConfig, option: str = "images.root"
+) -> Fetch:
     """`fetch` with uint8 pixels [B, H, W, 3] added, as `student.input` wants them; masked rows are black.
 
     Raises:
-        ConfigError: a source is not where its cache, or `images.root`, says.
+        ConfigError: a source is not where its cache, or `images.root`, which a user sets by `option`, says.
     """
     assert student.input is not None
     height, width = student.input.size
-    readers = [ImageReader(cache, student.input, root=config.images.root, threads=_THREADS) for cache in corpus.caches]
+    readers = [
+        ImageReader(cache, student.input, root=config.images.root, threads=_THREADS, option=option)
+        for cache in corpus.caches
+    ]
 
     def fetch_both(rows: Rows, epochs: Rows) -> HostBatch:
         batch = fetch(rows, epochs)

@@ -1,8 +1,9 @@
 """The folder of a run: what it was asked to do, what it learned from, how it went.
 
 my-run/
-  config.yaml              the resolved configuration
-  sources.json             the specs of the base and of all teachers, and what identifies the caches
+  config.yaml              the resolved configuration, below a digest of all but `MAY_CHANGE`
+  sources.json             the specs of the base and of all teachers, what identifies the caches, digests of
+                           the next two
   statistics.safetensors   the calibration statistics of the training caches, by `<teacher>/<output>`
   heads.safetensors        the teachers' own linear classifiers
   environment.json         versions, device, threads
@@ -11,44 +12,50 @@ my-run/
   space.json               what the gates measured of the shared space, where there is one
   checkpoints/step-*/      see `trainer.checkpoint`
   model.safetensors        the trained model, written last
-  summary.json             how it ended
+  summary.json             how it ended, and digests of the model and of space.json
+
+`sources.json` and `summary.json` carry a digest of themselves as well.
 """
 
 import json
-import math
-import platform
 import shutil
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import torch
-import yaml
 from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
+from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from cache import Cache
+from cache.digests import digest
 from cache.errors import ConfigError, CorruptError, MismatchError
 from cache.spec import TeacherSpec
-from cache.statistics import dump_statistics, load_statistics
 from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
+from trainer.environment import environment
 from trainer.files import replace_file, write_error
-from trainer.shapes import shape_of
+from trainer.repeated import require_distinct
+from trainer.sealed import (
+    ADVICE,
+    DIGEST,
+    DIGESTS,
+    dump_json,
+    open_json,
+    open_yaml,
+    plain,
+    read_sealed,
+    seal_json,
+    seal_yaml,
+)
+from trainer.sources import SOURCE_FILES, images_of, load_sources, load_specs, open_sources, pack_sources
 
 MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 """Keys that a run may be resumed with other values of: none of them decides what is learned."""
 
-_CONFIG, _SOURCES, _STATISTICS, _HEADS = "config.yaml", "sources.json", "statistics.safetensors", "heads.safetensors"
-_FIRST: Final = (_SOURCES, _STATISTICS, _HEADS)
-_METRICS, _SPACE, _SUMMARY = "metrics.jsonl", "space.json", "summary.json"
+_CONFIG, _METRICS, _SPACE, _SUMMARY = "config.yaml", "metrics.jsonl", "space.json", "summary.json"
 MODEL: Final = "model.safetensors"
-_PACKAGES = ("kpu", "torch", "timm", "numpy", "zarr", "ray")
+_SUMMARY_KEYS: Final = ("steps", "seconds", "parameters", "validation_rows", "validation")
 
 
 class RunFolder:
@@ -68,7 +75,7 @@ class RunFolder:
         """Begin a run. Paths of caches are kept absolute: what is done with the run may be called from elsewhere.
 
         Raises:
-            ConfigError: something stands at `path` already, or two paths are those of one cache.
+            ConfigError: something stands at `path` already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
         run = RunFolder(path)
@@ -76,29 +83,13 @@ class RunFolder:
             raise ConfigError(f"out: {path}: a run stands there; continue it with --resume, or choose another folder")
         if path.exists() and (not path.is_dir() or any(not _begins(file) for file in path.iterdir())):
             raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
-        paths = tuple(cache.path for cache in corpus.caches)
-        twice = next((cache for cache in paths if paths.count(cache) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"caches: expected each cache once, found {twice} again; remove one")
+        require_distinct(corpus.caches)
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, path) from error
-        sources = corpus.sources
-        statistics = {f"{name}/{o}": s for name, source in sources.items() for o, s in source.statistics.items()}
-        heads: dict[str, np.ndarray[Any, Any]] = {}
-        for name, source in sources.items():
-            if source.head is not None:
-                heads |= {f"{name}.weight": source.head[0], f"{name}.bias": source.head[1]}
-        run._write(_STATISTICS, dump_statistics(statistics, {}))
-        run._write(_HEADS, save_arrays(heads))
-        document = {
-            "teachers": {name: source.spec.model_dump(mode="json") for name, source in sources.items()},
-            "seeds": {name: source.seed for name, source in sources.items()},
-            "caches": corpus.fingerprints(),
-            "images": [_images_of(cache) for cache in corpus.caches],
-        }
-        run._write(_SOURCES, _json(document))
+        for name, data in pack_sources(corpus).items():
+            run._write(name, data)
         run._write_config(config, corpus)
         return run
 
@@ -135,33 +126,43 @@ class RunFolder:
             return "; ".join(f"{key}: begun with {begun[key]!r}, now {asked[key]!r}" for key in changed)
         if self.has_caches(corpus):
             return None
-        then, now = (", ".join(each["path"] for each in caches) for caches in (self._caches(), corpus.fingerprints()))
+        then, now = (", ".join(each["path"] for each in caches) for caches in (self.caches(), corpus.fingerprints()))
         return f"caches: begun with {then}, now {now}, whose plans or teachers are others (by their digests)"
 
     def has_caches(self, corpus: Corpus) -> bool:
         """Whether the caches of `corpus` are those that the run was begun with, wherever they are now."""
-        then, now = ([{**each, "path": ""} for each in caches] for caches in (self._caches(), corpus.fingerprints()))
+        then, now = ([{**each, "path": ""} for each in caches] for caches in (self.caches(), corpus.fingerprints()))
         return then == now
 
     def learned_from(self, cache: Cache) -> bool:
         """Whether the run was begun with the images of a cache: by its plan, or by where and what they are."""
-        plans = {each["plan"] for each in self._caches()}
-        return cache.plan.digest in plans or _images_of(cache) in self._sources().get("images", [])
+        plans = {each["plan"] for each in self.caches()}
+        return cache.plan.digest in plans or images_of(cache) in open_sources(self.path).get("images", [])
 
     def config(self) -> TrainConfig:
         """The resolved configuration.
 
         Raises:
             ConfigError: there is no run here.
+            CorruptError: the file is damaged.
         """
         file = self.path / _CONFIG
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            data = file.read_bytes()
         except OSError as error:
             raise ConfigError(
                 f"{self.path}: expected a run of kpu-train, found no {_CONFIG} ({error.strerror}); check the path"
             ) from None
-        return validate_config(values, str(file))
+        values = open_yaml(file, data, MAY_CHANGE)
+        try:
+            return validate_config(values, "as read")
+        except ConfigError as error:
+            raise CorruptError(str(file), f"is damaged, or of another release of KPU ({error})") from None
+
+    def caches(self) -> list[dict[str, Any]]:
+        """What `Corpus.fingerprints` said when the run was begun. Raises as `sources`."""
+        found: list[dict[str, Any]] = open_sources(self.path)["caches"]
+        return found
 
     def sources(self) -> dict[str, Source]:
         """The teachers of the run, base included, with the statistics that it was trained with.
@@ -169,34 +170,64 @@ class RunFolder:
         Raises:
             CorruptError: a file is damaged or missing.
         """
-        document = self._sources()
-        specs = {name: TeacherSpec.model_validate(spec) for name, spec in document["teachers"].items()}
-        statistics, _ = load_statistics(self._read(_STATISTICS), _STATISTICS)
+        return load_sources(self.path)
+
+    def specs(self) -> dict[str, TeacherSpec]:
+        """Those of the teachers, base included. Raises as `sources`."""
+        return load_specs(self.path)
+
+    def model(self) -> dict[str, Tensor]:
+        """The trained model, on the CPU; what else was written last is checked with it.
+
+        Raises:
+            ConfigError: the run has not ended.
+            CorruptError: a file is damaged or missing.
+        """
+        file, digests = self.path / MODEL, self._digests()
+        if not digests and not file.is_file():
+            raise ConfigError(
+                f"{self.path}: expected a run that ended, found no {MODEL}; finish it with `kpu-train fit --resume`"
+            )
+        kept = {name: read_sealed(self.path / name, digests.get(name)) for name in (MODEL, *digests)}
         try:
-            heads = load_arrays(self._read(_HEADS))
+            return load_tensors(kept[MODEL])
         except SafetensorError as error:
-            raise CorruptError(str(self.path / _HEADS), f"holds no heads ({error})") from None
-        found = {}
-        for name, spec in specs.items():
-            own = {key.partition("/")[2]: value for key, value in statistics.items() if key.partition("/")[0] == name}
-            shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in own}
-            head = (heads[f"{name}.weight"], heads[f"{name}.bias"]) if f"{name}.weight" in heads else None
-            found[name] = Source(spec, shapes, own, head, document["seeds"][name])
-        return found
+            raise CorruptError(str(file), f"holds no tensors ({error}); {ADVICE}") from None
+
+    def unchecked(self) -> list[str]:
+        """Files of which no digest was kept, as in runs of older releases: damage to them may not show."""
+        kept = {**open_sources(self.path).get(DIGESTS, {}), **self._digests()}
+        return [name for name in (*SOURCE_FILES[:2], MODEL) if name not in kept]
 
     def write_environment(self, values: Mapping[str, Any]) -> None:
-        """Keep what the run runs on; a resumed run appends to what stands."""
+        """Keep what the run runs on; a resumed run appends to what stands.
+
+        Raises:
+            CorruptError: what stands is damaged.
+        """
         file = self.path / "environment.json"
-        former = json.loads(file.read_bytes()) if file.exists() else []
-        self._write(file.name, _json([*former, {**_environment(), **values}]))
+        try:
+            former = list(json.loads(file.read_bytes())) if file.exists() else []
+        except (ValueError, TypeError) as error:
+            raise CorruptError(str(file), f"is no list in JSON ({error}); remove it to go on without") from None
+        self._write(file.name, dump_json([*former, {**environment(), **values}]))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, in order; a last line that a crash cut off is left out."""
-        file = self.path / _METRICS
-        if not file.exists():
-            return []
-        lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        """What was logged, in order; a last line that a crash cut off is left out.
+
+        Raises:
+            CorruptError: another line is damaged.
+        """
+        file, found = self.path / _METRICS, []
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], start=1):
+            try:
+                found.append(json.loads(line))
+                found[-1]["step"]
+            except (ValueError, KeyError, TypeError):
+                raise CorruptError(
+                    str(file), f"line {number}: expected an object in JSON with a step, found another; remove the line"
+                ) from None
+        return found
 
     def keep_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: it will be done again."""
@@ -207,92 +238,51 @@ class RunFolder:
         """Append one object."""
         try:
             with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(line)) + "\n")
+                file.write(json.dumps(plain(line)) + "\n")
         except OSError as error:
             raise write_error(error, self.path / _METRICS) from error
 
-    def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Keep how the run ended; a figure that is not a number becomes null."""
-        self._write(_SUMMARY, _json(values))
+    def finish(self, model: bytes, summary: Mapping[str, Any]) -> None:
+        """Keep the trained model and, last, how the run ended; a figure that is not a number becomes null."""
+        self._write(MODEL, model)
+        digests = {MODEL: digest(model)}
+        if (self.path / _SPACE).exists():
+            digests[_SPACE] = digest(read_sealed(self.path / _SPACE, None))
+        self._write(_SUMMARY, seal_json({**summary, DIGESTS: digests}))
 
     def summary(self) -> dict[str, Any] | None:
-        """How the run ended; None where it has not."""
-        file = self.path / _SUMMARY
-        return json.loads(file.read_bytes()) if file.exists() else None
+        """How the run ended; None where it has not.
+
+        Raises:
+            CorruptError: the file is damaged.
+        """
+        if not (self.path / _SUMMARY).exists():
+            return None
+        return {key: value for key, value in self._summary().items() if key not in (DIGEST, DIGESTS)}
 
     def write_space(self, figures: Mapping[str, float]) -> None:
         """Keep what the gates measured of the shared space, by `<teacher>/<output>/<figure>`."""
-        self._write(_SPACE, _json(figures))
-
-    def write_model(self, data: bytes) -> None:
-        """Keep the trained model."""
-        self._write(MODEL, data)
+        self._write(_SPACE, dump_json(figures))
 
     def _write_config(self, config: TrainConfig, corpus: Corpus) -> None:
         resolved = config.model_copy(update={"caches": tuple(cache.path for cache in corpus.caches)})
         if not self.begun or self.config() != resolved:
-            self._write(_CONFIG, yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).encode())
+            self._write(_CONFIG, seal_yaml(resolved.model_dump(mode="json"), MAY_CHANGE))
 
-    def _caches(self) -> list[dict[str, Any]]:
-        """What `Corpus.fingerprints` said when the run was begun."""
-        caches: list[dict[str, Any]] = self._sources()["caches"]
-        return caches
+    def _summary(self) -> dict[str, Any]:
+        return open_json(self.path / _SUMMARY, _SUMMARY_KEYS)
 
-    def _sources(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads(self._read(_SOURCES))
-        return loaded
-
-    def _read(self, name: str) -> bytes:
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise CorruptError(str(self.path / name), f"cannot be read ({error.strerror})") from None
+    def _digests(self) -> dict[str, str]:
+        """Of the files that were written last, by name; none where the run has not ended, or had none."""
+        found: dict[str, str] = self._summary().get(DIGESTS, {}) if (self.path / _SUMMARY).exists() else {}
+        return found
 
     def _write(self, name: str, data: bytes) -> None:
         replace_file(self.path / name, data)
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv[1:],
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        **_versions(_PACKAGES),
-    }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _images_of(cache: Cache) -> list[str]:
-    """Where the images of a cache are, and the digest of what they are called; other caches may be of the same."""
-    return [cache.plan.source.root, cache.plan.fingerprint]
 
 
 def _begins(file: Path) -> bool:
     """Whether a file is one that a run which never began may have left."""
     if file.name == "checkpoints":
         return file.is_dir() and not any(file.iterdir())
-    return file.name in _FIRST or file.name.startswith(tuple(f".{name}." for name in (*_FIRST, _CONFIG)))
-
-
-def _json(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    return (json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return file.name in SOURCE_FILES or file.name.startswith(tuple(f".{name}." for name in (*SOURCE_FILES, _CONFIG)))

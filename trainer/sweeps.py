@@ -2,10 +2,11 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -13,6 +14,8 @@ from cache.errors import ConfigError
 from cache.settings import Section, read_yaml, section, validate
 from trainer.config import Text, TrainConfig, validate_config
 
+TRIAL_NAME: Final = re.compile(r"\d{3,}-seed\d+")
+"""What the folder of a training is called: its cell and its seed."""
 _LISTS = "a mapping of keys of the configuration to lists of values"
 
 

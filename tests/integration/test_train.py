@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert ended.code == 1, ended.output
     assert "Traceback" not in ended.output
     assert ended.output.count("error:") == 1
-    assert "No space left on device; free some space and continue with --resume" in ended.output
+    assert "No space left on device; free some space and give the same command again" in ended.output
     assert [path.name for path in (out / "checkpoints").glob("[!.]*")] == ["step-000000003"]
     filler.unlink()
     assert_ended_as(out, trained, train(tmp_path, "fit", "-c", settings, "-o", out, "--resume"))

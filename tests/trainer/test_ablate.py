@@ -165,6 +165,21 @@ def test_a_sweep_that_cannot_work_is_bad_input(toys: Path, tmp_path: Path) -> No
         ablate(sweep)
 
 
+def test_a_folder_with_other_files_is_refused(toys: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys, grid={}, seeds=[4]))
+    sweep.out.mkdir()
+    (sweep.out / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"out: \S+/sweep: expected .*an empty folder.*found other files \(thesis\.tex\)"
+    ):
+        ablate(sweep)
+    assert [path.name for path in sweep.out.iterdir()] == ["thesis.tex"]
+    (sweep.out / "thesis.tex").unlink()
+    found = ablate(sweep)
+    (sweep.out / "notes.txt").write_text("mine")
+    assert ablate(sweep) == found
+
+
 @pytest.mark.parametrize("what", ["cache", "configuration"])
 def test_a_training_of_another_sweep_is_not_taken_for_one_of_this(
     what: str, toys: Path, tmp_path: Path, extract: Extract

@@ -32,12 +32,29 @@ def scores_of(**r2: float) -> dict[str, Any]:
     }
 
 
+def spec_of(name: str, weights: str = "0" * 32) -> dict[str, Any]:
+    """A teacher as `sources.json` describes it."""
+    return {
+        "name": name, "model": f"timm:{name}", "weights": None, "weights_digest": weights, "input": None,
+        "precision": "fp32", "outputs": [], "codec": {"name": "uniform", "step": 0.05},
+    }  # fmt: skip
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    """Lay values over a document of a run."""
+    document = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**document, **values}))
+
+
 def write_run(folder: Path, evaluated: bool = True, kind: str = "side", seed: int = 0, **r2: float) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     student = {"kind": kind, "model": "timm:resnet18" if kind == "full" else None}
     values = {"caches": ["c"], "base": "b", "teachers": list(r2), "student": student, "seed": seed}
     config = validate_config(values, "test")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    caches = [{"path": "c", "plan": "p", "rows": 50, "teachers": {}}]
+    sources = {"teachers": {name: spec_of(name) for name in r2}, "seeds": {}, "caches": caches}
+    (folder / "sources.json").write_text(json.dumps(sources))
     scores = scores_of(**r2)
     summary = {
         "steps": 20, "rows": 2000, "seconds": 4.0, "parameters": 7, "validation_rows": 5,
@@ -73,9 +90,43 @@ def test_transfer_is_relative_to_a_student_of_the_same_kind_on_the_same_rows(tmp
         found = {run.name: run.transfer.get("s") for run in compare(order)}
         assert found == pytest.approx({"both": 0.3 / 0.5, "side": 1, "seeded": 1, "full": 1})
     assert compare([both, full])[0].transfer == {}
-    scores = json.loads((side / "eval.json").read_text())
-    (side / "eval.json").write_text(json.dumps({**scores, "rows": 6}))
+    change(side, "eval.json", rows=6)
     assert compare([both, side])[0].transfer == {}
+
+
+def test_what_does_not_compare_is_noted(tmp_path: Path) -> None:
+    same, again, other = (write_run(tmp_path / name, b=1.0, s=0.5) for name in ("same", "again", "other"))
+    alone = write_run(tmp_path / "alone", b=1.0)
+    assert [run.notes for run in compare([same, again, alone])] == [[], [], []]
+    change(other, "sources.json", caches=[{"path": "d", "plan": "q", "rows": 9, "teachers": {}}])
+    change(other, "sources.json", teachers={"b": spec_of("b"), "s": spec_of("s", "1" * 32)})
+    found = {run.name: run for run in compare([same, again, other, alone])}
+    measured, learned, model = found["same"].notes
+    assert measured.startswith("measured on other rows (same, again, alone: 5 rows of c; other: 5 rows of c)")
+    assert measured.endswith("do not compare")
+    assert learned.startswith("learned from other caches (same, again, alone: c; other: ")
+    assert model == (
+        "s is another model (same, again: timm:s (weights 00000000, fp32); other: timm:s (weights 11111111, fp32)): "
+        "its R2 does not compare"
+    )
+    assert found["alone"].notes == [measured, learned]
+    assert found["other"].as_json()["notes"] == [measured, learned, model]
+
+
+def test_another_base_and_other_rows_are_noted(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "one", b=1.0, s=0.5), write_run(tmp_path / "two", b=1.0, s=0.5)
+    change(two, "eval.json", rows=7)
+    (two / "config.yaml").write_text((two / "config.yaml").read_text().replace("base: b", "base: s"))
+    assert compare([one, two])[0].notes == [
+        "measured on other rows (one: 5 rows of c; two: 7 rows of c): R2, probes and ranks do not compare",
+        "another base (one: b; two: s): what is left of it does not compare",
+    ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / place / "run", b=1.0) for place in ("here", "there")]
+    assert [run.name for run in compare([*paths, write_run(tmp_path / "x", b=1.0)])] == [*map(str, paths), "x"]
+    assert [run.name for run in compare([paths[0], paths[0]])] == ["run", "run"]
 
 
 def test_without_controls_there_is_no_transfer(tmp_path: Path) -> None:
@@ -118,9 +169,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found no config"):
         compare([tmp_path])
     run = write_run(tmp_path / "run", b=1.0)
-    (run / "eval.json").write_text("{")
-    with pytest.raises(CorruptError, match=r"eval\.json"):
-        compare([run])
+    for text in ("{", "[]", "{}"):
+        (run / "eval.json").write_text(text)
+        with pytest.raises(CorruptError, match=r"eval\.json: .*run `kpu-train eval` again"):
+            compare([run])
     (run / "summary.json").unlink()
     with pytest.raises(ConfigError, match="expected a run that ended"):
         compare([run])

@@ -130,6 +130,17 @@ def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> 
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path), overrides=[override])
     assert message in str(error.value)
+    assert "train.yaml" not in str(error.value)
+
+
+def test_the_flag_that_is_wrong_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--set optim\.lr=-1: optim\.lr: expected a number above 0"):
+        load_config(write(tmp_path), overrides=["seed=3", "optim.lr=-1"])
+    file = write(tmp_path, "caches: [a.kpu]\nbase: dino\nbacth_size: 3\n")
+    with pytest.raises(ConfigError, match=r"^\S+/train\.yaml with --set seed=-1: seed: expected .*'bacth_size'"):
+        load_config(file, overrides=["seed=-1"])
+    with pytest.raises(ConfigError, match=r"^\S+/train\.yaml: unknown key 'bacth_size'"):
+        load_config(file, overrides=["seed=1"])
 
 
 def test_layers_go_with_a_side_student_and_a_half_life_may_be_one_row(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cache import open_cache
-from cache.errors import ConfigError, MismatchError
+from cache.errors import ConfigError, CorruptError, MismatchError
 from tests.toys import kpu, write_images
 from tests.trained import labelled_cache, labelled_images, small_run
 from trainer.data import Batch
@@ -235,6 +235,9 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
         evaluate(tmp_path)
     run = Path(shutil.copytree(small_run(place), tmp_path / "run"))
     (run / "model.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"model\.safetensors: cannot be read"):
+        evaluate(run)
+    (run / "summary.json").unlink()
     with pytest.raises(ConfigError, match="expected a run that ended"):
         evaluate(run)
     images = write_images(tmp_path / "flat", 3)

@@ -17,6 +17,7 @@ from trainer import loop
 from trainer.config import TrainConfig
 from trainer.images import ImageReader
 from trainer.loop import fit
+from trainer.runs import RunFolder
 from trainer.training import Training
 
 SPEED = ("rows_per_second", "data_wait")  # what differs between two equal trainings
@@ -95,7 +96,7 @@ def test_a_training_learns_and_keeps_what_it_says(configure: Configure, tmp_path
     assert summary["rows"] == 16 * summary["steps"]
     scores = summary["validation"]["teachers"]
     assert scores["big"]["r2_patch"] > 0.5  # a linear map of the same pixels' neighbours
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    assert RunFolder(tmp_path / "run").summary() == summary
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "sources.json", "statistics.safetensors", "model.safetensors", "tensorboard"} <= names
     assert not [name for name in names if name.startswith(".")]

@@ -107,6 +107,20 @@ def test_one_cache_by_two_names_is_refused(configure: Configure, toys: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_one_cache_by_a_link_or_as_a_copy_is_refused(
+    configure: Configure, toys: Path, tmp_path: Path, how: str
+) -> None:
+    again = tmp_path / "again.kpu"
+    if how == "link":
+        again.symlink_to(toys)
+    else:
+        shutil.copytree(toys, again)
+    config = configure(caches=[str(toys), str(again)])
+    with pytest.raises(ConfigError, match=r"each cache once, found \S+/again\.kpu again \(it is \S+/toys\.kpu"):
+        RunFolder.create(tmp_path / "run", config, corpus_of(config))
+
+
 def test_images_are_known_by_the_plan_or_by_where_and_what_they_are(
     begun: RunFolder, toys: Path, place: Path, extract: Extract
 ) -> None:
@@ -150,8 +164,21 @@ def test_metrics_are_kept_up_to_a_step_and_a_cut_line_is_left_out(begun: RunFold
 
 def test_the_summary_is_json_without_nan(begun: RunFolder) -> None:
     assert begun.summary() is None
-    begun.write_summary({"validation": {"r2": float("nan"), "rows": [1, float("inf")]}})
+    begun.finish(b"", {"validation": {"r2": float("nan"), "rows": [1, float("inf")]}})
     assert begun.summary() == {"validation": {"r2": None, "rows": [1, None]}}
+
+
+@pytest.mark.parametrize("line", [b"{\x00\x00", b"\xff{}", b"[]", b"{}"])
+def test_a_damaged_line_of_metrics_is_named(begun: RunFolder, line: bytes) -> None:
+    (begun.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(CorruptError, match=r"metrics\.jsonl: line 2: .*remove the line"):
+        begun.keep_metrics(1)
+
+
+def test_a_damaged_environment_is_named(begun: RunFolder) -> None:
+    (begun.path / "environment.json").write_bytes(b"[{")
+    with pytest.raises(CorruptError, match=r"environment\.json: is no list in JSON .*remove it"):
+        begun.write_environment({})
 
 
 def test_each_process_adds_its_environment(begun: RunFolder) -> None:

@@ -1,8 +1,8 @@
 """Runs side by side: one line a run, the transfer balance where runs for one teacher are among them, and a plot."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,11 +10,16 @@ import numpy as np
 
 from cache import open_cache
 from cache.digests import digest_of
-from cache.errors import ConfigError, CorruptError
+from cache.errors import ConfigError
 from trainer.evaluation.evaluate import evaluation_file
+from trainer.evaluation.origin import Origin, differences
+from trainer.files import replace_file, write_error
 from trainer.runs import RunFolder
+from trainer.sealed import open_json
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
+
+_SCORES_KEYS: Final = ("teachers", "base", "caches", "rows")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Compared:
 
     `transfer` is by teacher rho = (R2 - R2_frozen) / (R2_solo - R2_frozen), R2 the mean over outputs, `solo` the run
     for that teacher alone, of a student of the same kind and model, evaluated on the same rows; of several one with
-    the same seed. None without such a run, or where even it gains nothing.
+    the same seed. None without such a run, or where even it gains nothing. `notes` say what sets it apart from others.
     """
 
     name: str
@@ -35,7 +40,9 @@ class Compared:
     summary: dict[str, Any]
     scores: dict[str, Any] | None
     curve: list[tuple[int, float]]
-    transfer: dict[str, float]
+    origin: Origin
+    transfer: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def r2(self) -> dict[str, dict[str, float | None]]:
@@ -65,6 +72,7 @@ class Compared:
             "transfer": self.transfer,
             "transfer_min": min(self.transfer.values(), default=None),
             "transfer_spread": np.ptp(list(self.transfer.values())) if self.transfer else None,
+            "notes": self.notes,
         }
 
 
@@ -77,12 +85,18 @@ def compare(paths: Sequence[Path], caches: Sequence[str] = ()) -> list[Compared]
 
     Raises:
         ConfigError: there is no finished run, or it was not evaluated on `caches`.
-        CorruptError: an evaluation is damaged.
+        CorruptError: a file of a run is damaged.
     """
     digest = digest_of([open_cache(path).plan.digest for path in caches]) if caches else None
-    found = [_read(path, evaluation_file(digest), required=bool(caches)) for path in paths]
+    named = dict.fromkeys(paths)  # one run may be given twice
+    labels = [path.name or str(path.resolve()) for path in named]
+    alike = {label for label in labels if labels.count(label) > 1}
+    names = {path: str(path) if label in alike else label for path, label in zip(named, labels, strict=True)}
+    found = [_read(path, names[path], evaluation_file(digest), required=bool(caches)) for path in paths]
+    notes = differences([run.origin for run in found])
     for run in found:
         run.transfer.update(_transfer(run, found))
+        run.notes.extend(note for note, about in notes.items() if run.name in about)
     return found
 
 
@@ -102,7 +116,9 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     """R2 by teacher, base preservation and the course of the validation R2, as an image.
 
     Raises:
-        ConfigError: the kind of the file is unknown, or it cannot be written there.
+        ConfigError: the kind of the file is unknown.
+        FullDiskError: no space is left.
+        StorageError: it cannot be written there.
     """
     from matplotlib.figure import Figure  # it takes a while to import
 
@@ -122,14 +138,19 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     bars.axhline(0, color="black", linewidth=0.8)
     course.set(title="mean R2 over teachers, on validation rows", xlabel="step")
     bars.legend(fontsize="small")
+    drawn = BytesIO()
+    try:
+        figure.savefig(drawn, dpi=120, format=file.suffix[1:] or None)
+    except ValueError as error:
+        raise ConfigError(f"plot: {file}: cannot draw it ({error}); give a path that ends in .png or .svg") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"plot: {file}: cannot write it ({error}); give a path that ends in .png or .svg") from None
+    except OSError as error:
+        raise write_error(error, file) from error
+    replace_file(file, drawn.getvalue())
 
 
-def _read(path: Path, name: str, *, required: bool) -> Compared:
+def _read(path: Path, label: str, evaluation: str, *, required: bool) -> Compared:
     run = RunFolder(path)
     config, summary = run.config(), run.summary()
     if summary is None:
@@ -137,12 +158,9 @@ def _read(path: Path, name: str, *, required: bool) -> Compared:
             f"{path}: expected a run that ended, found no summary; finish it with `kpu-train fit --resume`"
         )
     scores: dict[str, Any] | None = None
-    file = path / name
+    file = path / evaluation
     if file.exists():
-        try:
-            scores = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise CorruptError(str(file), f"is not JSON ({error})") from None
+        scores = open_json(file, _SCORES_KEYS, "run `kpu-train eval` again")
     elif required:
         raise ConfigError(
             f"{path}: expected an evaluation on this cache, found none; run `kpu-train eval` with --cache"
@@ -151,9 +169,12 @@ def _read(path: Path, name: str, *, required: bool) -> Compared:
     if summary["validation_rows"]:
         curve.append((summary["steps"], _overall(summary["validation"])))
     teachers = tuple(summary["validation"]["teachers"])
-    label = path.name or str(path.resolve())
+    rows = summary["validation_rows"] if scores is None else scores["rows"]
+    origin = Origin.of(label, run, config, scores if required else None, rows)
     student = config.student
-    return Compared(label, student.kind, student.model, config.seed, teachers, config.base, summary, scores, curve, {})
+    return Compared(
+        label, student.kind, student.model, config.seed, teachers, config.base, summary, scores, curve, origin
+    )
 
 
 def _overall(scores: Mapping[str, Any]) -> float:
@@ -184,14 +205,10 @@ def _solo(run: Compared, name: str, others: Sequence[Compared]) -> Compared | No
         for other in (run, *others)
         if set(other.teachers) == {run.base, name}
         and (other.base, other.kind, other.model) == (run.base, run.kind, run.model)
-        and _measured_on(other) == _measured_on(run) is not None
+        and other.scores is not None
+        and other.origin.measured == run.origin.measured
     ]
     return min(alike, key=lambda other: (other is not run, other.seed != run.seed), default=None)
-
-
-def _measured_on(run: Compared) -> tuple[Any, ...] | None:
-    """Which rows an evaluation is of; None without one."""
-    return None if run.scores is None else (*run.scores["caches"], run.scores["rows"])
 
 
 def _r2_of(scores: Mapping[str, Any]) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from trainer.evaluation.probing import Vectors, add_vectors, probe_all
 from trainer.evaluation.scores import batches_of
 from trainer.evaluation.trained import Trained, load_trained
 from trainer.files import replace_file
+from trainer.repeated import require_distinct, shared_images
 from trainer.resident import Rows
 from trainer.split import some_of
 
@@ -60,19 +61,24 @@ def evaluate(
         `{"teachers": {name: {agreement, kappa, majority, accuracy, r2_<output>}}, "base": {r2, r2_<output>, agreement,
         kappa, majority}, "linear_probe", "knn", "effective_rank", "frozen_base": {the same}, "teacher_alone": {name:
         {accuracy, linear_probe, knn, effective_rank}}, "run", "caches", "rows", "fitted_rows", "notes"}`; None for what
-        cannot be measured, of which `notes` says why.
+        cannot be measured, of which `notes` says why. Where it could not be kept, `unkept` says why.
 
     Raises:
-        ConfigError: there is no finished run, or a cache lacks what is needed, or no row is there to measure on.
+        ConfigError: there is no finished run, or a cache is given twice or lacks what is needed, or no row is there to
+            measure on.
+        CorruptError: a file of the run is damaged.
         MismatchError: a cache was made with another base or other teachers.
     """
     trained = load_trained(path)
-    notes: list[str] = []
+    notes = list(trained.notes)
     device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
     trained.model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
     corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
+    if caches:
+        require_distinct(corpus.caches)
+    notes.extend(shared_images(corpus.caches))
     training = open_training(trained, corpus, notes)
     rows, unseen = rows_to_measure(trained, corpus, training, bool(caches), notes)
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
@@ -128,7 +134,7 @@ class _Reading:
             from trainer.pictures import with_images  # decoding is loaded only where it is needed
 
             place = config.images if self.images is None else config.images.model_copy(update={"root": self.images})
-            fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}))
+            fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}), "--images")
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:
             for batch in batches_of(rows, config.rows_per_worker, loader, upload):
@@ -208,4 +214,4 @@ def _keep(path: Path, name: str, found: dict[str, Any]) -> None:
     try:
         replace_file(path / name, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     except StorageError as error:  # what was measured is worth more than the copy
-        found["notes"].append(f"not kept with the run: {error}")
+        found["unkept"] = str(error)

@@ -58,12 +58,13 @@ def open_measured(trained: Trained, paths: Sequence[str], notes: list[str], *, m
 
 def _check_same(spec: TeacherSpec, teacher: Teacher, who: str) -> None:
     """Raises MismatchError where `teacher` has other features than the run's `spec` says."""
-    expected, found = _compared(spec), _compared(teacher.spec)
+    expected, found = compared_part(spec), compared_part(teacher.spec)
     differing = [key for key in expected if expected[key] != found.get(key)]
     if differing:
         parts = "; ".join(f"{key}: expected {expected[key]!r}, found {found.get(key)!r}" for key in differing)
         raise MismatchError(f"{who} is another model than the run's: {parts}; extract the cache with the same teacher")
 
 
-def _compared(spec: TeacherSpec) -> dict[str, Any]:
+def compared_part(spec: TeacherSpec) -> dict[str, Any]:
+    """What a teacher must have in common with another to be the same model."""
     return {key: value for key, value in spec.model_part.items() if key != _NOT_COMPARED}

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from cache.errors import ConfigError, CorruptError, MismatchError
+from cache.errors import MismatchError
 from trainer.config import TrainConfig
 from trainer.corpus import Source
 from trainer.model import Inheritance
@@ -20,12 +18,13 @@ _NAMED_AT_MOST: Final = 5
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run learned; `model` is in evaluation mode, on the CPU."""
+    """What a run learned; `model` is in evaluation mode, on the CPU; `notes` say what could not be checked."""
 
     run: RunFolder
     config: TrainConfig
     sources: dict[str, Source]
     model: Inheritance
+    notes: list[str]
 
 
 def load_trained(path: Path) -> Trained:
@@ -39,19 +38,12 @@ def load_trained(path: Path) -> Trained:
         MismatchError: the kept model does not fit the configuration beside it.
     """
     run = RunFolder(path)
-    config, sources = run.config(), run.sources()
-    file = path / MODEL
-    if not file.is_file():
-        raise ConfigError(
-            f"{path}: expected a run that ended, found no {MODEL}; finish it with `kpu-train fit --resume`"
-        )
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CorruptError(str(file), f"cannot be read ({error})") from None
+    config, sources, state = run.config(), run.sources(), run.model()
+    unchecked = run.unchecked()
+    notes = [f"{', '.join(unchecked)}: the run keeps no digest, so that damage would not show"] if unchecked else []
     model = _rebuild(config, sources, state)
     model.load_state_dict(state)
-    return Trained(run, config, sources, model.eval())
+    return Trained(run, config, sources, model.eval(), notes)
 
 
 def _rebuild(config: TrainConfig, sources: dict[str, Source], state: dict[str, Tensor]) -> Inheritance:

@@ -61,6 +61,7 @@ def export(
 
     Raises:
         ConfigError: there is no finished run, something stands at `out`, or the base cannot be built here.
+        CorruptError: a file of the run is damaged.
         MismatchError: the image path gives other features than the cached path, or the base is not the cache's.
         SourceError: the images cannot be read.
     """
@@ -72,7 +73,7 @@ def export(
     pixels = _pixels(corpus, rows, module, images or trained.config.images.root)
     checked = check_paths(trained, module, corpus, rows, pixels)
     files[STUDENT] = pack_tensors(module.own_state())
-    notes = []
+    notes = list(trained.notes)
     if program:
         try:
             files[PROGRAM] = make_program(module, pixels)
@@ -107,7 +108,8 @@ def _rows(trained: Trained) -> tuple[Corpus, Rows]:
 
 
 def _pixels(corpus: Corpus, rows: Rows, module: ExportedStudent, root: str | None) -> Tensor:
-    pixels, _ = ImageReader(corpus.caches[0], module.description.input, root=root, threads=1).load(rows)
+    reader = ImageReader(corpus.caches[0], module.description.input, root=root, threads=1, option="--images")
+    pixels, _ = reader.load(rows)
     return torch.from_numpy(pixels)
 
 

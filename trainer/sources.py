@@ -1,0 +1,106 @@
+"""What a run keeps of the teachers and the caches that it learns from, so that it is read without them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from cache import Cache
+from cache.digests import digest
+from cache.errors import CorruptError
+from cache.spec import TeacherSpec
+from cache.statistics import Statistics, dump_statistics, load_statistics
+from trainer.corpus import Corpus, Source
+from trainer.sealed import ADVICE, DIGESTS, open_json, read_sealed, seal_json
+from trainer.shapes import shape_of
+
+_SOURCES, _STATISTICS, _HEADS = "sources.json", "statistics.safetensors", "heads.safetensors"
+SOURCE_FILES: Final = (_STATISTICS, _HEADS, _SOURCES)
+_KEYS: Final = ("teachers", "seeds", "caches")
+
+
+def pack_sources(corpus: Corpus) -> dict[str, bytes]:
+    """The files to keep, in this order: the last one has digests of the others."""
+    sources = corpus.sources
+    statistics = {f"{name}/{o}": s for name, source in sources.items() for o, s in source.statistics.items()}
+    heads: dict[str, npt.NDArray[Any]] = {}
+    for name, source in sources.items():
+        if source.head is not None:
+            heads |= {f"{name}.weight": source.head[0], f"{name}.bias": source.head[1]}
+    files = {_STATISTICS: dump_statistics(statistics, {}), _HEADS: save_arrays(heads)}
+    document = {
+        "teachers": {name: source.spec.model_dump(mode="json") for name, source in sources.items()},
+        "seeds": {name: source.seed for name, source in sources.items()},
+        "caches": corpus.fingerprints(),
+        "images": [images_of(cache) for cache in corpus.caches],
+        DIGESTS: {name: digest(data) for name, data in files.items()},
+    }
+    return {**files, _SOURCES: seal_json(document)}
+
+
+def open_sources(folder: Path) -> dict[str, Any]:
+    """The last of these files.
+
+    Raises:
+        CorruptError: it is damaged or missing.
+    """
+    return open_json(folder / _SOURCES, _KEYS)
+
+
+def load_specs(folder: Path) -> dict[str, TeacherSpec]:
+    """The specs of the teachers.
+
+    Raises:
+        CorruptError: the last of these files is damaged or missing.
+    """
+    try:
+        return {name: TeacherSpec.model_validate(spec) for name, spec in open_sources(folder)["teachers"].items()}
+    except (ValueError, AttributeError) as error:
+        raise CorruptError(str(folder / _SOURCES), f"does not describe the teachers ({error}); {ADVICE}") from None
+
+
+def load_sources(folder: Path) -> dict[str, Source]:
+    """The teachers, with the statistics of the training.
+
+    Raises:
+        CorruptError: a file is damaged or missing.
+    """
+    document = open_sources(folder)
+    digests = document.get(DIGESTS, {})
+    statistics_file, heads_file = folder / _STATISTICS, folder / _HEADS
+    statistics, _ = load_statistics(read_sealed(statistics_file, digests.get(_STATISTICS)), str(statistics_file))
+    try:
+        heads = load_arrays(read_sealed(heads_file, digests.get(_HEADS)))
+    except SafetensorError as error:
+        raise CorruptError(str(heads_file), f"holds no heads ({error}); {ADVICE}") from None
+    try:
+        return {
+            name: _source(name, spec, document["seeds"][name], statistics, heads)
+            for name, spec in load_specs(folder).items()
+        }
+    except (KeyError, TypeError) as error:
+        raise CorruptError(str(folder / _SOURCES), f"does not fit {_HEADS} ({error}); {ADVICE}") from None
+
+
+def images_of(cache: Cache) -> list[str]:
+    """Where the images of a cache are, and the digest of what they are called; other caches may be of the same."""
+    return [cache.plan.source.root, cache.plan.fingerprint]
+
+
+def _source(
+    name: str,
+    spec: TeacherSpec,
+    seed: int,
+    statistics: Mapping[str, Statistics],
+    heads: Mapping[str, npt.NDArray[np.float32]],
+) -> Source:
+    """A teacher of the document, with its part of the statistics and heads of all."""
+    own = {key.partition("/")[2]: value for key, value in statistics.items() if key.partition("/")[0] == name}
+    shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in own}
+    head = (heads[f"{name}.weight"], heads[f"{name}.bias"]) if f"{name}.weight" in heads else None
+    return Source(spec, shapes, own, head, seed)
