@@ -1,9 +1,10 @@
-"""Turning errors into one clear message and the right exit code."""
+"""Turning errors and interruptions into one clear message and the right exit code."""
 
 import errno
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -12,23 +13,39 @@ from cli.console import console
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Advice = str | Callable[[Mapping[str, Any]], str]
 
 
-def reported(command: Callable[P, T]) -> Callable[P, T]:
-    """Print a KpuError as one message on standard error and exit with its code; other errors keep their traceback."""
+def reported(advice: Advice = "the same command begins again") -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a command end with one message on standard error and an exit code; unforeseen errors keep their traceback.
 
-    @wraps(command)
-    def run(*arguments: P.args, **options: P.kwargs) -> T:
-        try:
-            return command(*arguments, **options)
-        except KpuError as error:
-            _fail(str(error), error.exit_code)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                _fail(f"{error.filename or 'disk'}: no space left; nothing that was committed is lost", 1)
-            raise
+    A KpuError has a code of its own; Ctrl-C and SIGTERM end with 1 and `advice`, which may depend on the options.
+    """
 
-    return run
+    def wrap(command: Callable[P, T]) -> Callable[P, T]:
+        @wraps(command)
+        def run(*arguments: P.args, **options: P.kwargs) -> T:
+            signal.signal(signal.SIGTERM, _interrupt)
+            try:
+                return command(*arguments, **options)
+            except KpuError as error:
+                _fail(str(error), error.exit_code)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    _fail(f"{error.filename or 'disk'}: no space left; nothing that was committed is lost", 1)
+                raise
+            except KeyboardInterrupt:
+                said = advice if isinstance(advice, str) else advice(options)
+                console(stderr=True).print(f"stopped: {said}", markup=False, soft_wrap=True)
+                raise typer.Exit(1) from None
+
+        return run
+
+    return wrap
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

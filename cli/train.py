@@ -2,9 +2,9 @@
 
 import json
 import os
-import signal
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,8 +37,13 @@ def _start() -> None:
     escape_unprintable()
 
 
+def _after_fit(options: Mapping[str, Any]) -> str:
+    begun = (options["out"] / "config.yaml").exists()
+    return "the last checkpoint is safe; the same command with --resume goes on" if begun else "no run was begun"
+
+
 @app.command()
-@reported
+@reported(_after_fit)
 def fit(
     out: Out,
     config: ConfigFile = None,
@@ -53,14 +58,7 @@ def fit(
 
     extra = [f"workers={workers}"] if workers is not None else []
     loaded = load_config(config, caches=cache or (), overrides=[*(overrides or ()), *extra])
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        summary = _fit(loaded, out.absolute(), resume, ray_address)
-    except KeyboardInterrupt:
-        begun = (out / "config.yaml").exists()
-        advice = "the last checkpoint is safe; the same command with --resume goes on" if begun else "no run was begun"
-        console(stderr=True).print(f"stopped: {advice}")
-        raise typer.Exit(1) from None
+    summary = _fit(loaded, out.absolute(), resume, ray_address)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
         from cli.training import show_summary
 
@@ -68,7 +66,7 @@ def fit(
 
 
 @app.command()
-@reported
+@reported("trainings that ended are kept; the same command goes on")
 def ablate(
     sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Stands in for `out` of the file.")] = None,
@@ -83,14 +81,9 @@ def ablate(
     from trainer.ablate import ablate as run_sweep
     from trainer.sweeps import load_sweep
 
-    signal.signal(signal.SIGTERM, _interrupt)
     loaded = load_sweep(sweep, out)
     say = console(stderr=True)
-    try:
-        found = run_sweep(loaded, address=ray_address, tell=lambda line: say.print(line, markup=False, soft_wrap=True))
-    except KeyboardInterrupt:
-        say.print("stopped: trainings that ended are kept; the same command goes on")
-        raise typer.Exit(1) from None
+    found = run_sweep(loaded, address=ray_address, tell=lambda line: say.print(line, markup=False, soft_wrap=True))
     if as_json:
         typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
     else:
@@ -105,7 +98,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(name="eval")
-@reported
+@reported()
 def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json: AsJson = False) -> None:
     """Measure a student beside the frozen base and each teacher; by default on the validation rows of its own caches.
 
@@ -126,7 +119,7 @@ def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json:
 
 
 @app.command()
-@reported
+@reported()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder that does not exist yet.")],
@@ -144,7 +137,7 @@ def export(
 
 
 @app.command()
-@reported
+@reported()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that ended.")],
     cache: Caches = None,
@@ -185,10 +178,6 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
         from trainer.loop import fit as run_fit
 
         return run_fit(config, out, resume=resume, watch=watch, live=live).summary
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":  # torchrun -m cli.train

@@ -1,0 +1,82 @@
+"""How a command ends that is interrupted, fails, or finds the disk full."""
+
+import errno
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import typer
+
+from cache.errors import ConfigError, KpuError, MissingUnitError
+from cli.failures import reported
+
+
+@pytest.fixture(autouse=True)
+def _handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_ends_with_1_and_says_what_goes_on(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @reported()
+    def command() -> None:
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "stopped: the same command begins again\n"
+
+
+def test_what_goes_on_may_depend_on_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def advice(options: Mapping[str, Any]) -> str:
+        return f"{options['out']} is safe"
+
+    @reported(advice)
+    def command(**_options: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        command(out="my [red]run")
+    assert capsys.readouterr().err == "stopped: my [red]run is safe\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("a key:\n  is wrong"), 2, "error: a key: is wrong\n"),
+        (MissingUnitError("t", 3), 1, "error: teacher 't' has no committed unit 3"),
+        (
+            OSError(errno.ENOSPC, "full", "a/file"),
+            1,
+            "error: a/file: no space left; nothing that was committed is lost",
+        ),
+    ],
+)
+def test_a_foreseen_error_is_one_line(
+    error: KpuError | OSError, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @reported()
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_an_unforeseen_error_keeps_its_traceback() -> None:
+    @reported()
+    def command() -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with pytest.raises(OSError, match="broken"):
+        command()
