@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ from trainer.config import StudentConfig
 from trainer.objective.losses import resize_map
 from trainer.shapes import OutputShape
 from trainer.students import BaseInfo, Student, make_student
+from trainer.students.weights import seeded
 
 RESNET = f"torch:{Path(__file__).parents[2] / 'examples/cifar_resnet.py'}:resnet20"
 BOTH = ("global", "patch")
@@ -86,8 +88,15 @@ def test_weights_that_are_absent_or_run_code(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"student\.weights: expected .* found none"):
         full(RESNET, 64, 8, str(tmp_path / "absent.pth"))
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
-    with pytest.raises(ConfigError, match="no safetensors file or plain torch state_dict"):
+    with pytest.raises(ConfigError, match=r"state_dict \(it holds something other than tensors\); save"):
         full(RESNET, 64, 8, str(tmp_path / "module.pth"))
+
+
+def test_a_seed_may_have_any_size() -> None:
+    with seeded(2**32 + 5):
+        drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
+    with seeded(2**32 + 5):
+        assert (torch.rand(1), np.random.rand()) == drawn  # noqa: NPY002
 
 
 @pytest.mark.parametrize("model", ["timm:no_such_model", "torch:absent.py:make", f"{RESNET}_not"])

@@ -52,9 +52,8 @@ def read_weights(path: str | Mapping[str, Tensor], section: str = "student") -> 
             else torch.load(file, map_location="cpu", weights_only=True)
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
         raise ConfigError(
-            f"{section}.weights: {path} is no safetensors file or plain torch state_dict ({reason}); save "
+            f"{section}.weights: {path} is no safetensors file or plain torch state_dict ({_found(error)}); save "
             "the model's state_dict() with safetensors or torch.save"
         ) from None
     for wrapper in _WRAPPERS:
@@ -65,6 +64,13 @@ def read_weights(path: str | Mapping[str, Tensor], section: str = "student") -> 
         raise ConfigError(f"{section}.weights: {path}: expected tensors by name, found none; save a state_dict there")
     prefix = _PREFIX if all(name.startswith(_PREFIX) for name in loaded) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+
+
+def _found(error: BaseException) -> str:
+    """What is wrong with a file of weights. torch's advice, to run the code in it, is not passed on."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds something other than tensors"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def differences(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -128,7 +134,7 @@ def seeded(seed: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)
         yield
     finally:
