@@ -1,6 +1,7 @@
 """Configuration files: YAML read strictly, the command line's values laid over it, the whole validated by a schema."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+T = TypeVar("T")
 Schema = TypeVar("Schema", bound=Section)
 
 
@@ -107,6 +109,39 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> None:
             section(values, parents)[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
+
+
+def validate_overridden(
+    values: Mapping[str, Any], assignments: Sequence[str], file: str | None, check: Callable[[dict[str, Any], str], T]
+) -> T:
+    """Lay `--set KEY.PATH=YAML` over `values`, of `file` if there is one, and `check(values, where)` the whole.
+
+    Raises:
+        ConfigError: naming the file, the assignments, or both: whichever it comes from.
+    """
+    changed, where = copy.deepcopy(dict(values)), file or "command line"
+    override(changed, assignments)
+    try:
+        return check(changed, where)
+    except ConfigError as error:
+        if file is None or not assignments:
+            raise
+        wrong = str(error).removeprefix(f"{where}: ")
+        named = [assignment for assignment in assignments if assignment.partition("=")[0] in wrong]
+        flags = " ".join(f"--set {assignment}" for assignment in named or assignments)
+        if _passes(values, check):
+            where = flags
+        elif named:
+            where = f"{file} with {flags}"
+        raise ConfigError(f"{where}: {wrong}") from None
+
+
+def _passes(values: Mapping[str, Any], check: Callable[[dict[str, Any], str], object]) -> bool:
+    try:
+        check(dict(values), "")
+    except ConfigError:
+        return False
+    return True
 
 
 def section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

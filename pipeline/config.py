@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import layout
 from cache.errors import ConfigError
-from cache.settings import Section, override, read_yaml, section, split, validate
+from cache.settings import Section, read_yaml, section, split, validate, validate_overridden
 from cache.spec import CodecSpec, CropSpec, ShardFormat
 
 Text = Annotated[str, Field(min_length=1)]
@@ -198,8 +198,7 @@ def load_config(
         if value is not None:
             *parents, leaf = key.split(".")
             section(values, parents)[leaf] = value
-    override(values, overrides)
-    config = validate_config(values, str(path) if path is not None else "command line")
+    config = validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
     if ray_address is not None and config.executor.kind != "ray":
         raise ConfigError(
             f"--ray-address {ray_address}: expected with executor.kind ray, found {config.executor.kind}; add "

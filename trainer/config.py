@@ -1,6 +1,5 @@
 """The configuration of `kpu-train`: one schema for the file, the flags and the record kept with the run."""
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cache.errors import ConfigError
-from cache.settings import Section, override, read_yaml, validate
+from cache.settings import Section, read_yaml, validate, validate_overridden
 
 Text = Annotated[str, Field(min_length=1)]
 Target = Annotated[str, Field(pattern="^(global|patch)$")]
@@ -265,30 +263,7 @@ def load_config(
     values = read_yaml(Path(path)) if path is not None else {}
     if caches:
         values["caches"] = list(caches)
-    where, of_file = str(path) if path is not None else "command line", copy.deepcopy(values)
-    override(values, overrides)
-    try:
-        return validate_config(values, where)
-    except ConfigError as error:
-        if path is None:
-            raise
-        wrong = str(error).removeprefix(f"{where}: ")
-        named = [given for given in overrides if given.partition("=")[0] in wrong]
-        flags = " ".join(f"--set {given}" for given in named or overrides)
-        if _holds(of_file):  # by itself
-            where = flags
-        elif named:
-            where = f"{where} with {flags}"
-        raise ConfigError(f"{where}: {wrong}") from None
-
-
-def _holds(values: Mapping[str, Any]) -> bool:
-    """Whether values are right by themselves."""
-    try:
-        validate_config(values, "")
-    except ConfigError:
-        return False
-    return True
+    return validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -91,3 +91,19 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, message: str) -> N
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "begins"),
+    [
+        ("views: 2", "unit_rows=100", "--set unit_rows=100: unit_rows: expected a power of two"),
+        ("views: 0", "seed=1", "{file}: views: expected a whole number above 0"),
+        ("views: 0", "unit_rows=100", "{file} with --set unit_rows=100: "),
+    ],
+)
+def test_what_is_wrong_is_looked_for_where_it_is(tmp_path: Path, text: str, override: str, begins: str) -> None:
+    file = tmp_path / "extract.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file, data="images", out="my.kpu", teachers=["dino=timm:vit"], overrides=[override])
+    assert str(error.value).startswith(begins.format(file=file))
