@@ -109,6 +109,10 @@ def _tier_b() -> Tier:
         "concat, 8 epochs": Cell({"student.merge": "concat", "optim.epochs": 8}, seeds=3),
         PLACEBO: Cell({"unify.mode": "untrained"}, over, 3),
         "t2s pretrained": Cell({"unify.mode": "pretrained"}, (REFERENCE, PLACEBO), 3),
+        "concat, t2s untrained": Cell({"student.merge": "concat", "unify.mode": "untrained"}, ("concat",), 3),
+        "concat, t2s pretrained": Cell(
+            {"student.merge": "concat", "unify.mode": "pretrained"}, ("concat", "concat, t2s untrained"), 3
+        ),
     }
     common = {
         "outputs": ["global", "patch"],
