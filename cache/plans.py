@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ from cache.spec import FORMAT, VERSION, ImageStatus, Plan
 from cache.storage import Storage
 
 MAX_CHUNK_ROWS = 64
-Build = Callable[[str, tuple[str, ...], int, dict[str, str]], Plan]
 
 _IMAGE_ITEMS: dict[str, tuple[tuple[int, ...], str, int]] = {
     "digest": ((16,), "uint8", 0),
@@ -32,6 +31,14 @@ _IMAGE_ITEMS: dict[str, tuple[tuple[int, ...], str, int]] = {
 def chunk_rows(unit_rows: int) -> int:
     """Rows in an inner chunk of arrays with small items: 64, or the most below it that divides a unit."""
     return math.gcd(MAX_CHUNK_ROWS, unit_rows)
+
+
+class Build(Protocol):
+    """Makes the plan of what only the listing tells."""
+
+    def __call__(
+        self, *, fingerprint: str, samples: int, samples_digests: tuple[str, ...], metadata: dict[str, str]
+    ) -> Plan: ...
 
 
 def image_layouts(rows: int, unit_rows: int) -> dict[str, ArrayLayout]:
@@ -54,8 +61,8 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
     """Publish the sample table and the plan; the plan comes last and seals the rest.
 
     `parts` are tables of exactly 64 units of `unit_rows` rows, the last one shorter (`cache.samples.split_parts` cuts
-    them). They are streamed: memory does not grow with their number. `build(fingerprint, samples_digests, samples,
-    metadata)` makes the plan once they are counted. Where a run was interrupted before its plan stood, whatever it
+    them). They are streamed: memory does not grow with their number. `build` makes the plan once
+    they are counted. Where a run was interrupted before its plan stood, whatever it
     left that differs is moved into quarantine.
 
     Returns: the plan that stands, which may be another driver's where it says the same.
@@ -102,7 +109,9 @@ def _settle_parts(parts: Iterator[pa.Table], build: Build, settle: Callable[[str
         metadata[key] = settle(key, array_metadata(array, {}))
     failpoint("plan.samples")
 
-    plan = build(fingerprint.hexdigest(), tuple(digests), samples, metadata)
+    plan = build(
+        fingerprint=fingerprint.hexdigest(), samples=samples, samples_digests=tuple(digests), metadata=metadata
+    )
     if plan.rows != rows or plan.unit_rows != unit_rows:
         raise ValueError(f"the plan says {plan.rows} rows in units of {plan.unit_rows}: expected {rows}, {unit_rows}")
     return plan

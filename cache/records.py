@@ -42,11 +42,13 @@ def units_left(storage: Storage, plan: Plan, teachers: Iterable[str]) -> dict[st
     return {name: ~committed_units(storage, layout.teacher(name), plan.units) for name in teachers}
 
 
-def lost_images(storage: Storage, plan: Plan, teachers: Iterable[str]) -> dict[int, str]:
-    """Units whose images are not committed though one of `teachers` is, with its name; from the listings alone."""
-    committed = {name: ~missing for name, missing in units_left(storage, plan, teachers).items()}
-    images = committed_units(storage, layout.IMAGES, plan.units)  # after the teachers': images are committed first
-    return {int(unit): name for name, units in reversed(committed.items()) for unit in np.flatnonzero(units & ~images)}
+def lost_images(storage: Storage, plan: Plan, committed: dict[str, Mask]) -> dict[int, str]:
+    """Units whose images are not committed though a teacher is, with its name; `committed` are units by teacher.
+
+    The images are listed here, after the teachers: theirs are committed first.
+    """
+    lost = ~committed_units(storage, layout.IMAGES, plan.units)
+    return {int(unit): name for name, units in reversed(committed.items()) for unit in np.flatnonzero(units & lost)}
 
 
 def count_rows(plan: Plan, units: Mask) -> int:

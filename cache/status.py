@@ -91,7 +91,7 @@ def status(path: str | os.PathLike[str]) -> Status:
     begun = [*teacher_folders(storage), *(runs[-1].teachers if runs else ())]
     teachers |= {name: TeacherStatus(0, plan.units) for name in begun if name not in teachers}
     committed = {name: tally.committed for name, tally in tallies.items()}
-    lost = sorted(lost_images(storage, plan, tallies))
+    lost = sorted(lost_images(storage, plan, committed))
     all_done = bool(teachers) and all(teacher.committed_units == plan.units for teacher in teachers.values())
     return Status(
         complete=all_done and not lost,

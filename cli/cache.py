@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file; flags are laid over it.")]
-_COMMITTED: Final = "committed units are safe; the same command resumes"
+_RESUMES: Final = "committed units are safe; the same command resumes"
+_AGAIN: Final = "what was committed is safe; run the same command again"
 
 
 @app.callback()
@@ -33,7 +34,7 @@ def _start() -> None:
 
 
 @app.command()
-@reported(_COMMITTED)
+@reported(_RESUMES)
 def extract(
     data: Annotated[
         str | None, typer.Argument(metavar="[DATA]", help="Image folder, tars or Parquet: path, glob, braces or URL.")
@@ -83,7 +84,7 @@ def extract(
 
 
 @app.command("retry-failed")
-@reported(_COMMITTED)
+@reported(_RESUMES)
 def retry_failed(cache: CachePath, as_json: Json = False) -> None:
     """Try again the units that failed, each with the configuration of the latest run in which it failed."""
     from cli.show import show_summary, summary_json
@@ -115,7 +116,7 @@ for command in (status, info, verify, repair, bench, gc):
 
 
 @app.command("export")
-@reported(_COMMITTED)
+@reported(_AGAIN)
 def export_command(
     cache: CachePath,
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new cache; for theia the folder of datasets.")],
@@ -152,7 +153,7 @@ def export_command(
 
 
 @app.command("import")
-@reported(_COMMITTED)
+@reported(_AGAIN)
 def import_command(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="The folder of Theia's datasets.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The cache to make.")],

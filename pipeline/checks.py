@@ -71,10 +71,15 @@ def warn_of_labels(specs: Sequence[TeacherSpec], plan: Plan, samples: Samples, o
     wanted = {spec.name: max(spec.labels) for spec in specs if spec.labels}
     if plan.classes is not None or not wanted:
         return
-    found = (pc.max(part["label"]).as_py() for part in samples.iter_batches(["label"]))
-    largest = max((label for label in found if label is not None), default=sys.maxsize)
+    largest: int | None = None
+    for part in samples.iter_batches(["label"]):
+        found = pc.max(part["label"]).as_py()
+        if found is not None and (largest is None or found > largest):
+            largest = found
+        if largest is not None and largest >= max(wanted.values()):
+            return  # shuffled data shows it in its first part
     for name, label in wanted.items():
-        if label > largest:
+        if largest is not None and label > largest:
             observer.warn(
                 f"teacher {name!r}: labels: expected numbers up to {largest}, the largest label in the data, found "
                 f"{label}; that is right only if the data lacks images of this class"

@@ -97,11 +97,12 @@ def _work_off(
     units: frozenset[int] | None,
 ) -> None:
     """Run every pending unit; stop early where nothing succeeds any more."""
-    left = units_left(storage, plan, config.teachers)
-    _check_images(storage, plan)
+    missing = units_left(storage, plan, teacher_folders(storage))
+    _check_images(storage, plan, missing)
+    left = {name: missing[name] for name in config.teachers}
     if units is not None:
         wanted = np.isin(np.arange(plan.units), list(units))
-        left = {name: missing & wanted for name, missing in left.items()}
+        left = {name: each & wanted for name, each in left.items()}
     pending = count_rows(plan, np.logical_or.reduce(list(left.values())))
     observer.begin(total=plan.rows, pending=pending, workers=executor.workers)
     in_a_row = 0
@@ -117,8 +118,8 @@ def _work_off(
             )
 
 
-def _check_images(storage: Storage, plan: Plan) -> None:
-    for unit, teacher in sorted(lost_images(storage, plan, teacher_folders(storage)).items()):
+def _check_images(storage: Storage, plan: Plan, missing: Mapping[str, Mask]) -> None:
+    for unit, teacher in sorted(lost_images(storage, plan, {name: ~each for name, each in missing.items()}).items()):
         raise CorruptError(
             layout.commit(layout.IMAGES, unit),
             f"is missing, though teacher {teacher!r} committed the unit; `kpu-cache repair {storage.url}` "

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -69,22 +70,16 @@ def plan_cache(
     standing = load_plan(storage)
     if standing is None:
         tables, unit_rows = _listed_in_units(source, config, teachers)
-
-        def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
-            return Plan(
-                source=source.spec,
-                fingerprint=fingerprint,
-                classes=source.classes,
-                samples=samples,
-                views=config.views,
-                seed=config.seed,
-                unit_rows=unit_rows,
-                threads=threads,
-                samples_digests=digests,
-                metadata=metadata,
-                crop=config.planned_crop,
-            )
-
+        build = partial(
+            Plan,
+            source=source.spec,
+            classes=source.classes,
+            views=config.views,
+            seed=config.seed,
+            unit_rows=unit_rows,
+            threads=threads,
+            crop=config.planned_crop,
+        )
         try:
             return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
         except MismatchError:  # another driver, with other teachers, may have chosen other units at the same time

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from cache.errors import StorageError
 from cache.spec import Plan
 from cache.storage import Storage
+from cache.versions import installed_versions
 from pipeline.config import ExtractConfig
 from pipeline.reports import STAGES, Failure, Task, UnitReport
 
@@ -104,7 +104,7 @@ class Run:
                 "platform": platform.platform(),
                 "cpus": os.cpu_count(),
             },
-            "versions": _versions(PACKAGES),
+            "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
         }
 
     def __enter__(self) -> "Run":
@@ -194,13 +194,3 @@ class Run:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

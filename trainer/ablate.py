@@ -4,7 +4,6 @@ Every training is a plain `fit` into `<out>/<cell>-seed<seed>`. Cells are compar
 same batches and initial values, so that the differences vary less than the figures themselves.
 """
 
-import json
 import math
 import shutil
 import traceback
@@ -23,6 +22,7 @@ from trainer.files import replace_file, write_error
 from trainer.loop import fit, settle_teachers
 from trainer.resident import free_memory
 from trainer.runs import RunFolder
+from trainer.sealed import dump_json
 from trainer.sweeps import TRIAL_NAME, Sweep, Trial, name_of
 
 LEVEL: Final = 0.95
@@ -90,7 +90,7 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     if len(failures) == len(sweep.trials):
         raise ConfigError(what)
     found = Ablation(sweep.out, tuple(compare(sweep, [_figures(sweep, trial) for trial in sweep.trials])))
-    replace_file(sweep.out / _TABLE, (json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(sweep.out / _TABLE, dump_json(found.as_json()))
     if failures:
         raise IncompleteError(f"{what}; the table of the others is {sweep.out / _TABLE}")
     return found

@@ -2,12 +2,12 @@
 
 import platform
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from cache.versions import installed_versions
 
 _PACKAGES = ("kpu", "torch", "timm", "numpy", "zarr", "ray")
 
@@ -20,15 +20,5 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        **_versions(_PACKAGES),
+        **installed_versions(_PACKAGES),
     }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

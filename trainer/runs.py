@@ -136,8 +136,9 @@ class RunFolder:
 
     def learned_from(self, cache: Cache) -> bool:
         """Whether the run was begun with the images of a cache: by its plan, or by where and what they are."""
-        plans = {each["plan"] for each in self.caches()}
-        return cache.plan.digest in plans or images_of(cache) in open_sources(self.path).get("images", [])
+        begun = open_sources(self.path)
+        plans = {each["plan"] for each in begun["caches"]}
+        return cache.plan.digest in plans or images_of(cache) in begun.get("images", [])
 
     def config(self) -> TrainConfig:
         """The resolved configuration.

@@ -58,10 +58,7 @@ def load_specs(folder: Path) -> dict[str, TeacherSpec]:
     Raises:
         CorruptError: the last of these files is damaged or missing.
     """
-    try:
-        return {name: TeacherSpec.model_validate(spec) for name, spec in open_sources(folder)["teachers"].items()}
-    except (ValueError, AttributeError) as error:
-        raise CorruptError(str(folder / _SOURCES), f"does not describe the teachers ({error}); {ADVICE}") from None
+    return _specs(open_sources(folder), folder / _SOURCES)
 
 
 def load_sources(folder: Path) -> dict[str, Source]:
@@ -81,7 +78,7 @@ def load_sources(folder: Path) -> dict[str, Source]:
     try:
         return {
             name: _source(name, spec, document["seeds"][name], statistics, heads)
-            for name, spec in load_specs(folder).items()
+            for name, spec in _specs(document, folder / _SOURCES).items()
         }
     except (KeyError, TypeError) as error:
         raise CorruptError(str(folder / _SOURCES), f"does not fit {_HEADS} ({error}); {ADVICE}") from None
@@ -90,6 +87,13 @@ def load_sources(folder: Path) -> dict[str, Source]:
 def images_of(cache: Cache) -> list[str]:
     """Where the images of a cache are, and the digest of what they are called; other caches may be of the same."""
     return [cache.plan.source.root, cache.plan.fingerprint]
+
+
+def _specs(document: Mapping[str, Any], file: Path) -> dict[str, TeacherSpec]:
+    try:
+        return {name: TeacherSpec.model_validate(spec) for name, spec in document["teachers"].items()}
+    except (ValueError, AttributeError) as error:
+        raise CorruptError(str(file), f"does not describe the teachers ({error}); {ADVICE}") from None
 
 
 def _source(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from cache import layout
@@ -123,18 +124,13 @@ def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
     """Publish the plan that an extraction from the images' tars would make, or return the one that stands."""
     source = found.images
 
-    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
-        return Plan(
-            source=source.spec,
-            fingerprint=fingerprint,
-            classes=source.classes,
-            samples=samples,
-            views=1,
-            seed=0,
-            unit_rows=unit_rows,
-            threads=usable_cores(),  # what `extract` computes with when it adds a teacher
-            samples_digests=digests,
-            metadata=metadata,
-        )
-
+    build = partial(
+        Plan,
+        source=source.spec,
+        classes=source.classes,
+        views=1,
+        seed=0,
+        unit_rows=unit_rows,
+        threads=usable_cores(),  # what `extract` computes with when it adds a teacher
+    )
     return publish_plan(storage, split_parts(listed_rows(source, 1, 0), unit_rows), build, run, unit_rows=unit_rows)

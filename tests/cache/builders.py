@@ -7,6 +7,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +64,15 @@ def sample_table(rows: int = ROWS, first: int = 0) -> pa.Table:
 
 
 def make_plan(storage: Storage, run: str, table: pa.Table | None = None, unit_rows: int = UNIT_ROWS) -> Plan:
-    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
-        return Plan(
-            source=SourceSpec(kind="folder", root="/images"),
-            fingerprint=fingerprint,
-            classes=("a", "b", "c"),
-            samples=samples,
-            views=1,
-            seed=0,
-            unit_rows=unit_rows,
-            threads=1,
-            samples_digests=digests,
-            metadata=metadata,
-        )
-
+    build = partial(
+        Plan,
+        source=SourceSpec(kind="folder", root="/images"),
+        classes=("a", "b", "c"),
+        views=1,
+        seed=0,
+        unit_rows=unit_rows,
+        threads=1,
+    )
     tables = iter([sample_table() if table is None else table])
     return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
 

@@ -63,7 +63,7 @@ def test_what_an_interrupted_plan_of_other_data_left_is_replaced(tmp_path: Path)
         publish_plan(
             storage,
             split_parts(iter([sample_table(12)]), 8),
-            lambda *_: 1 // 0,
+            lambda **_: 1 // 0,
             "first",
             unit_rows=8,
         )
@@ -158,6 +158,7 @@ def test_damaged_metadata_is_named(small_cache: SmallCache, file: str) -> None:
 
 
 _STREAMED = """
+from functools import partial
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
@@ -188,9 +189,7 @@ def tables():
             schema=schema,
         )
 
-def plan(fingerprint, digests, samples, metadata):
-    return Plan(source=SourceSpec(kind="tar", root="/"), fingerprint=fingerprint, classes=None, samples=samples,
-                views=1, seed=0, unit_rows=UNIT, threads=1, samples_digests=digests, metadata=metadata)
+plan = partial(Plan, source=SourceSpec(kind="tar", root="/"), classes=None, views=1, seed=0, unit_rows=UNIT, threads=1)
 
 storage = open_storage(sys.argv[1], create=True)
 with lease(storage, "run"):

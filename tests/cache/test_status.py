@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,14 +135,8 @@ def test_a_damaged_record_is_named(small_cache: SmallCache) -> None:
 def synthetic(path: Path, units: int) -> None:
     """A cache of 8 rows a unit whose records stand for shards that were never written."""
     storage = open_storage(path, create=True)
-
-    def build(fingerprint: str, digests: tuple[str, ...], samples: int, metadata: dict[str, str]) -> Plan:
-        source = SourceSpec(kind="folder", root="/")
-        return Plan(
-            source=source, fingerprint=fingerprint, classes=None, samples=samples, views=1, seed=0, unit_rows=8,
-            threads=1, samples_digests=digests, metadata=metadata,
-        )  # fmt: skip
-
+    source = SourceSpec(kind="folder", root="/")
+    build = partial(Plan, source=source, classes=None, views=1, seed=0, unit_rows=8, threads=1)
     tables = (sample_table(8_000, first) for first in range(0, units * 8, 8_000))
     with lease(storage, "run"):
         plan = publish_plan(storage, split_parts(tables, 8), build, "run", unit_rows=8)

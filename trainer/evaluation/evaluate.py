@@ -1,6 +1,5 @@
 """`kpu-train eval`, from top to bottom: what a finished run knows, measured on any cache, beside two controls."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from trainer.evaluation.trained import Trained, load_trained
 from trainer.files import replace_file
 from trainer.repeated import require_distinct, shared_images
 from trainer.resident import Rows
+from trainer.sealed import dump_json
 from trainer.split import some_of
 
 _THREADS: Final = 2
@@ -212,6 +212,6 @@ def _base_json(measured: TeacherMeasures) -> dict[str, float | None]:
 
 def _keep(path: Path, name: str, found: dict[str, Any]) -> None:
     try:
-        replace_file(path / name, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+        replace_file(path / name, dump_json(found))
     except StorageError as error:  # what was measured is worth more than the copy
         found["unkept"] = str(error)
