@@ -24,7 +24,16 @@ _SHUFFLE: Final = {"bytes": blosc.SHUFFLE, "bits": blosc.BITSHUFFLE}
 
 CRC_BYTES: Final = 4
 _CRC_OF_INTACT: Final = 0x48674BC7  # crc32c of any bytes followed by their own crc32c
-_BLOSC_DECODED_BYTES: Final = struct.Struct("<I")  # at byte 4 of blosc's header
+
+# Blosc believes its own header: a length beyond the chunk makes it read whatever lies behind it in memory.
+BLOSC_HEADER: Final = struct.Struct("<BBBBIII")
+"""Version, version of the codec, flags, bytes of a value, decoded bytes, bytes of a block, bytes in all."""
+_VERSIONS: Final = (2, 1)
+_MEMCPY: Final = 0b10
+_KNOWN_FLAGS: Final = 0b1111_0111  # the other one is reserved
+_ZSTD: Final = 0b100_00000
+_CODEC: Final = 0b111_00000
+_BLOCK_START: Final = 4  # bytes of one entry in the list of blocks behind the header
 
 
 def use_one_thread() -> None:
@@ -50,20 +59,50 @@ def decode_chunk(raw: bytes, target: npt.NDArray[Any], packing: Packing) -> None
         ValueError: the bytes are not those of a chunk of this size.
     """
     if packing == "plain":
+        if len(raw) != target.nbytes + CRC_BYTES:
+            raise ValueError(f"{len(raw) - CRC_BYTES} bytes where {target.nbytes} belong")
         target[...] = np.frombuffer(raw, target.dtype, count=target.size).reshape(target.shape)
         return
+    check_blosc_header(raw, len(raw) - CRC_BYTES, target.nbytes, target.itemsize)
     try:
-        (decoded_bytes,) = _BLOSC_DECODED_BYTES.unpack_from(raw, 4)
-        if decoded_bytes != target.nbytes:
-            raise ValueError(f"{decoded_bytes} decoded bytes where {target.nbytes} belong")
         if packing == "bits":
             channels_first = np.empty((target.shape[-1], *target.shape[:-1]), target.dtype)
             blosc.decompress(raw, channels_first)
             target[...] = np.moveaxis(channels_first, 0, -1)
         else:
             blosc.decompress(raw, target)
-    except (RuntimeError, struct.error) as error:
+    except RuntimeError as error:
         raise ValueError(str(error)) from None
+
+
+def check_blosc_header(head: bytes, stored: int, decoded: int, itemsize: int) -> None:
+    """Compare the header of a chunk, which `head` begins with, with what it must say before blosc may see it.
+
+    Args:
+        head: the first bytes of the chunk.
+        stored: how many bytes blosc made of it, its checksum left out.
+        decoded: bytes of the decoded chunk.
+        itemsize: bytes of one of its values.
+
+    Raises:
+        ValueError: decoding would read or write out of bounds, or give other than `decoded` bytes.
+    """
+    if stored < BLOSC_HEADER.size or len(head) < BLOSC_HEADER.size:
+        raise ValueError(f"blosc header: expected {BLOSC_HEADER.size} bytes, found {min(stored, len(head))}")
+    version, codec_version, flags, typesize, nbytes, block, cbytes = BLOSC_HEADER.unpack_from(head)
+    if cbytes != stored or nbytes != decoded or typesize != itemsize:
+        raise ValueError(
+            f"blosc header: expected {stored} bytes for {decoded} of {itemsize} each, found {cbytes} for {nbytes} of "
+            f"{typesize}"
+        )
+    if (version, codec_version) != _VERSIONS or flags & ~_KNOWN_FLAGS or flags & _CODEC != _ZSTD:
+        raise ValueError(f"blosc header: expected zstd in version 2, found {version}.{codec_version}, flags {flags:#x}")
+    if not 0 < block <= nbytes or block % typesize:
+        raise ValueError(f"blosc header: expected blocks of up to {nbytes} bytes, found {block}")
+    least = nbytes if flags & _MEMCPY else -(-nbytes // block) * _BLOCK_START
+    extra = stored - BLOSC_HEADER.size - least
+    if extra < 0 or (flags & _MEMCPY and extra):
+        raise ValueError(f"blosc header: expected {BLOSC_HEADER.size + least} bytes for its blocks, found {stored}")
 
 
 def crc(data: bytes) -> bytes:

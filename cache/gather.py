@@ -3,11 +3,13 @@
 A chunk costs the reader of `cache.shards` half the processor time, but most of that with the lock held: beside a loader
 of many threads, a thread that launches work on a GPU comes to a standstill. So tensorstore reads where cores are
 plentiful, and the other reader where they are few, in tars, in object stores, and whenever anything looks wrong: it
-says what. Each shard is held against its commit record before it is read here for the first time.
+says what. Each shard is compared with its commit record before it is read here for the first time, and so is the header
+of each chunk with what it must say: tensorstore gives blosc as much memory as that asks for.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -15,14 +17,20 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cache.chunks import BLOSC_HEADER, BLOSC_SHUFFLE, CRC_BYTES, check_blosc_header
 from cache.cores import usable_cores
+from cache.errors import CorruptError
 from cache.localstore import LocalStorage
+from cache.recent import Recent
+from cache.shardindex import Index
+from cache.shards import ShardReader
 from cache.shardwriter import ArrayLayout
 from cache.storage import Storage
 
 FEWEST_CORES: Final = 4
 FEWEST_ROWS: Final = 16  # below, starting it costs more than it gains
 _MEMORY: Final = 64 << 20  # for the indices of shards
+_INDEX_BYTES: Final = 16  # of one chunk
 _READS: Final = 16  # files at a time
 
 
@@ -30,8 +38,13 @@ class Gather:
     """Rows of an array below `folder`; safe to use from several threads, but not in a fork."""
 
     def __init__(self, storage: LocalStorage, folder: str, layout: ArrayLayout) -> None:
+        self._storage, self._folder, self._layout = storage, folder, layout
         self._fill = np.asarray(layout.fill, layout.dtype)
-        self._checked: set[int] = set()
+        self._has_headers = layout.packing in BLOSC_SHUFFLE
+        # What is checked at once, and whether it was. The memory of a flag is taken when it is set.
+        self._piece_rows = layout.chunk_rows if self._has_headers else layout.unit_rows
+        self._checked = np.zeros(-(-layout.rows // self._piece_rows), bool)
+        self._indices: Recent[int, Index] = Recent(max(16, _MEMORY // (_INDEX_BYTES * layout.chunks_per_shard)))
         self._engine = _engine()
         store = {"driver": "file", "path": f"{storage.url}/{folder}"}
         self._array = self._engine.library.open(
@@ -40,12 +53,37 @@ class Gather:
             context=self._engine.context,
         ).result()
 
-    def check(self, units: Iterable[int], check: Callable[[int], object]) -> None:
-        """Call `check` for each of `units` that it was not called for before."""
-        for unit in units:
-            if unit not in self._checked:
-                check(unit)
-                self._checked.add(unit)
+    def check(self, rows: npt.NDArray[np.int64], open_shard: Callable[[int], ShardReader]) -> bool:
+        """Check what was not read before of the shards and chunks of `rows` [n]; False where a header is wrong.
+
+        `open_shard` opens the shard of a unit, compared with its commit record. Raises what that raises.
+        """
+        pieces = rows // self._piece_rows
+        fresh = pieces[~self._checked[pieces]]
+        if not fresh.size:
+            return True
+        each = self._layout.unit_rows // self._piece_rows
+        by_unit: defaultdict[int, list[int]] = defaultdict(list)
+        for piece in set(fresh.tolist()):
+            by_unit[piece // each].append(piece % each)
+        for unit, chunks in by_unit.items():
+            index = self._indices.get(unit, lambda unit: open_shard(unit).index)
+            if self._has_headers and not self._has_sound_headers(unit, chunks, index):
+                return False
+        self._checked[fresh] = True
+        return True
+
+    def _has_sound_headers(self, unit: int, chunks: list[int], index: Index) -> bool:
+        decoded, itemsize = self._layout.chunk_bytes, self._layout.dtype.itemsize
+        try:
+            handle = self._storage.open(self._layout.key(self._folder, unit))
+            for chunk in chunks:
+                start = index.starts[chunk]
+                stored = index.ends[chunk] - start - CRC_BYTES
+                check_blosc_header(handle.read(start, min(stored, BLOSC_HEADER.size)), stored, decoded, itemsize)
+        except (ValueError, CorruptError, FileNotFoundError):  # the other reader says which
+            return False
+        return True
 
     def read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> bool:
         """Fill the C-contiguous `out` [n, ...] with `rows` [n] as stored; False where that did not go as it should.

@@ -181,7 +181,7 @@ class Cache:
             masked = self._unit(teacher, unit).masked
             if masked is not None:
                 hidden[places] = masked[within]
-        if not self._gathered(teacher, output, [unit for unit, _, _ in parts], numbers, stored, ~hidden):
+        if not self._gathered(teacher, output, numbers, stored, ~hidden):
             for unit, places, within in parts:
                 self._shard(teacher, output, unit).read(within, stored, at=places)
         return stored, hidden
@@ -190,20 +190,19 @@ class Cache:
         self,
         teacher: PublishedTeacher,
         output: str,
-        units: list[int],
         numbers: npt.NDArray[np.int64],
         stored: npt.NDArray[Any],
         valid: Mask,
     ) -> bool:
-        """Whether `stored` could be filled by a gather from all `units` at once."""
+        """Whether `stored` could be filled by one gather of all rows `numbers`."""
         if len(numbers) < FEWEST_ROWS:
             return False
         folder, array = f"{layout.teacher(teacher.spec.name)}/{output}", teacher.layouts[output]
         gather = self._gathers.get(folder, lambda _: open_gather(self._storage, folder, array))
         if gather is None:
             return False
-        gather.check(units, lambda unit: self._open_shard(teacher, output, unit))
-        return gather.read(numbers, stored, valid)
+        checked = gather.check(numbers, lambda unit: self._open_shard(teacher, output, unit))
+        return checked and gather.read(numbers, stored, valid)
 
     def _unit(self, teacher: PublishedTeacher, unit: int) -> _Unit:
         return self._units.get((teacher.spec.name, unit), lambda _: self._load_unit(teacher, unit))

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cache.chunks import CRC_BYTES, crc, decode_chunk, is_intact
+from cache.chunks import BLOSC_SHUFFLE, CRC_BYTES, check_blosc_header, crc, decode_chunk, is_intact
 from cache.members import TAR_BLOCK, TAR_CRC_SHIFT, TAR_END, decode_member
 from cache.shardwriter import ABSENT, ArrayLayout
 
@@ -26,6 +26,15 @@ class Index:
         """Whether `raw` matches the checksum of the chunk, which Zarr keeps at its end."""
         del chunk
         return is_intact(raw)
+
+    def check_header(self, raw: bytes) -> None:
+        """Check an intact chunk as far as that takes no decoding.
+
+        Raises:
+            ValueError: its header promises another chunk.
+        """
+        if self.layout.packing in BLOSC_SHUFFLE:
+            check_blosc_header(raw, len(raw) - CRC_BYTES, self.layout.chunk_bytes, self.layout.dtype.itemsize)
 
     def decode(self, raw: bytes, target: npt.NDArray[Any]) -> None:
         """Decode an intact chunk into the C-contiguous `target`.

@@ -85,7 +85,8 @@ class ShardReader:
         self._file, self._unit, self._teacher = file, unit, teacher
         self.rows: Final = layout.valid_rows(unit)
         """Valid rows of this unit."""
-        self._index = self._load_index()
+        self.index: Final = self._load_index()
+        """Where its chunks lie."""
 
     def read(
         self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], *, at: npt.NDArray[np.int64] | None = None
@@ -125,15 +126,22 @@ class ShardReader:
                 job.result()
 
     def verify(self) -> None:
-        """Read all the bytes; recompute the seal and every crc32c.
+        """Read all the bytes; recompute the seal and every crc32c; check the header of every chunk.
 
         Raises:
-            CorruptError: any byte is not the one that was written.
+            CorruptError: any byte is not the one that was written, or a chunk is none of this array.
         """
-        data, index = self._fetch(0, self._handle.size), self._index
+        data, index = self._fetch(0, self._handle.size), self.index
         for chunk, (start, end) in enumerate(zip(index.starts, index.ends, strict=True)):
-            if start >= 0 and not index.is_intact(chunk, data[start:end]):
+            if start < 0:
+                continue
+            raw = data[start:end]
+            if not index.is_intact(chunk, raw):
                 raise self._corrupt(f"chunk {chunk} does not match its crc32c")
+            try:
+                index.check_header(raw)
+            except ValueError as error:
+                raise self._corrupt(f"chunk {chunk} cannot be decoded ({error})") from None
         payload = self._handle.size - self._tail_bytes
         if self._check_tail(data[payload:]) != index:
             raise self._corrupt("changed while it was read")
@@ -167,7 +175,7 @@ class ShardReader:
 
         Rows without a chunk are filled here.
         """
-        chunk_rows, index, longest = self._layout.chunk_rows, self._index, self._handle.fetch_bytes
+        chunk_rows, index, longest = self._layout.chunk_rows, self.index, self._handle.fetch_bytes
         starts, ends = index.starts, index.ends
         spans: list[_Span] = []
         current = end = -1
@@ -200,7 +208,7 @@ class ShardReader:
             data = self._fetch(span.start, span.end - span.start)
             for chunk, start, end, wanted in span.chunks:
                 raw = data if len(span.chunks) == 1 else data[start - span.start : end - span.start]
-                if not self._index.is_intact(chunk, raw):
+                if not self.index.is_intact(chunk, raw):
                     raise self._corrupt(f"chunk {chunk} does not match its crc32c")
                 if one_row:
                     first = wanted[0][1]
@@ -217,7 +225,7 @@ class ShardReader:
 
     def _decode(self, chunk: int, raw: bytes, target: npt.NDArray[Any]) -> None:
         try:
-            self._index.decode(raw, target)
+            self.index.decode(raw, target)
         except ValueError as error:
             raise self._corrupt(f"chunk {chunk} cannot be decoded ({error})") from None
 

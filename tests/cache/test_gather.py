@@ -9,7 +9,9 @@ import pytest
 
 from cache import gather, open_cache
 from cache.errors import CorruptError
+from cache.verify import verify
 from tests.cache.builders import MASKED_ROW, ROWS
+from tests.cache.forging import forge_unit
 
 ALL = [("alpha", "global"), ("alpha", "patch"), ("beta", "global"), ("beta", "layer6.patch")]
 ORDER = np.random.default_rng(0).permutation(np.tile(np.arange(ROWS), 2))
@@ -95,6 +97,28 @@ def test_a_flipped_byte_is_named(cache_of: Any, output: str) -> None:
     with pytest.raises(CorruptError, match="does not match its crc32c") as raised:
         open_cache(path).read_encoded("alpha", output, slice(None))
     assert raised.value.unit == 0
+
+
+@pytest.mark.parametrize("codec", ["uniform", "rotated"])
+@pytest.mark.parametrize("output", ["global", "patch"])
+def test_a_header_that_promises_other_bytes_is_named(
+    cache_of: Any, gathered: list[tuple[int, bool]], codec: str, output: str
+) -> None:
+    """Tensorstore alone would take two gigabytes of memory for it."""
+    path = cache_of(codec).path
+    layout = open_cache(path).teachers["alpha"].published.layouts[output]
+
+    def edit(chunk: int, body: bytes) -> bytes:
+        return body[:4] + (2**31 - 17).to_bytes(4, "little") + body[8:] if chunk == 0 else body
+
+    forge_unit(path, layout, f"teachers/alpha/{output}", 1, edit)
+    cache = open_cache(path)
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="chunk 0 cannot be decoded") as raised:
+            cache.read_encoded("alpha", output, slice(None))
+        assert raised.value.unit == 1
+    assert gathered == []
+    assert not verify(path).ok
 
 
 def test_swapped_shards_are_named(cache_of: Any) -> None:

@@ -1,6 +1,8 @@
 """Shards are plain Zarr for others, and checked to the byte for us."""
 
+import contextlib
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from zarr.storage import LocalStore
 
 from cache import layout as places
 from cache.arrays import array_metadata, group_metadata
-from cache.chunks import Packing
+from cache.chunks import Packing, crc, decode_chunk, encode_chunk
 from cache.errors import CorruptError
 from cache.localstore import LocalStorage
 from cache.shards import ArrayLayout, ShardReader, encode_shard, open_shard
 from cache.spec import ShardRecord
+from tests.cache.forging import forge_shard
 
 # name: (dtype, fill, packing) of every codec, and of the arrays below images/
 KINDS: dict[str, tuple[str, float, Packing]] = {
@@ -205,7 +208,7 @@ def test_any_damaged_byte_is_seen_by_a_read_of_its_row(
     else:
         bad = good[:at] + {"remove": good[at + 1 :], "truncate": b"", "insert": b"\0" + good[at:]}[damage]
 
-    index = open_bytes(good, layout, record, UNIT)._index
+    index = open_bytes(good, layout, record, UNIT).index
     touched = [chunk for chunk in range(len(index.starts)) if index.starts[chunk] <= at < index.ends[chunk]]
     with pytest.raises(CorruptError) as hit:
         open_bytes(bad, layout, record, UNIT).verify()
@@ -243,6 +246,75 @@ def test_swapped_shards_are_seen_even_with_equal_indices(kind: str, item: str) -
     for data, record, unit in ((first, second_record, 1), (second, first_record, 0)):
         with pytest.raises(CorruptError, match=r"seal differs|were committed"):
             open_bytes(data, layout, record, unit)
+
+
+# Field of blosc's header: (offset, bytes, what it claims)
+LIES: dict[str, tuple[int, int, int]] = {
+    "version": (0, 1, 3),
+    "codec version": (1, 1, 2),
+    "reserved flag": (2, 1, 0b1001_1001),
+    "lz4": (2, 1, 0b0011_0001),
+    "memcpy": (2, 1, 0b1001_0011),
+    "wide values": (3, 1, 255),
+    "values of no bytes": (3, 1, 0),
+    "decoded bytes": (4, 4, 2**31 - 17),
+    "fewer decoded bytes": (4, 4, 2),
+    "no block": (8, 4, 0),
+    "huge block": (8, 4, 2**31 - 1),
+    "odd block": (8, 4, 7),
+    "many blocks": (8, 4, 2),
+    "more bytes than there are": (12, 4, 2**24),
+    "fewer bytes than there are": (12, 4, 16),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("kind", ["uniform", "rotated"])
+def test_rejects_a_chunk_whose_header_lies(kind: str, lie: str) -> None:
+    """Checksums are honest: blosc would read beyond the chunk, or give whatever lies in memory."""
+    layout = ArrayLayout(4, 4, 1, (50, 60), np.dtype("int16"), -32768, packing_of(kind, None))
+    data, _ = encode_unit(np.zeros(layout.shape, np.int16), layout, 0)
+    offset, size, claim = LIES[lie]
+
+    def edit(chunk: int, body: bytes) -> bytes:
+        return body[:offset] + claim.to_bytes(size, "little") + body[offset + size :] if chunk == 1 else body
+
+    forged, seal = forge_shard(data, layout, 4, edit)
+    reader = open_bytes(forged, layout, ShardRecord(bytes=len(forged), seal=seal))
+    out = np.empty((1, 50, 60), np.int16)
+    reader.read(np.array([0]), out)
+    for use in (lambda: reader.read(np.array([1]), out), reader.verify):
+        with pytest.raises(CorruptError, match=r"chunk 1 cannot be decoded \(blosc header: expected"):
+            use()
+
+
+@pytest.mark.parametrize("body", [b"", b"\2\1", bytes(15)])
+def test_rejects_a_chunk_shorter_than_its_header(body: bytes) -> None:
+    layout = ArrayLayout(4, 4, 1, (50, 60), np.dtype("int16"), -32768, "bytes")
+    with pytest.raises(ValueError, match="expected 16 bytes"):
+        decode_chunk(body + crc(body), np.empty((1, 50, 60), np.int16), layout.packing)
+
+
+@pytest.mark.parametrize("packing", ["bytes", "bits"])
+def test_mangled_chunks_are_refused_or_give_the_same_twice(packing: Packing) -> None:
+    """Wherever a chunk is mangled, blosc must fill the target, with nothing that was in memory before."""
+    rng = random.Random(packing)
+    values = np.random.default_rng(0).integers(0, 300, (1, 50, 60)).astype(np.int16)
+    good, refused = encode_chunk(values, packing)[:-4], 0
+    for _ in range(3000):
+        body = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2))):
+            place = rng.randrange(rng.choice((16, 48, len(body))))
+            body[place] = rng.choice((0, 1, 2, 127, 128, 255, rng.randrange(256)))
+        found, raw = [], bytes(body)
+        for fill in (0, 0x5A5A):
+            target = np.full((1, 50, 60), fill, np.int16)
+            with contextlib.suppress(ValueError):
+                decode_chunk(raw + crc(raw), target, packing)
+                found.append(target)
+        assert not found or np.array_equal(*found)
+        refused += not found
+    assert 1000 < refused < 3000
 
 
 def test_a_shard_of_another_layout_is_refused() -> None:
