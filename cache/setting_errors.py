@@ -1,7 +1,7 @@
 """What a wrong configuration gets told: the key, what was expected there, what was found."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -40,9 +40,14 @@ def _at(values: Any, path: Sequence[str]) -> Any:
 
 
 def _unknown(path: Sequence[str], known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(path[-1], known, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    near = nearest(path[-1], known)
+    advice = f"did you mean {near!r}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown key {'.'.join(path)!r}; {advice}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` was probably meant to be; None where none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def _locate(

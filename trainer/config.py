@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cache import open_cache
+from cache.errors import KpuError
 from cache.settings import Section, read_yaml, validate, validate_overridden
 
 Text = Annotated[str, Field(min_length=1)]
@@ -268,4 +271,14 @@ def load_config(
 
 def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:
     """Validate plain values; `where` names them in messages."""
-    return validate(TrainConfig, values, where, _HOW)
+    how = _HOW if "base" in values else {**_HOW, "base": _how_to_name_a_base(values.get("caches"))}
+    return validate(TrainConfig, values, where, how)
+
+
+def _how_to_name_a_base(caches: Any) -> str:
+    """With the teachers that there are to choose from, as far as the caches can be opened."""
+    names: dict[str, None] = {}
+    for path in caches if isinstance(caches, list | tuple) else ():
+        with suppress(KpuError, TypeError):
+            names |= dict.fromkeys(sorted(open_cache(path).teachers))
+    return "--set base=NAME or base" + (f", one of {', '.join(names)}" if names else "")

@@ -3,7 +3,7 @@
 Letters: B rows of a batch, T tokens of a map, C channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from cache.codecs import Grid
 from cache.digests import digest_of
 from cache.errors import ConfigError, MismatchError
 from cache.opened import Teacher
+from cache.setting_errors import nearest
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics
 from trainer.config import TrainConfig
@@ -105,11 +106,11 @@ class Corpus:
         self.rows = int(self.starts[-1])
         self.sources: dict[str, Source] = {}
         for cache in self.caches:
-            _require(base in cache.teachers, f"base: cache {cache.path} has {sorted(cache.teachers)}, not {base!r}")
+            _require(base in cache.teachers, f"base: {_not_among(base, cache.teachers, f'cache {cache.path}')}")
             for name in self.teachers_of(cache):
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
-            _require(name in self.sources, f"teachers: no cache has {name!r}; found {self._all_names()}")
+            _require(name in self.sources, f"teachers: {_not_among(name, self._all_names(), 'the caches')}")
         self._shelf, self.pinned = Shelf(memory), pinned
 
     @property
@@ -237,7 +238,9 @@ def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
         found = [name for path in config.caches for name in open_cache(path).teachers]
         names = tuple(dict.fromkeys([config.base, *sorted(found)]))
     if config.base not in names:
-        raise ConfigError(f"teachers: expected the base {config.base!r} among them, found {list(names)}; add it")
+        near = nearest(config.base, names)
+        advice = f"add it, or correct base: did you mean {near!r}?" if near else "add it"
+        raise ConfigError(f"teachers: expected the base {config.base!r} among them, found {list(names)}; {advice}")
     extra = config.student.layers if config.student.kind == "side" else ()
     wanted = dict.fromkeys(names, config.outputs)
     wanted[config.base] = tuple(dict.fromkeys([*config.outputs, *extra]))
@@ -269,6 +272,12 @@ def _empty(shape: tuple[int, ...], dtype: "np.dtype[Any]", *, pinned: bool) -> t
     else:  # NumPy asks for huge pages, torch does not
         tensor = torch.from_numpy(np.empty(shape, bits))
     return tensor if bits == dtype else tensor.view(torch.bfloat16), tensor.numpy().view(dtype)
+
+
+def _not_among(name: str, known: Collection[str], place: str) -> str:
+    near = nearest(name, known)
+    advice = f"; did you mean {near!r}?" if near else ""
+    return f"expected a teacher of {place} ({', '.join(sorted(known)) or 'none'}), found {name!r}{advice}"
 
 
 def _require(holds: bool, message: str) -> None:

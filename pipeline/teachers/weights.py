@@ -18,28 +18,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cache.checkpoints import NAMED_AT_MOST, explain_misfits, list_misfits, pick_tensors, split_entry
 from cache.digests import DIGEST_BYTES, canonical_json, digest
 from cache.errors import TeacherError
 
 RANDOM = "random"
-_WRAPPERS = ("state_dict", "model")
-_PREFIX = "module."
-_COUNTER = "num_batches_tracked"  # absent from checkpoints of older torch versions, and without effect on results
-_NAMED_AT_MOST = 5
 
 
 def read_weights(path: str, who: str) -> dict[str, Tensor]:
     """Tensors by name from a safetensors file, or from a torch checkpoint that holds nothing but tensors.
 
-    A checkpoint's `state_dict` or `model` entry is unwrapped, and `module.` removed where every name has it. `who`
-    names the teacher in messages.
+    A checkpoint's `state_dict` or `model` entry is unwrapped, or the one that `path#entry` names, and `module.` removed
+    where every name has it. `who` names the teacher in messages.
 
     Raises:
-        TeacherError: the file is absent, is neither of the two, or needs code to be unpickled.
+        TeacherError: the file is absent, is neither of the two, needs code to be unpickled, or holds several sets of
+            weights, none of them named.
     """
-    file = Path(path)
+    place, entry = split_entry(path)
+    file = Path(place)
     if not file.is_file():
-        raise TeacherError(f"{who}: weights: expected a .safetensors or .pth file, found none at {path}")
+        raise TeacherError(f"{who}: weights: expected a .safetensors or .pth file, found none at {place}")
     loaded: Any
     try:
         if file.suffix == ".safetensors":
@@ -48,45 +47,34 @@ def read_weights(path: str, who: str) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise TeacherError(
-            f"{who}: weights: {path} is no safetensors file or plain torch state_dict ({_found(file, error)}); "
+            f"{who}: weights: {place} is no safetensors file or plain torch state_dict ({_found(file, error)}); "
             "save the model's state_dict() with safetensors or torch.save"
         ) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise TeacherError(f"{who}: weights: {path} holds no state_dict: expected tensors by name")
-    prefix = _PREFIX if all(name.startswith(_PREFIX) for name in loaded) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+    try:
+        return pick_tensors(loaded, entry, lambda value: isinstance(value, Tensor), torch.equal)
+    except ValueError as error:
+        raise TeacherError(f"{who}: weights: {place} {error}") from None
 
 
 def differences(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps `state` from fitting `module`, one phrase a tensor; empty where it fits."""
-    expected = module.state_dict()
-    found = []
-    for name, tensor in expected.items():
-        if name not in state:
-            if not name.endswith(_COUNTER):
-                found.append(f"{name}: expected shape {list(tensor.shape)}, found no such tensor")
-        elif state[name].shape != tensor.shape:
-            found.append(f"{name}: expected shape {list(tensor.shape)}, found {list(state[name].shape)}")
-    found += [f"{name}: expected no such tensor, found {list(state[name].shape)}" for name in state.keys() - expected]
-    return found
+    return list_misfits(_shapes(module.state_dict()), _shapes(state))
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], who: str, path: str) -> None:
     """Copy every tensor of `state` into `module`.
 
     Raises:
-        TeacherError: naming each tensor that is missing, unknown or of another shape.
+        TeacherError: naming tensors that are missing, unknown or of another shape, and what `state` holds.
     """
-    found = differences(module, state)
-    if found:
-        rest = len(found) - _NAMED_AT_MOST
-        more = f"; and {rest} more" if rest > 0 else ""
-        raise TeacherError(f"{who}: weights: {path} does not fit: {'; '.join(found[:_NAMED_AT_MOST])}{more}")
+    if differences(module, state):
+        found = explain_misfits(_shapes(module.state_dict()), _shapes(state))
+        raise TeacherError(f"{who}: weights: {path} does not fit: {found}")
     module.load_state_dict(dict(state), strict=False)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -171,7 +159,7 @@ def _found(file: Path, error: BaseException) -> str:
     objects: list[str] = []
     with suppress(Exception):  # it reads checkpoints in the newer of torch's two formats
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    names = ", ".join(objects[:_NAMED_AT_MOST])
+    names = ", ".join(objects[:NAMED_AT_MOST])
     return f"it holds {names} besides tensors" if names else "it holds something other than tensors"
 
 

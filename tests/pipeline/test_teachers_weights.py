@@ -88,6 +88,53 @@ def test_names_every_tensor_that_does_not_fit() -> None:
     assert "extra: expected no such tensor, found [2]" in message
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_two_sets_of_weights_are_never_chosen_from_silently(tmp_path: Path, wrapper: str) -> None:
+    """As timm's trainer writes them: the weights, and their moving average."""
+    plain, average = tiny().state_dict(), tiny().state_dict()
+    place = str(tmp_path / "w.pth")
+    wrapped = {f"module.{name}": tensor for name, tensor in average.items()}
+    torch.save({"epoch": 3, wrapper: plain, f"{wrapper}_ema": wrapped, "optimizer": {"state": {}}}, place)
+    with pytest.raises(TeacherError) as caught:
+        read_weights(place, "teacher 't'")
+    assert f"{place} holds several sets of weights, {wrapper}, {wrapper}_ema; write #{wrapper} or" in str(caught.value)
+    assert torch.equal(read_weights(f"{place}#{wrapper}", "t")["0.weight"], plain["0.weight"])
+    read = read_weights(f"{place}#{wrapper}_ema", "t")
+    assert read.keys() == average.keys()
+    assert torch.equal(read["0.weight"], average["0.weight"])
+    with pytest.raises(
+        TeacherError, match=f"expected an entry 'ema' of tensors by name, found {wrapper}, {wrapper}_ema"
+    ):
+        read_weights(f"{place}#ema", "t")
+    torch.save({wrapper: plain, "ema": plain}, place)
+    assert torch.equal(read_weights(place, "t")["0.weight"], plain["0.weight"])
+
+
+def test_an_entry_of_another_name_is_advised(tmp_path: Path) -> None:
+    torch.save({"student": tiny().state_dict(), "teacher": tiny().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match=r"expected tensors by name; it has student, teacher: write #student behind"):
+        read_weights(str(tmp_path / "w.pth"), "t")
+
+
+def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:
+    save_file(tiny().state_dict(), tmp_path / "w#1.safetensors")
+    assert read_weights(str(tmp_path / "w#1.safetensors"), "t").keys() == tiny().state_dict().keys()
+
+
+def test_weights_under_other_names_are_shown() -> None:
+    state = {f"backbone.{name}": tensor for name, tensor in tiny().state_dict().items()}
+    with pytest.raises(TeacherError) as caught:
+        load_strictly(tiny(), state, "teacher 't'", "w.pth")
+    message = str(caught.value)
+    assert "Of the file's 7 tensors 0 fit; unknown are backbone.0.weight, backbone.0.bias, backbone.1.weight" in message
+    assert "All 6 have, in order, the shapes that are expected" in message
+    assert "(backbone.0.weight for 0.weight, backbone.0.bias for 0.bias): rename them in the file" in message
+    state["backbone.0.weight"] = torch.zeros(3, 4)
+    with pytest.raises(TeacherError, match=r"unknown are backbone\.0\.weight") as caught:
+        load_strictly(tiny(), state, "teacher 't'", "w.pth")
+    assert "in order" not in str(caught.value)
+
+
 def test_batch_counters_may_be_absent() -> None:
     state = tiny().state_dict()
     del state["1.num_batches_tracked"]

@@ -10,6 +10,7 @@ from cache import open_cache
 from cache.errors import ConfigError, MismatchError
 from tests.toys import write_images
 from tests.trainer.conftest import BROKEN, IMAGES, RED, Configure, Extract
+from trainer.config import validate_config
 from trainer.corpus import Corpus, HostBatch, choose_outputs
 from trainer.data import Upload
 
@@ -130,9 +131,14 @@ def test_the_digest_tells_caches_and_their_order_but_not_teachers(toys: Path, ot
 @pytest.mark.parametrize(
     ("wanted", "base", "fragments"),
     [
-        ({"general": OUTPUTS, "none": OUTPUTS}, "general", ["no cache has 'none'", "big"]),
+        (
+            {"general": OUTPUTS, "none": OUTPUTS},
+            "general",
+            ["teachers: expected a teacher of the caches (big, ", "found 'none'"],
+        ),
         ({"general": ("global", "deep.patch")}, "general", ["teacher 'general'", "not 'deep.patch'", "patch"]),
-        ({"none": OUTPUTS}, "none", ["base", "not 'none'"]),
+        ({"none": OUTPUTS}, "none", ["base: expected a teacher of cache ", " (big, ", "general", "found 'none'"]),
+        ({"genral": OUTPUTS}, "genral", ["base: ", "found 'genral'; did you mean 'general'?"]),
     ],
 )
 def test_what_a_cache_lacks_is_named(
@@ -141,6 +147,13 @@ def test_what_a_cache_lacks_is_named(
     with pytest.raises(ConfigError) as raised:
         Corpus([str(toys)], wanted, base)
     assert [fragment for fragment in fragments if fragment not in str(raised.value)] == []
+
+
+def test_a_missing_base_is_told_with_what_there_is(toys: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base: is required and .*give --set base=NAME or base, one of big, gen"):
+        validate_config({"caches": [str(toys)]}, "command line")
+    with pytest.raises(ConfigError, match=r"base: is required and was not given; give --set base=NAME or base$"):
+        validate_config({"caches": [str(toys / "nowhere")]}, "command line")
 
 
 def test_other_teachers_under_one_name_are_refused(extract: Extract, toys: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.checkpoints import split_entry
 from cache.spec import TeacherSpec
 from trainer.checkpoint import pack_tensors
 from trainer.evaluation.measured import wanted_outputs
@@ -117,6 +118,6 @@ def _absolute(spec: TeacherSpec) -> TeacherSpec:
     place, factory = split_place(spec.model)
     if spec.model.startswith("torch:") and place.endswith(".py"):
         update["model"] = f"torch:{Path(place).absolute()}:{factory}"
-    if spec.weights is not None and Path(spec.weights).is_file():
-        update["weights"] = str(Path(spec.weights).absolute())
+    if spec.weights is not None and Path(split_entry(spec.weights)[0]).is_file():
+        update["weights"] = str(Path(spec.weights).absolute())  # an entry behind the path stays there
     return spec.model_copy(update=update)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cache.checkpoints import explain_misfits, list_misfits, pick_tensors, split_entry
 from cache.digests import DIGEST_BYTES, canonical_json, digest
 from cache.errors import ConfigError, MismatchError
 
@@ -22,27 +23,24 @@ RANDOM = "random"
 Weights = str | Mapping[str, Tensor] | None
 """The path of a file, `random`, tensors by name, or None for a model's own."""
 
-_WRAPPERS = ("state_dict", "model")
-_PREFIX = "module."
-_COUNTER = "num_batches_tracked"  # absent from checkpoints of older torch versions, and without effect on results
-_NAMED_AT_MOST = 5
-
 
 def read_weights(path: str | Mapping[str, Tensor], section: str = "student") -> dict[str, Tensor]:
     """Tensors by name from a safetensors file, or from a torch checkpoint that holds nothing but tensors, or as given.
 
-    A checkpoint's `state_dict` or `model` entry is unwrapped, and `module.` removed where every name has it. `section`
-    is what messages call the model.
+    A checkpoint's `state_dict` or `model` entry is unwrapped, or the one that `path#entry` names, and `module.` removed
+    where every name has it. `section` is what messages call the model.
 
     Raises:
-        ConfigError: the file is absent, is neither of the two, or needs code to be unpickled.
+        ConfigError: the file is absent, is neither of the two, needs code to be unpickled, or holds several sets of
+            weights, none of them named.
     """
     if not isinstance(path, str):
         return dict(path)
-    file = Path(path)
+    place, entry = split_entry(path)
+    file = Path(place)
     if not file.is_file():
         raise ConfigError(
-            f"{section}.weights: expected a .safetensors or .pth file, found none at {path}; give its path"
+            f"{section}.weights: expected a .safetensors or .pth file, found none at {place}; give its path"
         )
     loaded: Any
     try:
@@ -53,17 +51,13 @@ def read_weights(path: str | Mapping[str, Tensor], section: str = "student") -> 
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise ConfigError(
-            f"{section}.weights: {path} is no safetensors file or plain torch state_dict ({_found(error)}); save "
+            f"{section}.weights: {place} is no safetensors file or plain torch state_dict ({_found(error)}); save "
             "the model's state_dict() with safetensors or torch.save"
         ) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ConfigError(f"{section}.weights: {path}: expected tensors by name, found none; save a state_dict there")
-    prefix = _PREFIX if all(name.startswith(_PREFIX) for name in loaded) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+    try:
+        return pick_tensors(loaded, entry, lambda value: isinstance(value, Tensor), torch.equal)
+    except ValueError as error:
+        raise ConfigError(f"{section}.weights: {place} {error}") from None
 
 
 def _found(error: BaseException) -> str:
@@ -75,31 +69,23 @@ def _found(error: BaseException) -> str:
 
 def differences(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """What keeps `state` from fitting `module`, one phrase a tensor; empty where it fits."""
-    expected = module.state_dict()
-    found = []
-    for name, tensor in expected.items():
-        if name not in state:
-            if not name.endswith(_COUNTER):
-                found.append(f"{name}: expected shape {list(tensor.shape)}, found no such tensor")
-        elif state[name].shape != tensor.shape:
-            found.append(f"{name}: expected shape {list(tensor.shape)}, found {list(state[name].shape)}")
-    found += [f"{name}: expected no such tensor, found {list(state[name].shape)}" for name in state.keys() - expected]
-    return found
+    return list_misfits(_shapes(module.state_dict()), _shapes(state))
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str, section: str = "student") -> None:
     """Copy every tensor of `state`, read from `path`, into `module`.
 
     Raises:
-        MismatchError: naming each tensor that is missing, unknown or of another shape.
+        MismatchError: naming tensors that are missing, unknown or of another shape, and what `state` holds.
     """
-    found = differences(module, state)
-    if found:
-        rest = len(found) - _NAMED_AT_MOST
-        more = f"; and {rest} more" if rest > 0 else ""
-        listed = "; ".join(found[:_NAMED_AT_MOST])
-        raise MismatchError(f"{section}.weights: {path}: {listed}{more}; give weights of this very model")
+    if differences(module, state):
+        found = explain_misfits(_shapes(module.state_dict()), _shapes(state))
+        raise MismatchError(f"{section}.weights: {path}: {found}; give weights of this very model")
     module.load_state_dict(dict(state), strict=False)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def initialise(build: Callable[[], nn.Module], identity: str, seed: int) -> nn.Module:
