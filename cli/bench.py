@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
+from cli.tables import Table
 from cli.units import human_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def show_bench(console: Console, result: Bench) -> None:
         soft_wrap=True,
     )
     columns = ("teacher", "output", "bytes/row", "random rows/s", "read/s", "windowed rows/s", "read/s")
-    table = _table(*columns, "limits: raw read", "memory copy")
+    table = Table(*columns, "limits: raw read", "memory copy", left=2)
     for reading in result.readings:
         table.add_row(
             reading.teacher,
@@ -35,13 +35,13 @@ def show_bench(console: Console, result: Bench) -> None:
             f"{reading.raw.rows_per_second:,.0f}",
             f"{reading.copy.rows_per_second:,.0f}",
         )
-    console.print(table)
+    table.show(console)
     console.print("limits in rows/s: the files read from end to end and not decoded; decoded rows copied in memory\n")
-    table = _table("teacher", "output", "codec", "of fp16", "RMSE (std)", "cosine", "worst row")
+    table = Table("teacher", "output", "codec", "of fp16", "RMSE (std)", "cosine", "worst row", left=3)
     for tried in result.codecs:
         numbers = f"{tried.of_fp16:.3f}", f"{tried.rmse:.5f}", f"{tried.cosine:.6f}", f"{tried.worst:.5f}"
         table.add_row(tried.teacher, tried.output, _codec(tried), *numbers)
-    console.print(table)
+    table.show(console)
     for step in sorted({tried.grid for tried in result.codecs if tried.grid is not None}):
         names = sorted({tried.teacher for tried in result.codecs if tried.grid == step})
         console.print(
@@ -54,11 +54,3 @@ def show_bench(console: Console, result: Bench) -> None:
 
 def _codec(tried: Tried) -> str:
     return tried.codec if tried.step is None else f"{tried.codec} {tried.step:g}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        text = column in ("teacher", "output", "codec")
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    return table

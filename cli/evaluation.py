@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
+from cli.tables import Table
 from cli.units import human_bytes
 
 if TYPE_CHECKING:  # these load torch
@@ -17,25 +17,28 @@ if TYPE_CHECKING:  # these load torch
 _TEACHER_KEYS = ("agreement", "kappa", "majority", "accuracy", "r2_global", "r2_patch")
 
 
-def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
-    """Student, frozen base and teachers, on the same rows."""
-    where = ", ".join(found["caches"])
-    _say(console, f"{found['rows']:,} rows of {where}; probes and linear maps from {found['fitted_rows']:,}")
+def evaluation_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Student, frozen base and teachers, on the same rows: by teacher, and by features."""
     keys = [key for key in _TEACHER_KEYS if any(key in each for each in found["teachers"].values())]
-    table = _table("teacher", "by", *(key.removeprefix("r2_") if key[:3] != "r2_" else f"R2 {key[3:]}" for key in keys))
+    names = (f"R2 {key[3:]}" if key.startswith("r2_") else key for key in keys)
+    answers = Table("teacher", "by", *names, left=2)
+    subjects = (("student", found), ("frozen base", found["frozen_base"]))
     for name in found["teachers"]:
-        for who, scores in (("student", found), ("frozen base", found["frozen_base"])):
-            table.add_row(name, who, *(_number(scores["teachers"][name].get(key)) for key in keys))
-    console.print(table)
-    table = _table("", "linear probe", "k-NN", "effective rank", "base kept, R2", "base kept, kappa")
-    for who, scores in (("student", found), ("frozen base", found["frozen_base"])):
+        for who, scores in subjects:
+            answers.add_row(name, who, *(_number(scores["teachers"][name].get(key)) for key in keys))
+    features = Table("features of", "linear probe", "k-NN", "effective rank", "base kept, R2", "base kept, kappa")
+    for who, scores in subjects:
         kept = scores["base"]
-        table.add_row(who, *_probes(scores), _number(kept["r2"]), _number(kept["kappa"]))
+        features.add_row(who, *_probes(scores), _number(kept["r2"]), _number(kept["kappa"]))
     for name, scores in found["teacher_alone"].items():
-        table.add_row(f"{name} alone", *_probes(scores), "", "")
-    console.print(table)
-    for note in found["notes"]:
-        _say(console, f"note: {note}")
+        features.add_row(f"{name} alone", *_probes(scores), "", "")
+    return [answers, features]
+
+
+def evaluated_rows(found: Mapping[str, Any]) -> str:
+    """What was measured."""
+    where = ", ".join(found["caches"])
+    return f"{found['rows']:,} rows of {where}; probes and linear maps from {found['fitted_rows']:,}"
 
 
 def show_export(console: Console, exported: Export) -> None:
@@ -57,18 +60,17 @@ def show_export(console: Console, exported: Export) -> None:
     _say(console, f"exported: {exported.path}")
 
 
-def show_comparison(console: Console, runs: Sequence[Compared]) -> None:
-    """One line a run."""
+def comparison_table(runs: Sequence[Compared]) -> Table:
+    """One row a run."""
     teachers = list(dict.fromkeys(name for run in runs for name in run.r2))
     keys = list(dict.fromkeys(key for run in runs for each in run.r2.values() for key in each))
-    columns = [f"{name} {key[3:]}" for name in teachers for key in keys]
-    heading = _table("run", "student", "parameters", "rows/s", *(f"R2 {c}" for c in columns), "base R2", "base kappa")
+    scores = [f"R2 {name} {key[3:]}" for name in teachers for key in keys]
     transfers = any(run.transfer for run in runs)
-    for name in ("probe", "k-NN", "rank", *(("rho min", "rho spread") if transfers else ())):
-        heading.add_column(name, justify="right")
+    last = ("probe", "k-NN", "rank", *(("rho min", "rho spread") if transfers else ()))
+    table = Table("run", "student", "parameters", "rows/s", *scores, "base R2", "base kappa", *last, left=2)
     for run in runs:
-        values, scores = run.as_json(), run.scores or {}
-        heading.add_row(
+        values = run.as_json()
+        table.add_row(
             run.name,
             run.kind,
             f"{run.summary['parameters']:,}",
@@ -76,15 +78,19 @@ def show_comparison(console: Console, runs: Sequence[Compared]) -> None:
             *(_number(run.r2.get(name, {}).get(key)) for name in teachers for key in keys),
             _number(run.kept["r2"]),
             _number(run.kept.get("kappa")),
-            *_probes(scores),
+            *_probes(run.scores or {}),
             *((_number(values["transfer_min"]), _number(values["transfer_spread"])) if transfers else ()),
         )
-    console.print(heading)
-    for note in dict.fromkeys(note for run in runs for note in run.notes):
-        _say(console, f"note: {note}")
+    return table
+
+
+def comparison_notes(runs: Sequence[Compared]) -> list[str]:
+    """What sets the runs apart, and which were not evaluated."""
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     lacking = [run.name for run in runs if run.scores is None]
     if lacking:
-        _say(console, f"note: {', '.join(lacking)}: not evaluated; R2 is of the run's summary. Run `kpu-train eval`")
+        notes.append(f"{', '.join(lacking)}: not evaluated; R2 is of the run's summary. Run `kpu-train eval`")
+    return notes
 
 
 def _probes(scores: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -94,13 +100,6 @@ def _probes(scores: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("", "teacher", "by", "run", "student") else "right")
-    return table
 
 
 def _say(console: Console, line: str) -> None:

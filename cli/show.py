@@ -6,8 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
+from cli.tables import Table
 from cli.units import human_bytes, human_seconds, plural
 
 if TYPE_CHECKING:  # `status` should not wait for torch
@@ -74,7 +74,7 @@ def show_status(console: Console, status: Status) -> None:
     done = "complete" if status.complete else "incomplete"
     masked = f", {len(status.masked):,} masked" if status.masked else ""
     _say(console, f"{done}: {plural(status.rows, 'row')} in {plural(status.units, 'unit')}{masked}")
-    table = _table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
+    table = Table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
     for name, teacher in status.teachers.items():
         rows = max(1, round(status.rows * teacher.committed_units / max(1, teacher.units)))
         table.add_row(
@@ -86,7 +86,7 @@ def show_status(console: Console, status: Status) -> None:
             "-" if teacher.cosine is None else f"{teacher.cosine:.5f}",
         )
     if status.teachers:
-        console.print(table)
+        table.show(console)
     for name, teacher in status.teachers.items():
         if teacher.saturated:
             count = plural(teacher.saturated, "value")
@@ -208,15 +208,15 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     units = f"{plural(estimate.units, 'unit')} of {estimate.unit_rows}"
     shard = human_bytes(estimate.largest_shard_bytes)
     _say(console, f"{plural(estimate.rows, 'row')}{left}, {units}; the largest shard about {shard}")
-    sizes = _table("teacher", "output", "bytes/row", "size of all rows", left=2)
+    sizes = Table("teacher", "output", "bytes/row", "size of all rows", left=2)
     for name, outputs in estimate.bytes_per_row.items():
         for output, size in [*outputs.items(), ("all", sum(outputs.values()))]:
             sizes.add_row(name, output, human_bytes(size), human_bytes(size * estimate.rows))
-    console.print(sizes)
-    stages = _table("stage", "rows/s of one worker", left=1)
+    sizes.show(console)
+    stages = Table("stage", "rows/s of one worker", left=1)
     for stage, rate in estimate.stage_rates.items():
         stages.add_row(stage + (" (bottleneck)" if stage == estimate.bottleneck else ""), f"{rate:,.0f}")
-    console.print(stages)
+    stages.show(console)
     _say(console, f"total size       {human_bytes(estimate.total_bytes)} to be written")
     _say(console, f"peak memory      {human_bytes(estimate.peak_memory_bytes)} in each worker")
     workers = plural(estimate.workers, "worker")
@@ -225,14 +225,6 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     )
     _say(console, f"rate             {estimate.rows_per_second:,.0f} rows/s on {workers}{calibration}")
     _say(console, f"time             {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours")
-
-
-def _table(*columns: str, left: int) -> Table:
-    """A table without lines, its first `left` columns of text, the others of numbers."""
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    return table
 
 
 def _more(console: Console, count: int, what: str) -> None:

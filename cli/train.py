@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from cache.errors import IncompleteError
 from cli.console import console, escape_unprintable, progress_bar
 from cli.failures import reported
+from cli.options import Csv, Json, Latex, Markdown, print_tables, table_format
 
 if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage errors should not wait for it
     from trainer.batches import Live
@@ -71,49 +72,66 @@ def ablate(
     sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Stands in for `out` of the file.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
+    markdown: Markdown = False,
+    csv: Csv = False,
+    latex: Latex = False,
 ) -> None:
     """Train one student for every cell of a grid and every seed, by Ray Tune; trainings that ended are not repeated.
 
     Ends with a table of paired differences from the first cell.
     """
-    from cli.training import show_ablation
+    from cli.training import ablation_table
     from trainer.ablate import ablate as run_sweep
     from trainer.sweeps import load_sweep
 
+    form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     loaded = load_sweep(sweep, out)
     say = console(stderr=True)
     found = run_sweep(loaded, address=ray_address, tell=lambda line: say.print(line, markup=False, soft_wrap=True))
-    if as_json:
+    if form == "json":
         typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
-    else:
-        show_ablation(console(), found)
+        return
+    print_tables([ablation_table(found)], form)
+    if form == "text":
+        _say(f"kept in {found.out}")
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that ended.")]
 Images = Annotated[
     str | None, typer.Option("--images", metavar="PATH", help="Where the images of the cache are now, if they moved.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(name="eval")
 @reported()
-def evaluate(run: RunPath, cache: Caches = None, images: Images = None, as_json: AsJson = False) -> None:
+def evaluate(
+    run: RunPath,
+    cache: Caches = None,
+    images: Images = None,
+    as_json: Json = False,
+    markdown: Markdown = False,
+    csv: Csv = False,
+    latex: Latex = False,
+) -> None:
     """Measure a student beside the frozen base and each teacher; by default on the validation rows of its own caches.
 
     The result is kept with the run, for `compare`.
     """
+    form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     from trainer.evaluation.evaluate import evaluate as measure
 
     with progress_bar("rows") as progress:
         found = measure(run, cache or (), images=images, progress=progress)
-    if as_json:
+    if form == "json":
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
-        from cli.evaluation import show_evaluation
+        from cli.evaluation import evaluated_rows, evaluation_tables
 
-        show_evaluation(console(), found)
+        if form == "text":
+            _say(evaluated_rows(found))
+        print_tables(evaluation_tables(found), form)
+        _notes(found["notes"], form)
     if "unkept" in found:
         raise IncompleteError(f"what was measured could not be kept with the run, for `compare`: {found['unkept']}")
 
@@ -142,22 +160,37 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that ended.")],
     cache: Caches = None,
     plot: Annotated[Path, typer.Option("--plot", help="Where to draw them.")] = Path("compare.png"),
-    as_json: AsJson = False,
+    as_json: Json = False,
+    markdown: Markdown = False,
+    csv: Csv = False,
+    latex: Latex = False,
 ) -> None:
     """Put runs side by side: a table, and a plot. With --cache, what `eval` found on that cache."""
+    form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     from trainer.evaluation.compare import compare as read
     from trainer.evaluation.compare import plot as draw
 
     found = read(runs, cache or ())
-    if as_json:
+    if form == "json":
         typer.echo(json.dumps([each.as_json() for each in found], ensure_ascii=False))
     else:
-        from cli.evaluation import show_comparison
+        from cli.evaluation import comparison_notes, comparison_table
 
-        show_comparison(console(), found)
+        print_tables([comparison_table(found)], form)
+        _notes(comparison_notes(found), form)
     draw(found, plot)
-    if not as_json:
-        console().print(f"drawn: {plot}", markup=False, soft_wrap=True)
+    if form == "text":
+        _say(f"drawn: {plot}")
+
+
+def _notes(notes: Sequence[str], form: str) -> None:
+    """Print notes below a table; beside one that a program reads, on standard error."""
+    for note in notes:
+        _say(f"note: {note}", stderr=form != "text")
+
+
+def _say(line: str, *, stderr: bool = False) -> None:
+    console(stderr=stderr).print(line, markup=False, soft_wrap=True)
 
 
 def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from cli.tables import Table
 
 if TYPE_CHECKING:  # it loads torch
     from trainer.ablate import Ablation
@@ -55,29 +55,24 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     )
     scores = summary["validation"]
     outputs = [key for key in scores["base"] if key != "r2"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"R2 on {summary['validation_rows']:,} validation rows")
-    for key in outputs:
-        table.add_column(key.removeprefix("r2_"), justify="right")
+    heading = f"R2 on {summary['validation_rows']:,} validation rows"
+    table = Table(heading, *(key.removeprefix("r2_") for key in outputs))
     for name, values in [*scores["teachers"].items(), ("the base itself", scores["base"])]:
         table.add_row(name, *(_figure(values[key]) for key in outputs))
-    console.print(table)
+    if summary["validation_rows"]:
+        table.show(console)
     console.print(f"kept in {out}", markup=False, soft_wrap=True)
 
 
-def show_ablation(console: Console, found: "Ablation") -> None:
+def ablation_table(found: "Ablation") -> Table:
     """Means over seeds, and differences from the first cell with their intervals."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("R2 on validation rows")
-    table.add_column("cell")
-    for heading in ("mean", "difference", "95% interval"):
-        table.add_column(heading, justify="right")
+    table = Table("R2 on validation rows", "cell", "mean", "difference", "95% interval", left=2)
     for row in found.rows:
-        difference = "" if row.difference is None else f"{row.difference:+.4f}"
-        interval = "" if row.low is None or row.high is None else f"{row.low:+.4f} to {row.high:+.4f}"
-        table.add_row(Text(row.figure), Text(row.cell), _figure(row.mean), difference, interval)
-    console.print(table)
-    console.print(f"kept in {found.out}", markup=False, soft_wrap=True)
+        known = row.difference is not None and math.isfinite(row.difference)
+        difference = f"{row.difference:+.4f}" if known else "-"
+        interval = "-" if row.low is None or row.high is None else f"{row.low:+.4f} to {row.high:+.4f}"
+        table.add_row(row.figure, row.cell, _figure(row.mean), difference, interval)
+    return table
 
 
 def _figure(value: float | None) -> str:

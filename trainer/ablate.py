@@ -1,7 +1,7 @@
 """Many trainings that differ in a few keys, and what the differences are worth.
 
-Every training is a plain `fit` into `<out>/<cell>-seed<seed>`. Cells are compared seed by seed: the same seed means the
-same batches and initial values, so that the differences vary less than the figures themselves.
+Every training is a plain `fit` into `<out>/<number of the cell>-<what it sets>-seed<seed>`. Cells are compared seed by
+seed: the same seed means the same batches and initial values, so that differences vary less than the figures do.
 """
 
 import math
@@ -48,10 +48,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The table of a sweep; rows of one figure follow one another, cell after cell."""
+    """The table of a sweep; rows of one figure follow one another, cell after cell. `trials` names the runs."""
 
     out: Path
     rows: tuple[Row, ...]
+    trials: tuple[dict[str, Any], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, null where a number is none."""
@@ -62,7 +63,7 @@ class Ablation:
             }
             for row in map(asdict, self.rows)
         ]
-        return {"out": str(self.out), "rows": rows}
+        return {"out": str(self.out), "runs": list(self.trials), "rows": rows}
 
 
 def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], None] | None = None) -> Ablation:
@@ -89,7 +90,9 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     what = f"{len(failures)} of {len(sweep.trials)} trainings failed: {reasons}; the same command goes on with these"
     if len(failures) == len(sweep.trials):
         raise ConfigError(what)
-    found = Ablation(sweep.out, tuple(compare(sweep, [_figures(sweep, trial) for trial in sweep.trials])))
+    trials = [_describe(sweep, trial) for trial in sweep.trials]
+    rows = compare(sweep, [_figures(sweep, trial) for trial in sweep.trials])
+    found = Ablation(sweep.out, tuple(rows), tuple(trials))
     replace_file(sweep.out / _TABLE, dump_json(found.as_json()))
     if failures:
         raise IncompleteError(f"{what}; the table of the others is {sweep.out / _TABLE}")
@@ -209,6 +212,12 @@ def _ended(sweep: Sweep, trial: Trial) -> bool:
             f"found another: {difference}; choose another `out`"
         )
     return run.summary() is not None
+
+
+def _describe(sweep: Sweep, trial: Trial) -> dict[str, Any]:
+    """Where a training is kept, and what it was of."""
+    cell = sweep.cells[trial.cell]
+    return {"folder": trial.name, "cell": name_of(cell), "set": cell, "seed": trial.seed}
 
 
 def _figures(sweep: Sweep, trial: Trial) -> dict[str, float]:

@@ -14,8 +14,9 @@ from cache.errors import ConfigError
 from cache.settings import Section, read_yaml, section, validate
 from trainer.config import Text, TrainConfig, validate_config
 
-TRIAL_NAME: Final = re.compile(r"\d{3,}-seed\d+")
-"""What the folder of a training is called: its cell and its seed."""
+TRIAL_NAME: Final = re.compile(r"\d{3,}(-[\w.+-]+)?-seed\d+")
+"""What the folder of a training is called: the number of its cell, what that sets, and the seed."""
+_SLUG_LENGTH: Final = 60
 _LISTS = "a mapping of keys of the configuration to lists of values"
 
 
@@ -68,18 +69,27 @@ def load_sweep(file: Path, out: Path | None = None) -> Sweep:
     cells = tuple(dict(zip(sweep.grid, chosen, strict=True)) for chosen in itertools.product(*sweep.grid.values()))
     _distinct([name_of(cell) for cell in cells], f"{file}: grid")
     _distinct([str(seed) for seed in sweep.seeds], f"{file}: seeds")
-    trials = []
+    trials, place = [], Path(sweep.out).absolute()
     for number, cell in enumerate(cells):
         for seed in sweep.seeds:
-            name = f"{number:03d}-seed{seed}"
+            name = _folder_of(place, number, cell, seed)
             config = validate_config(_laid_over(base, {**cell, "seed": seed}), f"{file}: {name_of(cell)}")
             trials.append(Trial(number, seed, config, name))
-    return Sweep(Path(sweep.out).absolute(), sweep.executor, cells, tuple(sweep.seeds), tuple(trials))
+    return Sweep(place, sweep.executor, cells, tuple(sweep.seeds), tuple(trials))
 
 
 def name_of(cell: Mapping[str, Any]) -> str:
     """What a table calls a cell: its values by key."""
     return ", ".join(f"{key}={_short(value)}" for key, value in cell.items()) or "the configuration as it is"
+
+
+def _folder_of(out: Path, number: int, cell: Mapping[str, Any], seed: int) -> str:
+    """`003-merge-add-lr-0.008-seed0`, or the folder that this number and seed have already: `003-seed0` once."""
+    words = "-".join(f"{key.rpartition('.')[2]}-{_short(value)}" for key, value in cell.items())
+    slug = re.sub(r"[^\w.+]+", "-", words, flags=re.ASCII)[:_SLUG_LENGTH].strip("-.")
+    begun = [path.name for path in out.glob(f"{number:03d}-*") if TRIAL_NAME.fullmatch(path.name)]
+    own = [name for name in begun if name.endswith(f"-seed{seed}")]
+    return min(own, default="-".join(part for part in (f"{number:03d}", slug, f"seed{seed}") if part))
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,7 @@
 """`kpu-train eval`, `export` and `compare`: what they print, write and refuse."""
 
+import csv
+import io
 import json
 import resource
 import shutil
@@ -87,6 +89,17 @@ def test_compare(run: Path, place: Path, tmp_path: Path) -> None:
     lacking = small_run(place, "run-frozen", student=(("kind", "frozen"),))
     refused = kpu_train("compare", lacking, "--cache", other, "--plot", tmp_path / "q.png")
     assert_refused(refused, "expected an evaluation on this cache")
+
+
+def test_tables_for_papers_and_programs(run: Path, tmp_path: Path) -> None:
+    plot = ("--plot", tmp_path / "p.png")
+    (row,) = csv.DictReader(io.StringIO(kpu_train("compare", run, "--csv", *plot).stdout))
+    assert row["run"] == "run" and float(row["R2 big global"]) <= 1
+    assert kpu_train("compare", run, "--latex", *plot).stdout.startswith(r"\begin{tabular}{ll")
+    found = kpu_train("eval", run, "--markdown").stdout
+    assert found.startswith("| teacher | by |") and "\n\n| features of |" in found
+    refused = kpu_train("compare", run, "--csv", "--json", *plot)
+    assert_refused(refused, "expected at most one of --json, --markdown, --csv and --latex, found --json --csv")
 
 
 def test_images_that_are_in_two_caches_are_noted(run: Path, place: Path, tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def test_the_grid_is_a_product_and_lies_over_the_configuration(toys: Path, tmp_p
         (0.2, None),
     ]
     assert [(trial.name, trial.config.optim.lr, trial.config.seed) for trial in sweep.trials][2:5] == [
-        ("001-seed0", 0.1, 0),
-        ("001-seed4", 0.1, 4),
-        ("002-seed0", 0.2, 0),
+        ("001-lr-0.1-teachers-null-seed0", 0.1, 0),
+        ("001-lr-0.1-teachers-null-seed4", 0.1, 4),
+        ("002-lr-0.2-teachers-general-seed0", 0.2, 0),
     ]
     assert all(trial.config.optim.epochs == 1 for trial in sweep.trials)
 
@@ -133,9 +133,11 @@ def test_a_training_that_fails_leaves_the_others(toys: Path, tmp_path: Path, mon
     run = ablation.run_trial
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "run_trial", lambda trials, n: "broke" if n == 1 else run(trials, n))
-        with pytest.raises(IncompleteError, match=r"1 of 4 trainings failed: 000-seed4 \(unify.mode=off\): broke"):
+        with pytest.raises(
+            IncompleteError, match=r"1 of 4 trainings failed: 000-mode-off-seed4 \(unify.mode=off\): broke"
+        ):
             ablate(sweep)
-    assert (sweep.out / "001-seed4/summary.json").exists()
+    assert (sweep.out / "001-mode-untrained-seed4/summary.json").exists()
     rows = [
         row for row in json.loads((sweep.out / "ablation.json").read_text())["rows"] if row["figure"] == "big patch"
     ]
@@ -150,12 +152,12 @@ def test_what_pytorch_raises_is_the_failure_of_one_training(
     fit = ablation.fit
 
     def full(config: TrainConfig, path: Path, **options: Any) -> Fitted:
-        if path.name == "000-seed4":
+        if path.name == "000-mode-off-seed4":
             raise torch.OutOfMemoryError("no memory")
         return fit(config, path, **options)
 
     monkeypatch.setattr(ablation, "fit", full)
-    with pytest.raises(IncompleteError, match=r"1 of 4 .*000-seed4 .*OutOfMemoryError: no memory"):
+    with pytest.raises(IncompleteError, match=r"1 of 4 .*000-mode-off-seed4 .*OutOfMemoryError: no memory"):
         ablate(load_sweep(write_sweep(tmp_path, toys)))
 
 
@@ -163,6 +165,25 @@ def test_a_sweep_that_cannot_work_is_bad_input(toys: Path, tmp_path: Path) -> No
     sweep: Sweep = load_sweep(write_sweep(tmp_path, toys, grid={"base": ["none"]}))
     with pytest.raises(ConfigError, match="2 of 2 trainings failed"):
         ablate(sweep)
+
+
+def test_the_table_says_where_each_training_is(toys: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path, toys, grid={"student.merge": ["concat"]}, seeds=[4]))
+    ablate(sweep)
+    (kept,) = json.loads((sweep.out / "ablation.json").read_text())["runs"]
+    cell = {"student.merge": "concat"}
+    assert kept == {"folder": "000-merge-concat-seed4", "cell": "student.merge=concat", "set": cell, "seed": 4}
+    assert (sweep.out / kept["folder"] / "summary.json").exists()
+
+
+def test_a_sweep_of_an_older_release_goes_on_in_its_folders(toys: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, toys, grid={"student.merge": ["concat"]}, seeds=[4])
+    done = ablate(load_sweep(file))
+    (done.out / "000-merge-concat-seed4").rename(done.out / "000-seed4")
+    again = ablate(load_sweep(file))
+    assert [trial["folder"] for trial in again.trials] == ["000-seed4"]
+    assert again.rows == done.rows
+    assert not (done.out / "000-merge-concat-seed4").exists()
 
 
 def test_a_folder_with_other_files_is_refused(toys: Path, tmp_path: Path) -> None:
@@ -192,7 +213,8 @@ def test_a_training_of_another_sweep_is_not_taken_for_one_of_this(
         file, found = write_sweep(tmp_path, other, grid=grid, seeds=[3, 4]), r"begun with \S+toys.kpu, now \S+coarse"
     else:
         file, found = write_sweep(tmp_path, toys, grid={"student.width": [4]}, seeds=[3, 4]), "'width': 8"
-    with pytest.raises(MismatchError, match=rf"000-seed4: .*student\.width=\d with seed 4.*{found}.*another `out`"):
+    expected = rf"000-width-8-seed4: .*student\.width=\d with seed 4.*{found}.*another `out`"
+    with pytest.raises(MismatchError, match=expected):
         ablate(load_sweep(file))
     assert snapshot(tmp_path / "sweep") == before
 

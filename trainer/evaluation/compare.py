@@ -1,6 +1,6 @@
 """Runs side by side: one line a run, the transfer balance where runs for one teacher are among them, and a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -39,7 +39,7 @@ class Compared:
     base: str
     summary: dict[str, Any]
     scores: dict[str, Any] | None
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, dict[str, Any]]]
     origin: Origin
     transfer: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -106,6 +106,13 @@ def mean_r2(values: Mapping[str, float | None]) -> float | None:
     return float(np.mean(numbers)) if numbers and len(numbers) == len(values) else None
 
 
+def overall_r2(scores: Mapping[str, Any], teachers: Collection[str] | None = None) -> float:
+    """Mean R2 over outputs and teachers, or those named; NaN where one is missing."""
+    chosen = [each for name, each in scores["teachers"].items() if teachers is None or name in teachers]
+    values = [v for each in chosen for k, v in each.items() if k.startswith("r2_")]
+    return float(np.mean([np.nan if value is None else value for value in values])) if values else float("nan")
+
+
 def rate(summary: Mapping[str, Any]) -> float:
     """Training rows a second."""
     stated: float | None = summary.get("rows_per_second")
@@ -114,6 +121,9 @@ def rate(summary: Mapping[str, Any]) -> float:
 
 def plot(runs: Sequence[Compared], file: Path) -> None:
     """R2 by teacher, base preservation and the course of the validation R2, as an image.
+
+    The course is the mean over the teachers that every run has, so that one run's differs from another's by what it
+    learned and not by whom it learned from.
 
     Raises:
         ConfigError: the kind of the file is unknown.
@@ -125,18 +135,20 @@ def plot(runs: Sequence[Compared], file: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     bars, course = figure.subplots(1, 2, width_ratios=[3, 2])
     names = list(dict.fromkeys(name for run in runs for name in run.r2))
+    common = [name for name in names if all(name in run.teachers for run in runs)]
     groups = [*names, "the base, kept"]
     width = 0.8 / len(runs)
     for number, run in enumerate(runs):
         heights = [mean_r2(run.r2.get(name, {})) for name in names]
         heights = [np.nan if height is None else height for height in [*heights, run.kept["r2"]]]
         bars.bar(np.arange(len(groups)) + (number - (len(runs) - 1) / 2) * width, heights, width, label=run.name)
-        if run.curve:
-            course.plot(*zip(*run.curve, strict=True), marker=".", label=run.name)
+        curve = [(step, overall_r2(scores, common)) for step, scores in run.curve]
+        if curve and common:
+            course.plot(*zip(*curve, strict=True), marker=".", label=run.name)
     bars.set_xticks(range(len(groups)), groups)
     bars.set(title="R2, mean over outputs", ylabel="R2")
     bars.axhline(0, color="black", linewidth=0.8)
-    course.set(title="mean R2 over teachers, on validation rows", xlabel="step")
+    course.set(title=f"mean R2 over {', '.join(common) or 'no common teacher'}, on validation rows", xlabel="step")
     bars.legend(fontsize="small")
     drawn = BytesIO()
     try:
@@ -165,9 +177,9 @@ def _read(path: Path, label: str, evaluation: str, *, required: bool) -> Compare
         raise ConfigError(
             f"{path}: expected an evaluation on this cache, found none; run `kpu-train eval` with --cache"
         )
-    curve = [(line["step"], _overall(line["validation"])) for line in run.metrics() if "validation" in line]
+    curve = [(line["step"], line["validation"]) for line in run.metrics() if "validation" in line]
     if summary["validation_rows"]:
-        curve.append((summary["steps"], _overall(summary["validation"])))
+        curve.append((summary["steps"], summary["validation"]))
     teachers = tuple(summary["validation"]["teachers"])
     rows = summary["validation_rows"] if scores is None else scores["rows"]
     origin = Origin.of(label, run, config, scores if required else None, rows)
@@ -175,12 +187,6 @@ def _read(path: Path, label: str, evaluation: str, *, required: bool) -> Compare
     return Compared(
         label, student.kind, student.model, config.seed, teachers, config.base, summary, scores, curve, origin
     )
-
-
-def _overall(scores: Mapping[str, Any]) -> float:
-    """Mean R2 over teachers and outputs."""
-    values = [v for each in scores["teachers"].values() for k, v in each.items() if k.startswith("r2_")]
-    return float(np.mean([np.nan if value is None else value for value in values]))
 
 
 def _transfer(run: Compared, others: Sequence[Compared]) -> dict[str, float]:
