@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cli.tables import Table
+from cli.units import human_seconds
 
 if TYPE_CHECKING:  # it loads torch
     from trainer.ablate import Ablation
@@ -20,18 +21,29 @@ PLAIN_EVERY_SECONDS = 5.0
 @contextmanager
 def watching(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What `trainer.loop.fit` calls with each logged object."""
-    last = 0.0
+    last, steps, rows_per_step = 0.0, 0, 0
 
     def watch(line: dict[str, Any]) -> None:
-        nonlocal last
+        nonlocal last, steps, rows_per_step
         now = time.monotonic()
-        if "note" in line:
-            console.print(f"note: {line['note']}", markup=False, soft_wrap=True)
+        if "begin" in line:
+            steps, rows_per_step = line["begin"]["steps"], line["begin"]["rows_per_step"]
+            say(_describe_start(line["begin"]))
+        elif "note" in line:
+            say(f"note: {line['note']}")
         elif "validation" in line:
-            console.print(f"step {line['step']:,}: {describe_scores(line['validation'])}", markup=False, soft_wrap=True)
-        elif now - last >= PLAIN_EVERY_SECONDS:
+            say(f"step {line['step']:,} of {steps:,}: {describe_scores(line['validation'])}")
+        elif "space_step" in line and now - last >= PLAIN_EVERY_SECONDS:
             last = now
-            console.print(_describe(line), markup=False, soft_wrap=True)
+            terms = ", ".join(f"{name} {value:.3f}" for name, value in line["space"].items())
+            say(f"shared space, step {line['space_step']:,}: {terms}")
+        elif "loss" in line and now - last >= PLAIN_EVERY_SECONDS:
+            last = now
+            left = (steps - line["step"]) * rows_per_step / line["rows_per_second"] if line["rows_per_second"] else 0
+            say(f"step {line['step']:,} of {steps:,}: {_describe(line)}, {human_seconds(left)} left")
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
 
     yield watch
 
@@ -61,7 +73,33 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         table.add_row(name, *(_figure(values[key]) for key in outputs))
     if summary["validation_rows"]:
         table.show(console)
+        idle = [name for name, values in scores["teachers"].items() if learned_nothing(values)]
+        if idle:
+            names = ", ".join(idle)
+            _say(console, f"warning: {names}: R2 is not above 0, so the student predicts it no better than its mean")
+    weights = summary.get("weights")  # runs of older releases keep the last ones
+    if weights is not None and summary["validation_rows"]:
+        _say(console, describe_weights(weights))
     console.print(f"kept in {out}", markup=False, soft_wrap=True)
+
+
+def learned_nothing(scores: dict[str, Any]) -> bool:
+    """Whether no output of a teacher is predicted better than by its mean."""
+    return not any(value is not None and value > 0 for key, value in scores.items() if key.startswith("r2_"))
+
+
+def describe_weights(weights: dict[str, Any]) -> str:
+    """Which weights were kept, and how the others did."""
+    best, last = weights["best"], weights["last"]
+    if best["step"] == last["step"]:
+        return f"weights: after step {last['step']:,}, the last and the best (mean R2 {_figure(last['r2'])})"
+    kept, other = (best, last) if weights["kept"] == "best" else (last, best)
+    name = "best" if kept is best else "last"
+    beside = "last" if kept is best else "best"
+    return (
+        f"weights: after step {kept['step']:,}, the {name} (mean R2 {_figure(kept['r2'])}); beside them in "
+        f"{beside}.safetensors the {beside}, after step {other['step']:,} ({_figure(other['r2'])})"
+    )
 
 
 def ablation_table(found: "Ablation") -> Table:
@@ -75,16 +113,26 @@ def ablation_table(found: "Ablation") -> Table:
     return table
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
+def _describe_start(begin: dict[str, Any]) -> str:
+    on = begin["device"] if begin["processes"] == 1 else f"{begin['processes']} processes"
+    done = f", {begin['done']:,} of them done" if begin["done"] else ""
+    return (
+        f"train: {begin['steps']:,} steps of {begin['rows_per_step']:,} rows{done}, {begin['rows']:,} rows and "
+        f"{begin['validation_rows']:,} for validation, {begin['parameters']:,} parameters, {on}, {begin['precision']}"
+    )
+
+
 def _describe(line: dict[str, Any]) -> str:
-    if "space_step" in line:
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in line["space"].items())
-        return f"shared space, step {line['space_step']:,}: {terms}"
     losses = ", ".join(f"{name} {value:.3f}" for name, value in line["s2t"].items())
     return (
-        f"step {line['step']:,}: loss {line['loss']:.4f} ({losses}), {line['rows_per_second']:,.0f} rows/s, waiting "
-        f"for data {line['data_wait']:.0%}"
+        f"loss {line['loss']:.4f} ({losses}), {line['rows_per_second']:,.0f} rows/s, waiting for data "
+        f"{line['data_wait']:.0%}"
     )

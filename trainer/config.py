@@ -186,7 +186,7 @@ class LoaderConfig(Section):
 
 
 class LogConfig(Section):
-    """How often, in steps, metrics are written, the validation loss is taken, and a checkpoint is saved."""
+    """How often, in steps, metrics are written and a checkpoint is saved."""
 
     every: Positive = Field(default=20, description=_COUNT)
     checkpoint: Positive = Field(default=500, description=_COUNT)
@@ -196,6 +196,8 @@ class TrainConfig(Section):
     """Everything `kpu-train fit` needs to know.
 
     `compile` has `torch.compile` make the student faster; projectors, shared space and losses run as they are.
+    `validate_every` is in steps, auto some twenty times in a training; `keep` says which weights are the run's: those
+    of the best validation, or the last. A training stops early after `patience` validations that were no better.
     """
 
     caches: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(description="a list of at least one cache")
@@ -213,6 +215,9 @@ class TrainConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()
     batch_size: Positive = Field(default=256, description=_COUNT)
+    keep: Literal["best", "last"] = Field(default="best", description="best or last")
+    validate_every: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
+    patience: Positive | None = Field(default=None, description=f"{_COUNT}, or null")
     order: OrderConfig = OrderConfig()
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.02, description="a number from 0, below 1")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="a whole number from 0 to 2**63 - 1")

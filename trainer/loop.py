@@ -14,7 +14,7 @@ import torch
 from cache.errors import ConfigError, KpuError
 from cache.failpoints import failpoint
 from trainer.batches import Live, draw_batches, first_epoch, open_corpus, open_loader, open_stream
-from trainer.checkpoint import load_checkpoint, pack_tensors, save_checkpoint
+from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, choose_outputs
 from trainer.data import Loader, Stream, Upload
@@ -24,12 +24,15 @@ from trainer.files import held
 from trainer.model import Inheritance
 from trainer.prepare import check_student, gate_space, prepare_space
 from trainer.repeated import shared_images
+from trainer.report import describe_start, doubts, summarise
+from trainer.resident import Rows
 from trainer.runs import RunFolder
+from trainer.selection import Selection, choose_weights
 from trainer.split import some_of
 from trainer.training import Training
 from trainer.world import World, join_world
 
-VALIDATION_ROWS: Final = 4096  # at most, at each checkpoint; all of them at the end
+VALIDATION_ROWS: Final = 4096  # at most, on the way; all of them at the end
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with each object that is logged, and with each `note`."""
@@ -88,38 +91,29 @@ def fit(
             training.restore(checkpoint)
             position = checkpoint.position
         events = stack.enter_context(Events(run, world, training.step, watch))
+        selection = Selection(config, world, run.best, steps, some_of(stream.held_back, VALIDATION_ROWS, config.seed))
+        selection.replay(run.metrics())
+        if watch is not None:
+            watch({"begin": describe_start(training, stream)})
+            for note in doubts(config, stream, steps):
+                watch({"note": note})
         begun_at = training.step
         loader.waited = 0.0
 
         seconds = perf_counter()
-        position = train(training, stream, loader, upload, position, run, events)
+        position = train(training, stream, loader, upload, position, run, events, selection)
         seconds = perf_counter() - seconds
 
-        final = score(training.trained, batches_of(stream.held_back, config.rows_per_worker, loader, upload))
-    summary = {
-        **summarise(training, stream, seconds, training.step - begun_at),
-        "position": position,
-        "validation": final,
-    }
+        def measure(rows: Rows) -> dict[str, Any]:
+            return score(training.trained, batches_of(rows, config.rows_per_worker, loader, upload))
+
+        weights, chosen = choose_weights(selection, training.trained, training.step, stream.held_back, measure)
+    summary = {**summarise(training, stream, seconds, training.step - begun_at), "position": position, **chosen}
     if world.leads:
-        run.finish(pack_tensors(training.trained.state_dict()), summary)
+        run.finish(weights, summary)
     world.wait()
     world.leave()
     return Fitted(out, summary)
-
-
-def summarise(training: Training, stream: Stream, seconds: float, steps: int) -> dict[str, Any]:
-    """What a training did; this process took `seconds` for the last `steps` of its steps."""
-    rows_per_step = training.config.batch_size * training.config.optim.accumulate
-    return {
-        "steps": training.step,
-        "rows": training.step * rows_per_step,
-        "train_rows": stream.rows,
-        "validation_rows": len(stream.held_back),
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(steps * rows_per_step / seconds, 1),
-        "parameters": sum(p.numel() for p in training.model.student.parameters() if p.requires_grad),
-    }
 
 
 def learn_space(
@@ -159,15 +153,15 @@ def train(
     position: int,
     run: RunFolder,
     events: Events,
+    selection: Selection,
 ) -> int:
-    """Take the steps that are left, logging and saving on the way; where the next batch would begin."""
+    """Take the steps that are left, logging, validating and saving on the way; where the next batch would begin."""
     config, world = training.config, training.world
     each = config.optim.accumulate
     left = (training.steps - training.step) * each
     drawn = draw_batches(stream, config.batch_size, position, world.share(config.batch_size))
     loaded = loader.load(islice(drawn, left))
-    some = some_of(stream.held_back, VALIDATION_ROWS, config.seed)
-    for _ in range(training.step, training.steps):
+    while training.step < training.steps and not training.world.agree(selection.exhausted):
         pairs = list(islice(loaded, each))
         position = pairs[-1][0].position
         due = (training.step + 1) % config.log.every == 0 or training.step == 0
@@ -176,12 +170,14 @@ def train(
             training.check_finite()
             events.log(training, losses, loader.waited)
         failpoint("train.step")
-        if training.step % config.log.checkpoint == 0 or training.step == training.steps:
+        if selection.due(training.step):
+            training.check_finite()
+            scores = score(training.trained, batches_of(selection.rows, config.rows_per_worker, loader, upload))
+            events.validated(training.step, scores)
+            selection.offer(training.step, scores, training.trained)
+        if training.step % config.log.checkpoint == 0 or training.step == training.steps or selection.exhausted:
             training.check_finite()
             gate_joint_space(training, stream, loader, upload, run)
-            if len(some) and training.step < training.steps:
-                batches = batches_of(some, config.rows_per_worker, loader, upload)
-                events.validated(training.step, score(training.trained, batches))
             if world.leads:
                 save_checkpoint(run.checkpoints, training.checkpoint(position))
             world.wait()

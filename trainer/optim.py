@@ -54,7 +54,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, lr: float, warmup: float, st
     """Linear warm-up over the share `warmup` of `steps`, then a cosine to 1/100; a function of the step alone."""
     return CosineLRScheduler(
         optimizer,
-        t_initial=steps,
+        t_initial=max(steps, 2),  # of one step timm says that there is no schedule, which is so
         lr_min=lr / 100,
         warmup_t=min(round(warmup * steps), steps - 1),
         warmup_lr_init=lr / 100,

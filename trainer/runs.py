@@ -11,8 +11,10 @@ my-run/
   tensorboard/             the same as events
   space.json               what the gates measured of the shared space, where there is one
   checkpoints/step-*/      see `trainer.checkpoint`
-  model.safetensors        the trained model, written last
-  summary.json             how it ended, and digests of the model and of space.json
+  best/step-*/             see `trainer.selection`
+  last.safetensors         the weights after the last step, where `keep` chose others; or best.safetensors, likewise
+  model.safetensors        the trained model
+  summary.json             how it ended, and digests of the weights and of space.json; written last
 
 `sources.json` and `summary.json` carry a digest of themselves as well.
 """
@@ -64,6 +66,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
 
     @property
     def begun(self) -> bool:
@@ -243,13 +246,15 @@ class RunFolder:
         except OSError as error:
             raise write_error(error, self.path / _METRICS) from error
 
-    def finish(self, model: bytes, summary: Mapping[str, Any]) -> None:
-        """Keep the trained model and, last, how the run ended; a figure that is not a number becomes null."""
-        self._write(MODEL, model)
-        digests = {MODEL: digest(model)}
+    def finish(self, weights: Mapping[str, bytes], summary: Mapping[str, Any]) -> None:
+        """Keep the trained model, other weights beside it and, last, how the run ended; NaN becomes null."""
+        for name, data in weights.items():
+            self._write(name, data)
+        digests = {name: digest(data) for name, data in weights.items()}
         if (self.path / _SPACE).exists():
             digests[_SPACE] = digest(read_sealed(self.path / _SPACE, None))
         self._write(_SUMMARY, seal_json({**summary, DIGESTS: digests}))
+        shutil.rmtree(self.best, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
         """How the run ended; None where it has not.

@@ -59,6 +59,14 @@ class World:
         if raised[0] is not None:
             raise raised[0]
 
+    def agree(self, value: bool) -> bool:
+        """What `value` is in the leading process, in every process: figures may differ in the last digit."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
     def leave(self) -> None:
         """End a meeting that `join_world` began."""
         if self.joined:

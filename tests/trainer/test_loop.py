@@ -101,7 +101,8 @@ def test_a_training_learns_and_keeps_what_it_says(configure: Configure, tmp_path
     assert {"config.yaml", "sources.json", "statistics.safetensors", "model.safetensors", "tensorboard"} <= names
     assert not [name for name in names if name.startswith(".")]
     checkpoint = load_file(sorted((tmp_path / "run/checkpoints").iterdir())[-1] / "model.safetensors")
-    model = load_file(tmp_path / "run/model.safetensors")
+    last = "model" if summary["weights"]["kept"] == "last" else "last"
+    model = load_file(tmp_path / f"run/{last}.safetensors")
     assert all(torch.equal(model[name], checkpoint[name]) for name in model)
 
 

@@ -164,7 +164,7 @@ def test_metrics_are_kept_up_to_a_step_and_a_cut_line_is_left_out(begun: RunFold
 
 def test_the_summary_is_json_without_nan(begun: RunFolder) -> None:
     assert begun.summary() is None
-    begun.finish(b"", {"validation": {"r2": float("nan"), "rows": [1, float("inf")]}})
+    begun.finish({"model.safetensors": b""}, {"validation": {"r2": float("nan"), "rows": [1, float("inf")]}})
     assert begun.summary() == {"validation": {"r2": None, "rows": [1, None]}}
 
 

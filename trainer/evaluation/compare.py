@@ -1,6 +1,6 @@
 """Runs side by side: one line a run, the transfer balance where runs for one teacher are among them, and a plot."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +16,7 @@ from trainer.evaluation.origin import Origin, differences
 from trainer.files import replace_file, write_error
 from trainer.runs import RunFolder
 from trainer.sealed import open_json
+from trainer.selection import overall_r2
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
 
@@ -104,13 +105,6 @@ def mean_r2(values: Mapping[str, float | None]) -> float | None:
     """Mean over outputs; None where one is missing."""
     numbers = [value for value in values.values() if value is not None]
     return float(np.mean(numbers)) if numbers and len(numbers) == len(values) else None
-
-
-def overall_r2(scores: Mapping[str, Any], teachers: Collection[str] | None = None) -> float:
-    """Mean R2 over outputs and teachers, or those named; NaN where one is missing."""
-    chosen = [each for name, each in scores["teachers"].items() if teachers is None or name in teachers]
-    values = [v for each in chosen for k, v in each.items() if k.startswith("r2_")]
-    return float(np.mean([np.nan if value is None else value for value in values])) if values else float("nan")
 
 
 def rate(summary: Mapping[str, Any]) -> float:
