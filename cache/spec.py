@@ -79,8 +79,11 @@ class OutputSpec(Frozen):
 class InputSpec(Frozen):
     """A teacher's preprocessing. The shorter side is resized to `size / crop`, then the centre is cropped to `size`.
 
-    `size` is (H, W) in pixels; `mean` and `std` are per channel of RGB scaled to 0..1. With `crop_mode` squash both
-    sides are resized to `size / crop`, whatever the image's proportions (timm's names).
+    `size` is (H, W) in pixels; `mean` and `std` are per channel scaled to 0..1. With `crop_mode` squash both sides are
+    resized to `size / crop`, whatever the image's proportions (timm's names). Where an odd number of pixels is cut,
+    `crop_rounding` says where the centre lies: rounded half to even, as timm does, or down, as transformers does.
+    `channels` is the order in which the model takes them, and that of `mean` and `std`. The last two are left out of
+    documents where they are the default.
     """
 
     size: tuple[int, int]
@@ -89,6 +92,14 @@ class InputSpec(Frozen):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     crop_mode: Literal["center", "squash"] = "center"
+    crop_rounding: Literal["round", "floor"] = "round"
+    channels: Literal["rgb", "bgr"] = "rgb"
+
+    @model_serializer(mode="wrap")
+    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plainly(self)
+        defaults = {"crop_rounding": "round", "channels": "rgb"}
+        return {key: value for key, value in values.items() if value != defaults.get(key)}
 
 
 class TeacherSpec(Frozen):

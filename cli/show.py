@@ -159,7 +159,9 @@ def _input(spec: dict[str, Any] | None) -> str:
     if spec is None:
         return "not known: features were imported"
     height, width = spec["size"]
-    return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}"
+    squashed = ", squashed" if spec.get("crop_mode") == "squash" else ""
+    order = ", blue first" if spec.get("channels") == "bgr" else ""
+    return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}{squashed}{order}"
 
 
 def _codec(codec: dict[str, Any]) -> str:

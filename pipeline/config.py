@@ -45,7 +45,7 @@ class DataConfig(Section):
 
 
 class InputConfig(Section):
-    """What to change of a teacher's own preprocessing; `crop` is timm's crop_pct."""
+    """What to change of a teacher's own preprocessing; `crop` is timm's crop_pct. All that `InputSpec` has."""
 
     size: Positive | tuple[Positive, Positive] | None = Field(
         default=None, description="a whole number of pixels above 0, [height, width], or null"
@@ -58,6 +58,9 @@ class InputConfig(Section):
     crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="a number above 0, at most 1, or null"
     )
+    crop_mode: Literal["center", "squash"] | None = Field(default=None, description="center, squash or null")
+    crop_rounding: Literal["round", "floor"] | None = Field(default=None, description="round, floor or null")
+    channels: Literal["rgb", "bgr"] | None = Field(default=None, description="rgb, bgr or null")
 
 
 class TeacherConfig(Section):

@@ -134,7 +134,7 @@ def teacher_config(spec: TeacherSpec) -> TeacherConfig:
         outputs=tuple(name for name in ("global", "patch") if name in names),
         layers=tuple(_layers(spec)),
         labels=spec.labels,
-        input=InputConfig.model_validate(spec.known_input.model_dump(include=set(InputConfig.model_fields))),
+        input=InputConfig(**{key: getattr(spec.known_input, key) for key in InputConfig.model_fields}),
         precision=spec.precision,
         codec=spec.codec,
     )

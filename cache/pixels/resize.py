@@ -1,8 +1,9 @@
 """An image to the pixels that a teacher's own evaluation transform gives it, before normalisation.
 
 For the full view this is timm's `create_transform(..., is_training=False)`: the image is scaled to cover
-`floor(size / crop)`, or with crop_mode squash to be of that very size, then the centre is cut out. For a box it is
-torchvision's `resized_crop`: the box is scaled to `size` whatever its shape. Both are equal to those pixel for pixel.
+`floor(size / crop)`, or with crop_mode squash to be of that very size, then the centre is cut out. With crop_rounding
+floor it is what the image processors of transformers do, which differ in where the centre lies. For a box it is
+torchvision's `resized_crop`: the box is scaled to `size` whatever its shape. All are equal to those pixel for pixel.
 """
 
 import math
@@ -22,20 +23,30 @@ class Geometry(NamedTuple):
     """The part of an InputSpec that decides pixels: teachers with equal geometry share them.
 
     `size` and `cover` are (H, W): the result's size, and what the image is scaled to cover before its centre is cut;
-    with `squash` it is scaled to exactly that.
+    with `squash` it is scaled to exactly that. With `floor` the place of the centre is rounded down, with `bgr` blue
+    comes first.
     """
 
     size: tuple[int, int]
     cover: tuple[int, int]
     interpolation: str
     squash: bool = False
+    floor: bool = False
+    bgr: bool = False
 
 
 def geometry(spec: InputSpec) -> Geometry:
     """The geometry of a teacher's input."""
     height, width = spec.size
     cover = (math.floor(height / spec.crop), math.floor(width / spec.crop))
-    return Geometry(spec.size, cover, spec.interpolation, spec.crop_mode == "squash")
+    return Geometry(
+        size=spec.size,
+        cover=cover,
+        interpolation=spec.interpolation,
+        squash=spec.crop_mode == "squash",
+        floor=spec.crop_rounding == "floor",
+        bgr=spec.channels == "bgr",
+    )
 
 
 def resize_image(
@@ -50,7 +61,7 @@ def resize_image(
         out: uint8 [H, W, 3] to write into, so that a batch needs no second copy.
 
     Returns:
-        uint8 [H, W, 3]: `out`, or a new, read-only array.
+        uint8 [H, W, 3] in the model's order of channels: `out`, or a new, read-only array.
     """
     shape = spec if isinstance(spec, Geometry) else geometry(spec)
     if view.box is None:
@@ -60,6 +71,8 @@ def resize_image(
     if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(image)
+    if shape.bgr:
+        pixels = pixels[..., ::-1]
     if out is None:
         return pixels
     out[...] = pixels
@@ -72,7 +85,8 @@ def _cover_and_cut(image: Image.Image, shape: Geometry) -> Image.Image:
     if (w, h) == (width, height) == image.size:
         return image
     # Python rounds halves to even, as in torchvision's centre crop.
-    left, upper = round((w - width) / 2), round((h - height) / 2)
+    rounded = math.floor if shape.floor else round
+    left, upper = rounded((w - width) / 2), rounded((h - height) / 2)
     if w * h > MAX_SCALED_PIXELS:
         across, down = image.width / w, image.height / h
         box = (left * across, upper * down, (left + width) * across, (upper + height) * down)

@@ -23,6 +23,8 @@ _TIMM_KEYS = {
     "interpolation": "interpolation",
     "crop_pct": "crop",
     "crop_mode": "crop_mode",
+    "crop_rounding": "crop_rounding",  # this and the next are not timm's
+    "channels": "channels",
 }
 
 

@@ -4,7 +4,6 @@ Letters: B images, N tokens with prefix, T tokens without, D channels, H and W t
 """
 
 import inspect
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.backbone import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.backbone import Backbone, describe, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.hf_input import hf_input
 from pipeline.teachers.weights import RANDOM, can_reach, initialise, load_strictly, read_weights, seeded
 
 _MOST_PREFIX_TOKENS = 16
 _POOLER = "pooler."
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_LEVELS = 255
 
 
 def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
@@ -43,8 +41,7 @@ def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
     with _quiet(transformers):
         architecture = _architecture(transformers, place, options, who)
         model = _model(transformers, architecture, place, options, config, seed, who)
-        processor = _processor(place, options)
-    spec = input_spec(_own_input(processor), config.input, who)
+        spec = hf_input(transformers, place, options, getattr(architecture, "image_size", None), config.input, who)
     count = len(getattr(architecture, "depths", ())) or getattr(architecture, "num_hidden_layers", 0)
     layers = resolve_layers(config, count, who)
     return Backbone(
@@ -182,59 +179,6 @@ def _model(
     elif missing:
         raise TeacherError(f"{who}: weights: {place} lacks, or has in another shape, {', '.join(missing[:5])}")
     return model.float()  # type: ignore[no-any-return]
-
-
-def _processor(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's image processor as plain values; empty where it has none."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        offline = {key: value for key, value in options.items() if key == "local_files_only"}
-        found, _ = ImageProcessingMixin.get_image_processor_dict(place, **offline)
-    except OSError:
-        return {}
-    return dict(found)
-
-
-def _own_input(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """A processor's settings in timm's keys; what it does not say is left out."""
-    own: dict[str, Any] = {}
-    size = _size(processor.get("size"))
-    crop = _size(processor.get("crop_size")) if processor.get("do_center_crop") else None
-    if size is not None:
-        target = crop or size
-        own["input_size"] = target
-        own["crop_pct"] = _crop(min(target), min(size)) if crop else processor.get("crop_pct") or 1.0
-        if isinstance(processor["size"], Mapping) and "height" in processor["size"]:
-            own["crop_mode"] = "squash"  # a processor scales to both numbers, whatever the image's proportions
-    if processor.get("resample") in _RESAMPLING:
-        own["interpolation"] = _RESAMPLING[processor["resample"]]
-    factor = _LEVELS * (processor.get("rescale_factor", 1 / _LEVELS) if processor.get("do_rescale", True) else 1)
-    if not processor.get("do_normalize", True):
-        own["mean"], own["std"] = (0.0,) * 3, (1 / factor,) * 3
-    elif "image_mean" in processor and "image_std" in processor:
-        own["mean"] = tuple(value / factor for value in processor["image_mean"])
-        own["std"] = tuple(value / factor for value in processor["image_std"])
-    return own
-
-
-def _size(value: Any) -> tuple[int, int] | None:
-    """(H, W) of a processor's size: a number, {height, width} or {shortest_edge}."""
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, Mapping) and "height" in value and "width" in value:
-        return value["height"], value["width"]
-    if isinstance(value, Mapping) and "shortest_edge" in value and "longest_edge" not in value:
-        return value["shortest_edge"], value["shortest_edge"]
-    return None
-
-
-def _crop(target: int, edge: int) -> float:
-    """The fraction for which floor(target / fraction) is `edge`, despite rounding."""
-    fraction = target / edge
-    while math.floor(target / fraction) < edge:
-        fraction = math.nextafter(fraction, 0)
-    return fraction
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -69,6 +69,26 @@ def test_squash_is_timm_pixel_for_pixel(config: tuple[tuple[int, int], float, st
         np.testing.assert_array_equal(found, by_timm(image, *config, mode="squash"), err_msg=f"image of {size}")
 
 
+def test_centre_is_rounded_as_timm_or_down() -> None:
+    # Scaled to 238 x 161, of which 128 columns are cut, and 51 rows: 25.5 above and below.
+    image = picture(312, 211)
+    whole = spec((161, 238), mode="squash")
+    rounded = spec((110, 110), 110 / 161)
+    floored = rounded.model_copy(update={"crop_rounding": "floor"})
+    np.testing.assert_array_equal(resize_image(image, rounded), resize_image(image, whole)[26:136, 64:174])
+    np.testing.assert_array_equal(resize_image(image, floored), resize_image(image, whole)[25:135, 64:174])
+
+
+def test_blue_may_come_first() -> None:
+    image = picture(60, 40)
+    reversed_ = spec((24, 24)).model_copy(update={"channels": "bgr"})
+    for view in (View(None), View((3, 4, 30, 39), True)):
+        found = resize_image(image, reversed_, view)
+        np.testing.assert_array_equal(found, resize_image(image, spec((24, 24)), view)[..., ::-1])
+        batch = np.zeros((1, 24, 24, 3), np.uint8)
+        np.testing.assert_array_equal(resize_image(image, reversed_, view, out=batch[0]), found)
+
+
 def test_full_view_is_timm_for_real_models_and_photos(shared_data: Path) -> None:
     source = open_source(Data(str(shared_data / "data/imagenet-sample/sample-000000.tar"), limit=12))
     photos = [decode_image(data) for data in source_reader(source.spec).read(listed(source))]
@@ -116,7 +136,8 @@ def test_teachers_with_equal_geometry_share_it() -> None:
     other = one.model_copy(update={"mean": (0.485, 0.456, 0.406), "std": (0.2, 0.2, 0.2)})
     assert geometry(one) == geometry(other)
     assert len({geometry(s) for s in (one, other, one.model_copy(update={"crop": 0.875}))}) == 2
-    assert geometry(one) != geometry(one.model_copy(update={"interpolation": "bilinear"}))
+    for change in ({"interpolation": "bilinear"}, {"crop_rounding": "floor"}, {"channels": "bgr"}):
+        assert geometry(one) != geometry(one.model_copy(update=change))
 
 
 def test_elongated_image_needs_no_elongated_memory(monkeypatch: pytest.MonkeyPatch) -> None:

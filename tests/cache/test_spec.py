@@ -2,6 +2,7 @@
 
 import pytest
 
+from cache.spec import InputSpec
 from cache.teachers import list_differences
 from tests.cache.builders import teacher_spec
 
@@ -11,3 +12,19 @@ def test_a_model_is_the_same_wherever_its_folder_lies(model: str) -> None:
     here, there = (teacher_spec("beta", model=model.format(folder)) for folder in ("/old", "/new"))
     assert here.model_fingerprint == there.model_fingerprint
     assert list_differences(here, there) == []
+
+
+def test_what_earlier_inputs_could_not_say_is_left_out_unless_it_is_said() -> None:
+    """Else the fingerprints of earlier caches would change."""
+    plain = InputSpec(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    written = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.2] * 3}
+    written |= {"interpolation": "bicubic", "crop": 1.0, "crop_mode": "center"}
+    assert plain.model_dump(mode="json") == written
+    said = plain.model_copy(update={"crop_rounding": "floor", "channels": "bgr"})
+    assert said.model_dump(mode="json") == written | {"crop_rounding": "floor", "channels": "bgr"}
+    for each in (plain, said):
+        assert InputSpec.model_validate_json(each.model_dump_json()) == each
+    one, other = (teacher_spec("beta", input=each) for each in (plain, said))
+    assert one.model_dump(mode="json")["input"] == written
+    assert list_differences(one, other)
+    assert one.model_fingerprint != other.model_fingerprint

@@ -1,6 +1,5 @@
 """Hugging Face teachers: the same features as transformers itself, from folders written here."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,42 +119,6 @@ def test_the_vision_tower_of_a_clip_model_is_taken(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = clip.vision_model(pixel_values=teacher._normalise(images)).pooler_output
     torch.testing.assert_close(teacher(images)["global"], expected)
-
-
-@pytest.mark.parametrize(
-    ("processor", "size", "crop", "interpolation"),
-    [
-        (
-            {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True},
-            (28, 28),
-            28 / 32,
-            "bicubic",
-        ),
-        ({"size": {"height": 42, "width": 28}, "resample": 2}, (42, 28), 1.0, "bilinear"),
-        ({"size": 28, "resample": 1}, (28, 28), 1.0, "lanczos"),
-    ],
-)
-def test_preprocessing_is_the_folders(
-    tmp_path: Path, processor: dict[str, Any], size: tuple[int, int], crop: float, interpolation: str
-) -> None:
-    make("dinov2", tmp_path)
-    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3, **processor}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    teacher = build(tmp_path)
-    assert teacher.input.size == size
-    assert teacher.input.crop == crop
-    assert teacher.input.interpolation == interpolation
-    squashed = isinstance(processor["size"], dict) and "height" in processor["size"]
-    assert teacher.input.crop_mode == ("squash" if squashed else "center")
-    assert teacher.input.mean == (0.1, 0.2, 0.3)
-    assert teacher.input.std == (0.5, 0.6, 0.7)
-    assert build(tmp_path, input={"crop": 0.5}).input.crop == 0.5
-
-
-def test_without_preprocessing_it_must_be_given(tmp_path: Path) -> None:
-    make("vit", tmp_path)
-    with pytest.raises(TeacherError, match=r"preprocessing: size: Field required.*`input`"):
-        build(tmp_path)
 
 
 def test_random_weights_and_weights_from_a_file(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def _outputs(description: Description) -> str:
 def _preprocessing(description: Description) -> str:
     own = description.input
     how = "both sides are resized" if own.crop_mode == "squash" else "the shorter side is resized"
-    return f"{how} ({own.interpolation}), the centre {own.size} is cut, mean {own.mean}, std {own.std}"
+    order = ", blue first" if own.channels == "bgr" else ""
+    return f"{how} ({own.interpolation}), the centre {own.size} is cut, mean {own.mean}, std {own.std}{order}"
 
 
 def _extra(description: Description) -> str:

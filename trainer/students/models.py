@@ -182,6 +182,8 @@ def _input_of(own: Mapping[str, Any], model: str) -> InputSpec:
             interpolation=own.get("interpolation", "bicubic"),
             crop=own.get("crop_pct", 1.0),
             crop_mode=own.get("crop_mode", "center"),
+            crop_rounding=own.get("crop_rounding", "round"),
+            channels=own.get("channels", "rgb"),
         )
     except (KeyError, ValidationError) as error:
         raise ConfigError(

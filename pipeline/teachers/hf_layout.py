@@ -1,0 +1,129 @@
+"""How an image processor of transformers resizes and cuts: the geometry that gives its own pixels.
+
+Letters: H and W the height and width of what it makes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cache.pixels.resize import Geometry, resize_image
+
+Levels = npt.NDArray[np.float32]
+"""[H, W, 3] of red, green and blue: 0 where the image would be black, 255 where white."""
+
+EXPRESSIBLE: Final = ("bilinear", "bicubic", "lanczos", "nearest")
+_APART = 1.001  # levels; float32 rounds
+_LEVIT = 256 / 224  # LeViT's resize, in no field
+
+
+class Layout(NamedTuple):
+    """A geometry, and the `crop` by which an InputSpec says it."""
+
+    geometry: Geometry
+    crop: float
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """By timm's keys, with `crop_rounding` of our own."""
+        how = self.geometry
+        found = {
+            "input_size": how.size,
+            "crop_pct": self.crop,
+            "crop_mode": "squash" if how.squash else "center",
+            "crop_rounding": "floor" if how.floor else "round",
+        }
+        return found | ({"interpolation": how.interpolation} if how.interpolation in EXPRESSIBLE else {})
+
+    def __str__(self) -> str:
+        (height, width), cover, how = self.geometry.size, self.geometry.cover, self.geometry
+        scaled = f"resized to {cover[0]} x {cover[1]}" if how.squash else f"resized to cover {cover[0]} x {cover[1]}"
+        return f"{scaled} ({how.interpolation}), the centre {height} x {width} cut"
+
+
+def find_layout(
+    fields: Mapping[str, Any], pictures: Sequence[Image.Image], made: Sequence[Levels]
+) -> tuple[Layout | None, str]:
+    """The layout that makes of `pictures` what a processor with these fields `made`, None if none does.
+
+    What the fields say is tried first, then what some processors do without saying it. The text says which came
+    nearest, and how near.
+    """
+    size = (made[0].shape[0], made[0].shape[1])
+    nearest: tuple[float, Layout] | None = None
+    for layout in _layouts(fields, size):
+        apart = 0.0
+        for picture, theirs in zip(pictures, made, strict=True):
+            apart = max(apart, float(np.abs(resize_image(picture, layout.geometry) - theirs).max()))
+            if not apart <= _APART:
+                break
+        else:
+            return layout, ""
+        if nearest is None or apart < nearest[0]:
+            nearest = (apart, layout)
+    assert nearest is not None
+    return None, f"the nearest here is {nearest[1]}, up to {nearest[0]:.0f} levels of 255 apart"
+
+
+def interpolation_of(fields: Mapping[str, Any]) -> str:
+    """The name of the filter that a processor's `resample` says."""
+    resample = fields.get("resample")
+    if resample is None:
+        return "bilinear"  # what resizing itself defaults to
+    with suppress(ValueError, TypeError):
+        return Image.Resampling(int(resample)).name.lower()
+    return str(getattr(resample, "value", resample)).lower()
+
+
+def is_padded(made: Sequence[Levels]) -> bool:
+    """Whether images of several proportions end in a border of one colour."""
+    edges = [edge for each in made for edge in (each[-1], each[:, -1], each[0], each[:, 0])]
+    return any(float(np.ptp(edge, axis=0).max()) < 1 for edge in edges)
+
+
+def _layouts(fields: Mapping[str, Any], size: tuple[int, int]) -> Iterator[Layout]:
+    """Layouts that give images of `size` (H, W), the likeliest first."""
+    named = interpolation_of(fields)
+    covers = list(_covers(fields, size))
+    for interpolation in dict.fromkeys((named, *EXPRESSIBLE)):
+        if interpolation.upper() not in Image.Resampling.__members__:
+            continue
+        for cover, squash in covers:
+            crop = _crop(size, cover, fields.get("crop_pct"))
+            if crop is None:
+                continue
+            for floor in (True, False):
+                yield Layout(Geometry(size, cover, interpolation, squash, floor), crop)
+
+
+def _covers(fields: Mapping[str, Any], size: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bool]]:
+    """What images may be scaled to (H, W), and whether to exactly that; each once, the likeliest first."""
+    stated, fraction = fields.get("size"), fields.get("crop_pct")
+    stated = stated if isinstance(stated, Mapping) else {}
+    found: list[tuple[tuple[int, int], bool]] = []
+    if stated.get("height") and stated.get("width"):
+        found.append(((stated["height"], stated["width"]), True))
+    edge = stated.get("shortest_edge") or stated.get("height") or min(size)
+    edges = [int(edge / fraction)] if fraction else []
+    found += [((each, each), squash) for squash in (False, True) for each in (*edges, edge, int(_LEVIT * edge))]
+    yield from dict.fromkeys((*found, (size, True), (size, False)))
+
+
+def _crop(size: tuple[int, int], cover: tuple[int, int], stated: float | None) -> float | None:
+    """The fraction for which floor(size / fraction) is `cover`, the processor's own if that is it; None if none is."""
+    exact = min(size) / min(cover)
+    while math.floor(min(size) / exact) < min(cover):  # despite rounding
+        exact = math.nextafter(exact, 0)
+    for fraction in (stated, exact):
+        if (
+            fraction
+            and 0 < fraction <= 1
+            and all(math.floor(side / fraction) == whole for side, whole in zip(size, cover, strict=True))
+        ):
+            return fraction
+    return None
