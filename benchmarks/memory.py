@@ -39,6 +39,7 @@ def plan(folder: Path) -> None:
     from cache.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
     from pipeline.config import validate_config
     from pipeline.extract import remaining_tasks
+    from pipeline.observers import Silent
     from pipeline.planning import plan_cache
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -60,7 +61,7 @@ def plan(folder: Path) -> None:
     start = perf_counter()
     storage = open_storage(out, create=True)
     with lease(storage, "benchmark"):
-        made = plan_cache(storage, open_source(config.data), config, [teacher], 2, "benchmark")
+        made = plan_cache(storage, open_source(config.data), config, [teacher], 2, "benchmark", Silent())
     tasks = sum(1 for _ in remaining_tasks(storage, made, config, None))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = perf_counter() - start

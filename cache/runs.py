@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cache.layout import RUNS
+from cache.leftout import LeftOut
 from cache.storage import Storage
 
 
@@ -20,7 +21,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run. `status` is running, complete, incomplete or interrupted; `running` may also mean killed."""
+    """One run. `status` is running, complete, incomplete or interrupted; `running` may also mean killed.
+
+    `left_out` is what its listing of the source passed over.
+    """
 
     id: str
     started: str
@@ -31,6 +35,7 @@ class RunRecord:
     rows_per_second: float = 0.0
     failed: tuple[Failure, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -74,7 +79,14 @@ def _parse(document: dict[str, Any], name: str) -> RunRecord:
         rows_per_second=of((int, float), "rows_per_second", 0.0),
         failed=tuple(_failures(of(list, "failed", []))),
         config=of(dict, "config", {}),
+        left_out=tuple(_left_out(of(list, "left_out", []))),
     )
+
+
+def _left_out(entries: Iterable[Any]) -> Iterable[LeftOut]:
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("count"), int):
+            yield LeftOut(str(entry.get("reason", "")), entry["count"], str(entry.get("example", "")))
 
 
 def _failures(entries: Iterable[Any]) -> Iterable[Failure]:

@@ -141,7 +141,8 @@ class Samples:
         found, expected = digest(raw), self._plan.samples_digests[part]
         if found != expected:
             raise CorruptError(file, f"does not match the plan: expected digest {expected}, found {found}")
-        table = pq.read_table(pa.BufferReader(raw))
+        # Threads of Arrow that outlive the read may abort the process at its exit.
+        table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
         rows = min(self._part_rows, len(self) - part * self._part_rows)
         if table.num_rows != rows or not table.schema.equals(self.schema):
             found_rows = f"found {table.num_rows} of {table.schema.names}"

@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from cache import layout
 from cache.errors import CorruptError, NotACacheError
 from cache.images import load_status
+from cache.leftout import LeftOut
 from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.published import TeacherFiles, read_teacher, teacher_folders, teacher_names
@@ -58,6 +59,7 @@ class Status:
     """`complete` says that every unit is committed of every teacher that was begun or that the last run was to do.
 
     `lost_images` are units that a teacher has committed and whose images are not: `kpu-cache repair` mends that.
+    `left_out` is what the last run that listed the source passed over.
     """
 
     complete: bool
@@ -67,6 +69,7 @@ class Status:
     masked: list[MaskedRow] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     lost_images: list[int] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +104,7 @@ def status(path: str | os.PathLike[str]) -> Status:
         masked=list(_masked_rows(storage, plan, tallies)),
         failed=_failed(runs, committed),
         lost_images=lost,
+        left_out=list(runs[-1].left_out) if runs else [],
     )
 
 

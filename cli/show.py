@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from cli.units import human_bytes, human_seconds, plural
 if TYPE_CHECKING:  # `status` should not wait for torch
     from collections.abc import Sequence
 
+    from cache.leftout import LeftOut
     from cache.problems import Problem
     from cache.reader import Cache
     from cache.repair import Repair
@@ -35,6 +37,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "rows_per_second": round(summary.rows_per_second, 3),
         "bytes": summary.bytes,
         "masked": summary.masked,
+        "left_out": [asdict(item) for item in summary.left_out],
         "nonfinite": summary.nonfinite,
         "remaining_units": summary.remaining_units,
         "saturated": summary.saturated,
@@ -43,6 +46,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def show_summary(console: Console, summary: RunSummary) -> None:
+    _left_out(console, summary.left_out)
     reasons = [f"{summary.masked:,} undecodable"] * bool(summary.masked)
     reasons += [f"{rows:,} with NaN or infinity from teacher {name}" for name, rows in summary.nonfinite.items()]
     if reasons:
@@ -74,6 +78,7 @@ def show_status(console: Console, status: Status) -> None:
     done = "complete" if status.complete else "incomplete"
     masked = f", {len(status.masked):,} masked" if status.masked else ""
     _say(console, f"{done}: {plural(status.rows, 'row')} in {plural(status.units, 'unit')}{masked}")
+    _left_out(console, status.left_out)
     table = Table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
     for name, teacher in status.teachers.items():
         rows = max(1, round(status.rows * teacher.committed_units / max(1, teacher.units)))
@@ -227,6 +232,14 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     )
     _say(console, f"rate             {estimate.rows_per_second:,.0f} rows/s on {workers}{calibration}")
     _say(console, f"time             {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours")
+
+
+def _left_out(console: Console, items: Sequence[LeftOut]) -> None:
+    from cache.leftout import describe_left_out
+
+    line = describe_left_out(items)
+    if line:
+        _say(console, line)
 
 
 def _more(console: Console, count: int, what: str) -> None:

@@ -18,7 +18,7 @@ from pipeline.executors import open_executor
 from pipeline.measure import Measurement
 from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
-from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows
+from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, tell_left_out
 from pipeline.runs import new_run_id
 from pipeline.target import standing_plan
 from pipeline.teachers import ship
@@ -73,7 +73,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
         specs = [description.spec for description in executor.call("describe")]
         check_teachers(config, specs, source.classes)
         observer.phase("plan", f"listing {source.spec.root}")
-        sample, rows = _list(source, config, standing)
+        sample, rows = _list(source, config, standing, observer)
         observer.phase("measure", f"{sample.num_rows} rows")
         measured = executor.call("measure", sample, WARM_BATCHES * config.executor.batch_size)
         workers, gpus = executor.workers, executor.gpus_per_worker
@@ -114,10 +114,10 @@ def _rows_left(config: ExtractConfig, standing: Plan | None) -> dict[str, int]:
     return {name: count_rows(standing, units) for name, units in left.items()}
 
 
-def _list(source: Source, config: ExtractConfig, standing: Plan | None) -> tuple[pa.Table, int]:
+def _list(source: Source, config: ExtractConfig, standing: Plan | None, observer: Observer) -> tuple[pa.Table, int]:
     """The rows to measure, from the head of the listing, and how many rows there are."""
     if standing is not None:
-        check_listing(open_storage(config.out), standing, source, config)
+        check_listing(open_storage(config.out), standing, source, config, observer)
     wanted = (WARM_BATCHES + TIMED_BATCHES) * config.executor.batch_size
     head: list[pa.Table] = []
     rows = 0
@@ -127,6 +127,8 @@ def _list(source: Source, config: ExtractConfig, standing: Plan | None) -> tuple
         rows += table.num_rows
         if standing is not None and rows >= wanted:
             break
+    if standing is None:
+        tell_left_out(source, observer)
     return pa.concat_tables(head), rows if standing is None else standing.rows
 
 

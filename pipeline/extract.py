@@ -65,12 +65,12 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
         storage = open_storage(config.out, create=True)
         with lease(storage, run_id):
             observer.phase("plan", f"listing {source.spec.root}")
-            plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id)
+            plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id, observer)
             warn_of_labels([t.spec for t in teachers], plan, Samples(storage, plan), observer)
             planned = perf_counter()
             collect_garbage(storage, quarantine=False)
 
-            with Run(storage, run_id, config) as run:
+            with Run(storage, run_id, config, source.left_out) as run:
                 calibrate_teachers(storage, plan, config, teachers, executor, run_id, observer)
                 startup = {"load": loaded - begun, "plan": planned - loaded, "calibrate": perf_counter() - planned}
                 run.started(plan, startup)

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from cache.errors import MismatchError
+from cache.errors import MismatchError, SourceError
 from cache.listing import listed_rows
 from cache.plans import load_plan, publish_plan
 from cache.samples import Fingerprint, Samples, split_parts
-from cache.sources import Source
+from cache.sources import Source, describe_left_out
 from cache.spec import CodecSpec, OutputSpec, Plan, TeacherSpec
 from cache.storage import Storage
 from pipeline.config import ExecutorConfig, ExtractConfig
@@ -60,8 +60,11 @@ def plan_cache(
     teachers: Sequence[TeacherSpec],
     threads: int,
     run: str,
+    observer: Observer,
 ) -> Plan:
     """Publish the plan of a new cache, or return the one that stands if it was made from the same data.
+
+    What the listing left out is told to `observer`.
 
     Raises:
         MismatchError: the source's listing, or a setting that fixes rows, differs from the standing plan's.
@@ -81,14 +84,23 @@ def plan_cache(
             crop=config.planned_crop,
         )
         try:
-            return publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
+            plan = publish_plan(storage, split_parts(tables, unit_rows), build, run, unit_rows=unit_rows)
+            tell_left_out(source, observer)
+            return plan
         except MismatchError:  # another driver, with other teachers, may have chosen other units at the same time
             standing = load_plan(storage)
             if standing is None:
                 raise
     check_settings(standing, source, config)
-    check_listing(storage, standing, source, config)
+    check_listing(storage, standing, source, config, observer)
     return standing
+
+
+def tell_left_out(source: Source, observer: Observer) -> None:
+    """Say in one line what the listing left out, and why."""
+    line = describe_left_out(source.left_out)
+    if line:
+        observer.phase("plan", line)
 
 
 def _listed_in_units(
@@ -125,23 +137,52 @@ def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
             )
 
 
-def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractConfig) -> None:
+def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractConfig, observer: Observer) -> None:
     """List the source again and compare it with the plan that stands.
+
+    A cache of an earlier release, whose rows follow that release's rules, keeps them; `observer` is told.
 
     Raises:
         MismatchError: naming the first row that differs.
         SourceError: the source cannot be listed.
     """
+    refused: SourceError | None = None
+    try:
+        same, rows = _lists_plan(plan, source, config)
+    except SourceError as error:
+        same, rows, refused = False, 0, error
+    if same:
+        tell_left_out(source, observer)
+        return
+    earlier = source.earlier is not None and _lists_plan_if_any(plan, source.earlier, config)
+    if refused is not None and not earlier:
+        raise refused
+    difference = refused or _difference(Samples(storage, plan), plan, source, config, rows)
+    if not earlier:
+        raise MismatchError(
+            f"data.source: the cache at {config.out} was made from other data: {difference}; restore the images that "
+            "were there, or extract to another `out`"
+        )
+    observer.warn(
+        f"data.source: the cache at {config.out} was begun by an earlier release and keeps the rows and labels that "
+        f"this one listed; today the same source gives others: {difference}; extract to another `out` to have them"
+    )
+
+
+def _lists_plan(plan: Plan, source: Source, config: ExtractConfig) -> tuple[bool, int]:
+    """Whether a listing is the one that was planned, and how many rows it has."""
     fingerprint, rows = Fingerprint(), 0
     for table in listed_rows(source, config.views, config.seed):
         fingerprint.update(table)
         rows += table.num_rows
-    if (fingerprint.hexdigest(), rows, source.classes) != (plan.fingerprint, plan.rows, plan.classes):
-        raise MismatchError(
-            f"data.source: the cache at {config.out} was made from other data: "
-            f"{_difference(Samples(storage, plan), plan, source, config, rows)}; restore the images that were there, "
-            "or extract to another `out`"
-        )
+    return (fingerprint.hexdigest(), rows, source.classes) == (plan.fingerprint, plan.rows, plan.classes), rows
+
+
+def _lists_plan_if_any(plan: Plan, source: Source, config: ExtractConfig) -> bool:
+    try:
+        return _lists_plan(plan, source, config)[0]
+    except SourceError:
+        return False
 
 
 def _difference(samples: Samples, plan: Plan, source: Source, config: ExtractConfig, rows: int) -> str:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from cache.errors import StorageError
+from cache.sources import LeftOut
 from cache.spec import Plan
 from cache.storage import Storage
 from cache.versions import installed_versions
@@ -47,7 +48,7 @@ class RunSummary:
 
     `masked` rows have no image that can be decoded. By teacher that has any, `saturated` is the share of values beyond
     the range of the codec, and `nonfinite` the number of other rows that are masked for this teacher alone, which gave
-    NaN or infinity for them.
+    NaN or infinity for them. `left_out` is what the listing of the source passed over.
     """
 
     id: str
@@ -60,6 +61,7 @@ class RunSummary:
     failures: tuple[Failure, ...]
     saturated: dict[str, float] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -78,10 +80,13 @@ def new_run_id() -> str:
 class Run:
     """Keeps the two files of one run up to date; leaving the context by an error records it as interrupted."""
 
-    def __init__(self, storage: Storage, run_id: str, config: ExtractConfig) -> None:
+    def __init__(
+        self, storage: Storage, run_id: str, config: ExtractConfig, left_out: tuple[LeftOut, ...] = ()
+    ) -> None:
         self._storage = storage
         self.id = run_id
         self._out = config.out
+        self._left_out = left_out
         self._clock = perf_counter()
         self._saved = self._clock
         self._totals = dict.fromkeys(STAGES, 0.0)
@@ -98,6 +103,7 @@ class Run:
             "started": _now(),
             "finished": None,
             "config": config.model_dump(mode="json"),
+            "left_out": [asdict(item) for item in left_out],
             "host": {
                 "name": socket.gethostname(),
                 "pid": os.getpid(),
@@ -149,7 +155,7 @@ class Run:
         self._close("complete" if left == 0 else "incomplete")
         return RunSummary(
             self.id, self._out, self._rows, self._document["seconds"], self._bytes, self._masked, left,
-            tuple(self._failures), self._saturated_shares(), self._nonfinite_rows(),
+            tuple(self._failures), self._saturated_shares(), self._nonfinite_rows(), self._left_out,
         )  # fmt: skip
 
     def _saturated_shares(self) -> dict[str, float]:

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.errors import ConfigError, SourceError
+from cache.leftout import LeftOut, Tally, describe_left_out
+from cache.sources.earlier import EarlierFolderListing, EarlierTarListing
 from cache.sources.folder import FolderListing, FolderReader
 from cache.sources.keys import unique_keys
 from cache.sources.locate import locate
@@ -19,7 +22,7 @@ from cache.sources.rowgroups import ParquetReader
 from cache.sources.tars import TarListing, TarReader
 from cache.spec import SourceSpec
 
-__all__ = ["Data", "Source", "SourceReader", "open_source", "source_reader"]
+__all__ = ["Data", "LeftOut", "Source", "SourceReader", "describe_left_out", "open_source", "source_reader"]
 
 
 class Data(Protocol):
@@ -38,9 +41,15 @@ class Data(Protocol):
 
 
 class Source(Protocol):
-    """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does."""
+    """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does.
+
+    `left_out` counts what the last whole listing passed over. `earlier` lists by the rules of earlier releases, for a
+    cache that was begun then; None where they were the same.
+    """
 
     spec: SourceSpec
+    left_out: tuple[LeftOut, ...]
+    earlier: "Source | None"
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
@@ -71,6 +80,7 @@ class SourceReader(Protocol):
 
 class _Listing(Protocol):
     spec: SourceSpec
+    tally: Tally
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
@@ -90,11 +100,12 @@ def open_source(data: Data) -> Source:
     located = locate(data.source)
     if located.kind == "folder":
         _refuse(data, "a folder of images", "image", "label", "key")
-        return _Checked(FolderListing(located), data.limit)
+        return _Checked(FolderListing(located), data.limit, earlier=EarlierFolderListing(located))
     if located.kind == "tar":
         _refuse(data, "tars", "key")
         tars = TarListing(located, data.image, data.label)
-        return _Checked(tars, data.limit, tars.unlabelled if data.label else None)
+        earlier = EarlierTarListing(located, data.image, data.label)
+        return _Checked(tars, data.limit, tars.unlabelled if data.label else None, earlier)
     tables = ParquetListing(located, data.image, data.label, data.key)
     return _Checked(tables, data.limit, tables.unlabelled if data.label else None)
 
@@ -117,9 +128,17 @@ class _Checked:
     `unlabelled` is given where labels were asked for by name: what to say where no row has one.
     """
 
-    def __init__(self, listing: _Listing, limit: int | None, unlabelled: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        listing: _Listing,
+        limit: int | None,
+        unlabelled: Callable[[], str] | None = None,
+        earlier: _Listing | None = None,
+    ) -> None:
         self._listing, self._limit, self._unlabelled = listing, limit, unlabelled
         self.spec = listing.spec
+        self.left_out: tuple[LeftOut, ...] = ()
+        self.earlier: Source | None = None if earlier is None else _Checked(earlier, limit)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -132,8 +151,9 @@ class _Checked:
             raise SourceError(f"data.source: nothing to extract: {self._listing.nothing()}")
         labelled = False
         for batch in itertools.chain([first], batches):
-            labelled = labelled or batch.column("label").null_count < batch.num_rows
+            labelled = labelled or _has_label(batch.column("label"))
             yield batch
+        self.left_out = self._listing.tally.result()
         if self._unlabelled is not None and not labelled:
             raise SourceError(self._unlabelled())
 
@@ -147,6 +167,12 @@ class _Checked:
                 yield batch
             if left == 0:
                 return
+
+
+def _has_label(labels: pa.Array) -> bool:
+    """Whether some label is a class number; those below 0 stand for none."""
+    largest = pc.max(labels).as_py()
+    return largest is not None and largest >= 0
 
 
 def _refuse(data: Data, kind: str, *options: str) -> None:

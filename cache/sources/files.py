@@ -3,14 +3,15 @@
 import os
 import posixpath
 import re
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from cache.errors import SourceError
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 DELAYS: Final = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt at a read that failed for a reason that may pass."""
 
+_UTF8: Final = sys.getfilesystemencoding().lower() == "utf-8"
 _OPEN_FILES: Final = 64
 _ESCAPED: Final = re.compile(rb"\\x([89a-f][0-9a-f])")
 
@@ -37,13 +39,34 @@ class ShortRead(Exception):
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are not UTF-8 become \\xNN, which `Files` understands when it opens."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A name as valid Unicode: bytes that are not UTF-8 become \\xNN, which `Files` understands when it opens."""
+    return to_bytes(name).decode("utf-8", "backslashreplace")
+
+
+def to_text(name: str) -> str:
+    """A path as Python gives it, in UTF-8 whatever the locale says: keys are the same under every locale."""
+    return name if _UTF8 else os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def to_name(path: str) -> str:
+    """A path from a configuration, which is UTF-8, as Python names it under this locale; the inverse of `to_text`."""
+    if _UTF8:
+        return path
+    in_utf8 = os.fsdecode(to_bytes(path))
+    try:
+        return in_utf8 if not os.path.lexists(path) and os.path.lexists(in_utf8) else path
+    except UnicodeEncodeError:
+        return in_utf8
+
+
+def to_bytes(text: str) -> bytes:
+    """What the file system knows a path by that `to_text` gave."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def is_local(path: str) -> bool:
     """Whether this machine's file system owns the path, and not a URL's."""
-    return "://" not in path and "::" not in path
+    return "://" not in path
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -52,6 +75,8 @@ def file_system(path: str) -> tuple[Any, str]:
     Raises:
         SourceError: the protocol is unknown, or its package is not installed.
     """
+    if is_local(path):  # `::` in it is part of a name
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(path))
     try:
         return url_to_fs(path)  # type: ignore[no-any-return]
     except (ValueError, ImportError) as error:
@@ -106,7 +131,8 @@ class Files:
         """Size in bytes. Raises SourceError as `fetch` does."""
         path = self.path(file)
         return self.retry(
-            lambda: Path(path).stat().st_size if self.local else int(self.system[0].size(path)), Piece(file, file)
+            lambda: os.stat(to_bytes(path)).st_size if self.local else int(self.system[0].size(path)),  # noqa: PTH116
+            Piece(file, file),
         )
 
     def fetch(self, pieces: Sequence[Piece]) -> list[bytes]:
@@ -212,7 +238,7 @@ def _whole(piece: Piece, value: bytes | Exception) -> bytes | Exception:
 class _Descriptor:
     """An open file of this machine. It closes with its last user, not before: another thread may still be reading."""
 
-    def __init__(self, path: str | bytes) -> None:
+    def __init__(self, path: bytes) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -232,10 +258,11 @@ class _Descriptor:
 
 
 def _open(path: str) -> _Descriptor:
+    name = to_bytes(path)
     try:
-        return _Descriptor(path)
+        return _Descriptor(name)
     except FileNotFoundError:
-        raw = _ESCAPED.sub(lambda match: bytes.fromhex(match[1].decode()), os.fsencode(path))
-        if raw == os.fsencode(path):
+        raw = _ESCAPED.sub(lambda match: bytes.fromhex(match[1].decode()), name)
+        if raw == name:
             raise
         return _Descriptor(raw)

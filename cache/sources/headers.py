@@ -24,12 +24,18 @@ _COMPRESSED: Final = {
 
 
 class Member(NamedTuple):
-    """A regular file in a tar; `offset` and `length` are of its content, of which `head` is as much as was at hand."""
+    """A file in a tar; `offset` and `length` are of its content, of which `head` is as much as was at hand.
+
+    `kind` is the type flag of its header: `0` a regular file, `1` a hard and `2` a symbolic link to `target`, which has
+    no content of its own, others are devices and pipes.
+    """
 
     name: str
     offset: int
     length: int
     head: bytes
+    kind: bytes = b"0"
+    target: str = ""
 
     def text(self) -> bytes:
         """The content of a small member (up to 64 bytes)."""
@@ -40,16 +46,33 @@ class _Header(NamedTuple):
     name: bytes
     kind: bytes
     length: int
+    target: bytes
+
+
+class _Said(NamedTuple):
+    """What pax and GNU headers say of the next member; -1 is no size."""
+
+    name: bytes = b""
+    target: bytes = b""
+    size: int = -1
+
+
+_NOTHING_SAID: Final = _Said()
 
 
 def members(files: Files, tar: str) -> Iterator[Member]:
-    """Regular files of a tar, in order; links, folders and devices are passed over.
+    """Regular files of a tar, in order. Raises SourceError as `all_members` does."""
+    return (member for member in all_members(files, tar) if member.kind == b"0")
+
+
+def all_members(files: Files, tar: str) -> Iterator[Member]:
+    """Regular files, links, devices and pipes of a tar, in order; folders are passed over.
 
     Raises:
         SourceError: naming the tar and the offset: compressed, truncated, corrupt, or not a tar.
     """
     window = _Window(files, tar)
-    offset, name, size = 0, b"", -1  # `name` and `size` are what a pax or GNU header says of the next one
+    offset, said = 0, _NOTHING_SAID
     if compression := next((kind for magic, kind in _COMPRESSED.items() if window.read(0, 8).startswith(magic)), None):
         raise SourceError(
             f"{files.name(tar)}: is compressed ({compression}); expected an uncompressed tar, whose images can be "
@@ -64,24 +87,25 @@ def members(files: Files, tar: str) -> Iterator[Member]:
         if header is None:
             raise window.failure(offset, "the header is corrupt" if len(block) == _BLOCK else "the tar ends too early")
         kind, start = header.kind, offset + _BLOCK
-        length = header.length if size < 0 or kind in b"xgLK" else size
+        length = header.length if said.size < 0 or kind in b"xgLK" else said.size
         if kind in b"123456":  # links, devices, folders, pipes have no content whatever their size says
             length = 0
         offset = start + -(-length // _BLOCK) * _BLOCK
         if start + length > window.size:
             raise window.failure(start - _BLOCK, f"the tar ends {start + length - window.size} bytes too early")
-        if kind in b"xL":
+        if kind in b"xLK":
             if length > _LONGEST_NAME:
                 raise window.failure(start - _BLOCK, f"a name of {length} bytes")
-            name, size = _extended(window, kind, window.read(start, length), start, name, size)
+            said = _extended(window, kind, window.read(start, length), start, said)
             continue
         if kind == b"S":
             raise window.failure(start - _BLOCK, "a sparse member; pack the tar without --sparse")
-        if kind in b"07" and not (name or header.name).endswith(b"/"):
-            text = (name or header.name).decode("utf-8", "backslashreplace")
-            yield Member(text, start, length, window.read(start, min(length, 64)))
-        if kind not in b"gK":
-            name, size = b"", -1
+        if kind in b"07" and not (said.name or header.name).endswith(b"/"):
+            yield Member(_text(said.name or header.name), start, length, window.read(start, min(length, 64)))
+        elif kind not in b"057g":
+            yield Member(_text(said.name or header.name), start, 0, b"", kind, _text(said.target or header.target))
+        if kind != b"g":
+            said = _NOTHING_SAID
 
 
 def is_header_of(block: bytes, length: int) -> bool:
@@ -106,7 +130,13 @@ def _parse(block: bytes) -> _Header | None:
         prefix = block[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
     kind = block[156:157]
-    return _Header(name, b"0" if kind == b"\0" else kind, length) if length >= 0 else None
+    if kind in b"0\0":
+        return _Header(name, b"0", length, b"") if length >= 0 else None
+    return _Header(name, kind, length, block[157:257].partition(b"\0")[0]) if length >= 0 else None
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _number(field: bytes) -> int:
@@ -115,10 +145,12 @@ def _number(field: bytes) -> int:
     return int(field.strip(b" \0") or b"0", 8)
 
 
-def _extended(window: "_Window", kind: bytes, data: bytes, offset: int, name: bytes, size: int) -> tuple[bytes, int]:
-    """Name and size of the next member, as a GNU long name or pax records give them."""
+def _extended(window: "_Window", kind: bytes, data: bytes, offset: int, said: _Said) -> _Said:
+    """What a GNU long name or pax records add to what is `said` of the next member."""
     if kind == b"L":
-        return data.partition(b"\0")[0], size
+        return said._replace(name=data.partition(b"\0")[0])
+    if kind == b"K":
+        return said._replace(target=data.partition(b"\0")[0])
     at = 0
     while at < len(data.rstrip(b"\0")):
         digits, _, _ = data[at : at + 20].partition(b" ")
@@ -127,13 +159,15 @@ def _extended(window: "_Window", kind: bytes, data: bytes, offset: int, name: by
         if not equals or not record.endswith(b"\n"):
             raise window.failure(offset - _BLOCK, "a corrupt pax record")
         if key == b"path":
-            name = value
+            said = said._replace(name=value)
+        elif key == b"linkpath":
+            said = said._replace(target=value)
         elif key == b"size":
-            size = int(value) if value.isdigit() else -1
+            said = said._replace(size=int(value) if value.isdigit() else -1)
         elif key.startswith(b"GNU.sparse."):
             raise window.failure(offset - _BLOCK, "a sparse member; pack the tar without --sparse")
         at += len(record)
-    return name, size
+    return said
 
 
 class _Window:

@@ -5,24 +5,17 @@ import os
 import posixpath
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import braceexpand
 
 from cache.errors import SourceError
-from cache.sources.files import Files, file_system, is_local
+from cache.leftout import LeftOut, Tally
+from cache.sources.files import Files, file_system, is_local, to_name, to_text
+from cache.sources.formats import IMAGES, Kind, extension, is_archive, kind_by_name
 
-Kind = Literal["folder", "tar", "parquet"]
-
-IMAGES: Final = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif"}
-    | {"png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif"}
-    | {"ppm", "pgm", "pbm", "pnm"}
-)
-_PARQUET: Final = (".parquet", ".pq")
-_COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 _MAGIC: Final = "*?["
 
 
@@ -34,22 +27,18 @@ class Entry(NamedTuple):
 
 
 class Located(NamedTuple):
-    """What a source is made of, in the order given; globs are sorted."""
+    """What a source is made of, in the order given; globs are sorted. `left_out` lay beside it."""
 
     kind: Kind
     files: Files
     entries: tuple[Entry, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class _Found(NamedTuple):
     path: str
     kind: Kind | None
     is_folder: bool
-
-
-def extension(name: str) -> str:
-    """What follows the last dot, in lower case."""
-    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def locate(source: str | Sequence[str]) -> Located:
@@ -61,7 +50,8 @@ def locate(source: str | Sequence[str]) -> Located:
     patterns = [source] if isinstance(source, str) else list(source)
     if not patterns:
         raise SourceError("data.source: expected a path, a pattern or a list of them, found an empty list")
-    found = [item for pattern in patterns for item in _expand(pattern)]
+    beside = Tally()
+    found = [item for pattern in patterns for item in _expand(pattern, beside)]
     kinds: defaultdict[Kind, list[str]] = defaultdict(list)
     for item in found:
         if item.kind is None:
@@ -75,14 +65,15 @@ def locate(source: str | Sequence[str]) -> Located:
         raise SourceError(f"data.source: expected one kind of source, found {examples}; extract them apart")
     root = _common_root(found)
     entries = tuple(Entry(_relative(item.path, root), item.is_folder) for item in found)
-    return Located(next(iter(kinds)), Files(root), entries)
+    return Located(next(iter(kinds)), Files(root), entries, beside.result())
 
 
-def _expand(pattern: str) -> list[_Found]:
+def _expand(pattern: str, beside: Tally) -> list[_Found]:
+    """What a pattern names; `beside` counts what it matches that is no source, and what lies beside shards."""
     if is_local(pattern):
-        pattern = os.path.abspath(os.path.expanduser(pattern))  # noqa: PTH100, PTH111 - links stay unresolved
+        pattern = os.path.abspath(os.path.expanduser(to_name(pattern)))  # noqa: PTH100, PTH111 - links stay unresolved
         if os.path.lexists(pattern):
-            return _look(pattern, literal=True)
+            return _look(pattern, beside, literal=True)
     try:
         paths = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
     except ValueError as error:
@@ -90,13 +81,16 @@ def _expand(pattern: str) -> list[_Found]:
     found = []
     for path in paths:
         if not any(character in path for character in _MAGIC):
-            found += _look(path, literal=True)
+            found += _look(path, beside, literal=True)
             continue
         matches = _glob(path)
         if not matches:
             raise SourceError(f"data.source: no file matches {path}")
-        # Beside what it was meant for, a pattern often matches a README or an index.
-        found += [item for match in matches for item in _look(match, literal=False) if item.kind is not None]
+        for item in [item for match in matches for item in _look(match, beside, literal=False)]:
+            if item.kind is not None:
+                found.append(item)
+            else:  # beside what it was meant for, a pattern often matches a README or an index
+                beside.add_file(item.path)
     if not found:
         raise SourceError(f"data.source: {pattern} matches no folder, .tar, .parquet or image file")
     return found
@@ -104,19 +98,21 @@ def _expand(pattern: str) -> list[_Found]:
 
 def _glob(pattern: str) -> list[str]:
     if is_local(pattern):
-        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns are absolute
+        return sorted(glob.glob(pattern, recursive=True), key=to_text)  # noqa: PTH207 - patterns are absolute
     system, path = file_system(pattern)
     return sorted(system.unstrip_protocol(match) for match in _ask(pattern, lambda: system.glob(path)))
 
 
-def _look(path: str, *, literal: bool) -> list[_Found]:
+def _look(path: str, beside: Tally, *, literal: bool) -> list[_Found]:
     """What a path is: one file or image folder, or the shards in a folder of shards."""
-    kind = _kind_by_name(path)
+    kind = kind_by_name(path)
     if is_local(path):
         try:
             is_folder = stat.S_ISDIR(Path(path).stat().st_mode)
         except OSError as error:
             raise SourceError(f"data.source: {path}: {_absence(path, error)}") from None
+        names = _local_names(path) if is_folder else []
+        path = to_text(path)
     else:
         system, inner = file_system(path)
         path = system.unstrip_protocol(inner)
@@ -124,28 +120,65 @@ def _look(path: str, *, literal: bool) -> list[_Found]:
         is_folder = kind is None and bool(_ask(path, lambda: system.isdir(inner)))
         if kind is None and not is_folder and literal:
             raise SourceError(f"data.source: {path}: no such folder")
+        names = _remote_names(path, system, inner) if is_folder else []
     if not is_folder:
+        if literal and extension(path) == "arrow":
+            raise SourceError(_convert(path, f"Dataset.from_file({path!r})"))
         return [_Found(path, kind, is_folder=False)]
-    names = _top_level(path)
-    shards = [name for name, folder in names if not folder and _kind_by_name(name) in ("tar", "parquet")]
-    others = [name for name, folder in names if folder or _kind_by_name(name) == "folder"]
-    if shards and not others:
-        return [_Found(f"{path.rstrip('/')}/{name}", _kind_by_name(name), is_folder=False) for name in sorted(shards)]
-    return [_Found(path.rstrip("/") or "/", "folder", is_folder=True)]
+    return _in_folder(path.rstrip("/") or "/", names, beside)
 
 
-def _top_level(path: str) -> list[tuple[str, bool]]:
-    """Names in a folder, hidden ones left out, each with whether it is a folder."""
-    if is_local(path):
-        try:
-            with os.scandir(path) as entries:
-                return [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            raise SourceError(f"data.source: {path}: cannot list it: {error.strerror}") from None
-    system, inner = file_system(path)
+def _in_folder(path: str, names: Sequence[tuple[str, bool]], beside: Tally) -> list[_Found]:
+    """A folder of images, or the shards in it; `names` each with whether it is a folder."""
+    visible = [(name, folder) for name, folder in names if not name.startswith(".")]
+    kinds = {name: kind_by_name(name) for name, folder in visible if not folder}
+    shards = sorted(name for name, kind in kinds.items() if kind in ("tar", "parquet"))
+    pictures = sorted(name for name, kind in kinds.items() if kind == "folder")
+    if not shards and not pictures and _is_saved_dataset(kinds):
+        split = "['train']" if "dataset_dict.json" in kinds else ""
+        raise SourceError(_convert(path, f"load_from_disk({path!r}){split}"))
+    readable = [name for name in shards if not is_archive(name)]
+    if readable and pictures:
+        raise SourceError(
+            f"data.source: {path}: expected one kind of source, found {readable[0]} ({len(readable):,} shards) beside "
+            f"{pictures[0]} ({len(pictures):,} images); name those that are meant by a pattern, such as "
+            f"'{path}/*.{extension(readable[0])}' or '{path}/*.{extension(pictures[0])}', or move the others away"
+        )
+    if not shards or pictures or any(folder for _, folder in visible):
+        return [_Found(path, "folder", is_folder=True)]
+    for name, folder in names:
+        if folder or kinds.get(name) is None:
+            beside.add_file(f"{path}/{name}")
+    return [_Found(f"{path}/{name}", kinds[name], is_folder=False) for name in shards]
+
+
+def _is_saved_dataset(names: Container[str]) -> bool:
+    return "dataset_dict.json" in names or ("dataset_info.json" in names and "state.json" in names)
+
+
+def _convert(path: str, loaded: str) -> str:
+    """What to do with what the library datasets wrote; `loaded` is the expression that loads it."""
+    return (
+        f"data.source: {path}: holds Arrow files, as save_to_disk of the library datasets writes them; they are not "
+        f'read: convert them once and give the Parquet file, python -c "from datasets import *; {loaded}.to_parquet('
+        "'train.parquet')\""
+    )
+
+
+def _local_names(path: str) -> list[tuple[str, bool]]:
+    """Names in a folder, each with whether it is a folder."""
+    try:
+        with os.scandir(path) as entries:
+            return [(to_text(entry.name), entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise SourceError(f"data.source: {path}: cannot list it: {error.strerror}") from None
+
+
+def _remote_names(path: str, system: Any, inner: str) -> list[tuple[str, bool]]:
     listing: list[Any] = _ask(path, lambda: system.ls(inner, detail=True))
-    names = [(posixpath.basename(item["name"].rstrip("/")), item["type"] == "directory") for item in listing]
-    return [(name, folder) for name, folder in names if name and not name.startswith(".")]
+    own = inner.rstrip("/")  # object stores list a folder's own marker object among its content
+    names = [(item["name"].rstrip("/"), item["type"] == "directory") for item in listing]
+    return [(posixpath.basename(name), folder) for name, folder in names if name != own]
 
 
 def _ask(path: str, question: Callable[[], Any]) -> Any:
@@ -154,15 +187,6 @@ def _ask(path: str, question: Callable[[], Any]) -> Any:
         return question()
     except Exception as error:
         raise SourceError(f"data.source: {path}: cannot be listed: {type(error).__name__}: {error}") from error
-
-
-def _kind_by_name(path: str) -> Kind | None:
-    name = path.lower()
-    if name.endswith(".tar") or (name.endswith(_COMPRESSED) and (".tar." in name or extension(name).startswith("t"))):
-        return "tar"
-    if name.endswith(_PARQUET):
-        return "parquet"
-    return "folder" if extension(name) in IMAGES else None
 
 
 def _absence(path: str, error: OSError) -> str:

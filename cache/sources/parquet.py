@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import SourceError
-from cache.sources.files import Files, Piece
+from cache.leftout import Tally
+from cache.sources.files import Files, Piece, to_bytes
 from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
@@ -29,7 +30,7 @@ class ParquetListing:
     def __init__(
         self, located: Located, image: str | None, label: str | Literal[False] | None, key: str | None
     ) -> None:
-        self._files = located.files
+        self._files, self.tally = located.files, Tally(located.left_out)
         self._entries = [entry.path for entry in located.entries]
         self._label, self._key = label, key
         first = open_parquet(self._files, self._entries[0])
@@ -157,7 +158,7 @@ def open_parquet(files: Files, file: str, key: str | None = None) -> pq.ParquetF
 def _open(files: Files, file: str) -> pq.ParquetFile:
     path = files.path(file)
     # Buffered streams, not whole column chunks: a row group may be larger than memory.
-    source = pa.OSFile(path) if files.local else files.system[0].open(path, "rb")
+    source = pa.OSFile(to_bytes(path)) if files.local else files.system[0].open(path, "rb")
     return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
 
 

@@ -6,7 +6,7 @@ from typing import Final
 import pyarrow as pa
 
 from cache.samples import ADDRESS
-from cache.sources.locate import Kind
+from cache.sources.formats import Kind
 
 BATCH_ROWS: Final = 65_536
 

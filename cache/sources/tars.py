@@ -1,20 +1,23 @@
 """WebDataset tars. One scan of the headers gives every image's offset and length; images are then read in place.
 
-Members whose names are equal up to the first dot of the file name, and which follow one another, are one sample. Names
-are keys only: nothing is ever unpacked, so `..` and absolute names are harmless.
+What is a sample is said in `cache.sources.grouping`. Names are keys only: nothing is ever unpacked, so `..` and
+absolute names are harmless.
 """
 
+import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
-from typing import Any, Final, Literal, NamedTuple
+from itertools import islice
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 
 from cache.errors import SourceError
+from cache.leftout import NOT_REGULAR, Tally, describe_left_out
 from cache.sources.files import Files, Piece
-from cache.sources.headers import Member, is_header_of, members
-from cache.sources.locate import IMAGES, Located, extension
+from cache.sources.grouping import Choice, Samples, runs_of
+from cache.sources.headers import Member, all_members, is_header_of
+from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
 
@@ -22,13 +25,7 @@ _BLOCK: Final = 512
 _REMOTE_SCANS: Final = 8
 _GAP: Final = 64 * 2**10
 _SPAN: Final = 16 * 2**20
-
-
-class _Sample(NamedTuple):
-    key: str
-    offset: int
-    length: int
-    label: int | None
+_LINKS_FOLLOWED: Final = 8
 
 
 class TarListing:
@@ -42,30 +39,38 @@ class TarListing:
     classes: tuple[str, ...] | None = None
 
     def __init__(self, located: Located, image: str | None, label: str | Literal[False] | None) -> None:
-        self._files = located.files
+        self._located, self._files = located, located.files
         self._tars = [entry.path for entry in located.entries]
-        self._image = _extensions(image)
-        self._label = () if label is False else _extensions(label) or ("cls",)
+        self._choice = Choice(_extensions(image), () if label is False else _extensions(label) or ("cls",))
         self._seen: set[str] = set()
+        self.tally = Tally()
         self.spec = SourceSpec(kind="tar", root=self._files.root, options={"image": image, "label": label or None})
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Columns key, file, offset, length and label."""
+        tally = self.tally = Tally(self._located.left_out)
+        beside: dict[str, str] = {}
+        alone: dict[str, str] = {}
         for tar, samples in self._scans():
-            for start in range(0, len(samples), BATCH_ROWS):
-                part = samples[start : start + BATCH_ROWS]
-                keys, offsets, lengths, labels = (list(column) for column in zip(*part, strict=True))
+            self._take_images(tar, samples, beside, alone)
+            tally.merge(samples.tally)
+            shard = tar.removesuffix(".tar")
+            for start in range(0, len(samples.rows), BATCH_ROWS):
+                part = samples.rows[start : start + BATCH_ROWS]
+                keys, offsets, lengths, labels, _ = (list(column) for column in zip(*part, strict=True))
                 address = [pa.array([tar] * len(part)), pa.array(offsets, pa.int64()), pa.array(lengths, pa.int64())]
-                yield sample_batch("tar", pa.array(keys, pa.string()), address, pa.array(labels, pa.int64()))
+                names = pa.array([f"{shard}/{key}" for key in keys], pa.string())
+                yield sample_batch("tar", names, address, pa.array(labels, pa.int64()))
 
     def nothing(self) -> str:
         """What to say where there is no image."""
-        expected = " or ".join(f".{name}" for name in self._image) or "an image extension"
-        return f"{self._hold_none(expected)} (data.image); found {self._found()}"
+        expected = " or ".join(f".{name}" for name in self._choice.image) or "an image extension"
+        found = describe_left_out(self.tally.result())
+        return f"{self._hold_none(expected)} (data.image); found {self._found()}" + (f"; {found}" if found else "")
 
     def unlabelled(self) -> str:
         """What to say where no image has a label."""
-        expected = " or ".join(f".{name}" for name in self._label)
+        expected = " or ".join(f".{name}" for name in self._choice.label)
         return (
             f"{self._hold_none(expected)} (data.label) beside an image; found {self._found()}: name the one that holds "
             "class numbers, or set data.label: false to go without labels"
@@ -77,7 +82,25 @@ class TarListing:
     def _found(self) -> str:
         return ", ".join(f".{name}" for name in sorted(self._seen)[:20]) or "no members"
 
-    def _scans(self) -> Iterator[tuple[str, list[_Sample]]]:
+    def _take_images(self, tar: str, samples: Samples, beside: dict[str, str], alone: dict[str, str]) -> None:
+        """Leave out what is the second image of other samples; `beside` and `alone` are of the tars before.
+
+        Raises:
+            SourceError: an ending is beside the image here, and was taken for the image in a tar before.
+        """
+        beside |= samples.beside
+        for ending in samples.beside.keys() & alone.keys():
+            raise SourceError(
+                f"{self._files.name(tar)}: expected one ending of images in all tars, found {samples.beside[ending]!r} "
+                f"beside the image of its sample, and {alone[ending]!r} as the only image of another one; set "
+                "data.image to the endings of the images, such as jpg;png"
+            )
+        if samples.alone:
+            samples.drop(samples.alone.keys() & beside.keys())
+            left = samples.alone.keys() - beside.keys()
+            alone |= {ending: f"{tar}/{samples.alone[ending]}" for ending in left}
+
+    def _scans(self) -> Iterator[tuple[str, Samples]]:
         if self._files.local:
             yield from ((tar, self._scan(tar)) for tar in self._tars)
             return
@@ -94,58 +117,46 @@ class TarListing:
                 for _, scan in pending:
                     scan.cancel()
 
-    def _scan(self, tar: str) -> list[_Sample]:
-        shard = tar.removesuffix(".tar")
-        samples = []
-        for key, group in groupby(members(self._files, tar), key=lambda member: split_name(member.name)[0]):
-            parts = list(group)
-            if key is None:
+    def _scan(self, tar: str) -> Samples:
+        samples = Samples(self._files.name(tar), tar, self._choice)
+        for key, parts in runs_of(self._followed(tar, samples.tally), samples.tally, tar):
+            if len(self._seen) < 100:
+                self._seen.update(ending for ending, _ in parts)
+            samples.add(key, parts)
+        return samples.finish()
+
+    def _followed(self, tar: str, tally: Tally) -> Iterator[Member]:
+        """Regular files, and links to them under the links' names; what else there is is counted."""
+        named: dict[str, Member] = {}
+        for member in all_members(self._files, tar):
+            if member.kind == b"0":
+                yield member
                 continue
-            image = self._pick_image(tar, parts)
-            if image is not None:
-                samples.append(_Sample(f"{shard}/{key}", image.offset, image.length, self._pick_label(tar, parts)))
-        return samples
+            if member.kind not in b"12":
+                tally.add(NOT_REGULAR, f"{tar}/{member.name}")
+                continue
+            if not named:
+                named = {posixpath.normpath(each.name): each for each in all_members(self._files, tar)}
+            target = _target(member, named)
+            if target is None:
+                tally.add("links to nothing in the tar", f"{tar}/{member.name}")
+            else:
+                yield target._replace(name=member.name)
 
-    def _pick_image(self, tar: str, parts: list[Member]) -> Member | None:
-        names = [split_name(part.name)[1] for part in parts]
-        self._seen.update(names if len(self._seen) < 100 else ())
-        if self._image:
-            chosen = [part for part, name in zip(parts, names, strict=True) if name in self._image]
-        else:
-            chosen = [part for part, name in zip(parts, names, strict=True) if name in IMAGES]
-            chosen = chosen or [part for part in parts if extension(part.name) in IMAGES]
-        if len(chosen) > 1:
-            where = ", ".join(f"{part.name!r} at offset {part.offset}" for part in chosen)
-            raise SourceError(
-                f"{self._files.name(tar)}: expected one image a sample, found {where}; "
-                "set data.image to the extension that counts, or rename one"
-            )
-        return chosen[0] if chosen else None
 
-    def _pick_label(self, tar: str, parts: list[Member]) -> int | None:
-        for part in parts:
-            if split_name(part.name)[1] in self._label:
-                text = part.text() if part.length <= 64 else b"..."
-                try:
-                    return int(text)
-                except ValueError:
-                    raise SourceError(
-                        f"{self._files.name(tar)}: member {part.name!r} at offset {part.offset}: expected a class "
-                        f"number, found {text[:40]!r}; set data.label to the extension that holds one, or to false to "
-                        "go without labels"
-                    ) from None
-        return None
+def _target(link: Member, named: dict[str, Member]) -> Member | None:
+    """The regular file that a link leads to; None where there is none in the tar."""
+    found: Member | None = link
+    for _ in range(_LINKS_FOLLOWED):
+        if found is None or found.kind == b"0":
+            return found
+        folder = posixpath.dirname(found.name) if found.kind == b"2" else ""
+        found = named.get(posixpath.normpath(posixpath.join(folder, found.target)))
+    return None
 
 
 def _extensions(option: str | None) -> tuple[str, ...]:
     return tuple(part.strip().lstrip(".").lower() for part in (option or "").split(";") if part.strip(" ."))
-
-
-def split_name(name: str) -> tuple[str | None, str]:
-    """WebDataset's key and extension: up to, and after, the first dot of the file name. No key for hidden files."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, rest = file.partition(".")
-    return (f"{folder}{slash}{stem}", rest.lower()) if stem and dot else (None, "")
 
 
 class TarReader:

@@ -13,10 +13,10 @@ import pyarrow as pa
 from cache.errors import SourceError
 from cache.sources import Source, open_source
 from cache.sources.files import Files, Piece, file_system
+from cache.sources.grouping import split_name
 from cache.sources.headers import members
 from cache.sources.keys import unique_keys
 from cache.sources.tables import BATCH_ROWS
-from cache.sources.tars import split_name
 from cache.theia.names import IMAGE, IMAGES, SPLITS, extension_of, is_tar_of, parse_splits
 from cache.theia.tensors import Features, load_features
 

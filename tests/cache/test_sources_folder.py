@@ -13,16 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cache.errors import ConfigError, SourceError
 from cache.sources import files, open_source, source_reader
-from tests.cache.sources import Data, contents, listed, listing
-
-
-def fill(root: Path, *names: str) -> Path:
-    """Create files that hold their own name."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-    return root
+from tests.cache.sources import Data, contents, fill, listed, listing
 
 
 def keys(source: Any, **options: Any) -> list[str]:

@@ -3,7 +3,6 @@
 import io
 import pickle
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,7 @@ import webdataset
 
 from cache.errors import ConfigError, SourceError
 from cache.sources import open_source, source_reader
-from tests.cache.sources import Data, contents, listed, listing
-
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def pack(path: Path, members: Iterable[tuple[str, bytes]], kind: str = "ustar", mtime: float = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[kind]) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), mtime
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
+from tests.cache.sources import FORMATS, Data, contents, listed, listing, pack
 
 SMALL = [
     ("a.jpg", b"A" * 700),

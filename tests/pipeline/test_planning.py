@@ -9,20 +9,25 @@ from cache.leases import lease
 from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.samples import Samples
-from cache.sources import open_source
+from cache.sources import Source, open_source
 from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, TeacherSpec
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
-from pipeline.observers import Silent
+from pipeline.observers import Observer, Silent
 from pipeline.planning import choose_threads, choose_unit_rows, plan_cache
 from tests.cache.builders import Hooked
+from tests.cache.sources import pack
 from tests.toys import write_images
 
 
 class Listener(Silent):
-    """Remembers warnings."""
+    """Remembers warnings and what it is told of phases."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.phases: list[str] = []
+
+    def phase(self, name: str, detail: str) -> None:
+        self.phases.append(f"{name}: {detail}")
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -53,10 +58,14 @@ def configure(images: Path, **values: object) -> ExtractConfig:
     return validate_config(document, "test")
 
 
-def plan(config: ExtractConfig, run: str = "run") -> Plan:
+def plan(
+    config: ExtractConfig, run: str = "run", observer: Observer | None = None, source: Source | None = None
+) -> Plan:
     storage = open_storage(config.out, create=True)
     with lease(storage, run):
-        return plan_cache(storage, open_source(config.data), config, [teacher((8,))], 1, run)
+        return plan_cache(
+            storage, source or open_source(config.data), config, [teacher((8,))], 1, run, observer or Silent()
+        )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def test_units_that_another_driver_chose_at_the_same_time_are_taken_over(images:
 
     with lease(storage, "run"):
         late = Hooked(storage, "publish", "plan.json", other)
-        found = plan_cache(late, open_source(config.data), config, [teacher((8,))], 1, "run")
+        found = plan_cache(late, open_source(config.data), config, [teacher((8,))], 1, "run", Silent())
     assert found == load_plan(storage)
     assert found.unit_rows == 128
     assert Samples(storage, found).to_table().num_rows == 10
@@ -149,3 +158,48 @@ def test_an_empty_source(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(SourceError, match="nothing to extract"):
         plan(configure(tmp_path / "images"))
+
+
+def test_what_the_listing_left_out_is_said_in_one_line(images: Path) -> None:
+    (images / "b.heic").touch()
+    (images / "readme").touch()
+    for run in ("first", "again"):
+        listener = Listener()
+        plan(configure(images), run, listener)
+        assert listener.phases == ["plan: left out: 1 with the ending .heic (b.heic), 1 without an ending (readme)"]
+        assert listener.warnings == []
+
+
+def earlier(config: ExtractConfig) -> Source:
+    """The source as earlier releases listed it."""
+    found = open_source(config.data).earlier
+    assert found is not None
+    return found
+
+
+def test_a_cache_of_an_earlier_release_keeps_its_rows_and_says_so(tmp_path: Path) -> None:
+    """Its labels were lost where hidden members lie between those of a sample."""
+    tar = pack(tmp_path / "s.tar", [("0.cls", b"3"), ("._0.jpg", b""), ("0.jpg", b"image")])
+    config, listener = configure(tar, out=str(tmp_path / "o.kpu")), Listener()
+    first = plan(config, "first", source=earlier(config))
+    storage = open_storage(config.out)
+    assert Samples(storage, first).to_table()["label"].to_pylist() == [None]
+    assert plan(config, "again", listener) == first
+    assert len(listener.warnings) == 1
+    assert "begun by an earlier release and keeps the rows and labels" in listener.warnings[0]
+    assert "row 0: expected label None for 's/0', found 3; extract to another `out`" in listener.warnings[0]
+    pack(tar, [("0.cls", b"3"), ("._0.jpg", b""), ("1.jpg", b"image")])
+    with pytest.raises(MismatchError, match=r"made from other data: row 0: expected 's/0', found 's/1'"):
+        plan(config, "last", listener)
+
+
+def test_a_cache_of_an_earlier_release_goes_on_where_the_listing_is_refused_today(tmp_path: Path) -> None:
+    members = [("0.jpg", b"m"), ("1.jpg", b"1"), ("1.cls", b"1"), ("0.cls", b"4"), ("1.cls", b"2")]
+    tar = pack(tmp_path / "s.tar", members)
+    config, listener = configure(tar, out=str(tmp_path / "o.kpu")), Listener()
+    first = plan(config, "first", source=earlier(config))
+    assert (first.rows, plan(config, "again", listener)) == (2, first)
+    assert "today the same source gives others: " in listener.warnings[0]
+    assert "sample '1': expected one label, found 1 and 2" in listener.warnings[0]
+    with pytest.raises(SourceError, match="sample '1': expected one label"):
+        plan(configure(tar, out=str(tmp_path / "new.kpu")), "new")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cache.leases import lease
+from cache.leftout import LeftOut
 from cache.locations import open_storage
 from cache.runs import load_runs
 from cache.storage import Storage
@@ -44,7 +45,8 @@ def read(path: Path) -> Any:
 
 
 def test_a_complete_run(config: ExtractConfig, storage: Storage, out: Path) -> None:
-    with lease(storage, ID), Run(storage, ID, config) as run:
+    left_out = (LeftOut("hidden", 2, ".x"),)
+    with lease(storage, ID), Run(storage, ID, config, left_out) as run:
         assert read(out)["status"] == "running"
         plan = make_plan(storage, ID)
         run.started(plan, {"load": 1.2345, "plan": 0.1, "calibrate": 2.0})
@@ -67,6 +69,8 @@ def test_a_complete_run(config: ExtractConfig, storage: Storage, out: Path) -> N
     lines = (out / f"runs/{ID}-0000.jsonl").read_text().splitlines()
     assert [json.loads(line)["task"]["unit"] for line in lines] == [0, 1, 2]
     assert [found.id for found in load_runs(storage)] == [ID]
+    assert document["left_out"] == [{"reason": "hidden", "count": 2, "example": ".x"}]
+    assert load_runs(storage)[0].left_out == summary.left_out == left_out
 
 
 def test_a_run_with_failures(config: ExtractConfig, storage: Storage, out: Path) -> None:
