@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from cache import layout
 from cache.commits import output_shard
+from cache.created import Created
 from cache.digests import seal_document
 from cache.errors import ConfigError, CorruptError, MismatchError
 from cache.failpoints import failpoint
@@ -79,6 +80,7 @@ def convert(
     teachers: Sequence[str] = (),
     dequantise: bool = False,
     progress: Progress | None = None,
+    created: Created | None = None,
 ) -> Conversion:
     """Write the cache at `source` anew at `out`, or go on with that.
 
@@ -90,6 +92,7 @@ def convert(
         teachers: which; all where none is named.
         dequantise: store the decoded values as float32 instead of the grid's integers.
         progress: called with (units done, units in all), each teacher's counted apart.
+        created: notes what is made at `out`, for whoever is to take it away if this fails.
 
     Raises:
         ConfigError: a teacher is not there or not complete, or `out` is `source`.
@@ -98,7 +101,7 @@ def convert(
     """
     cache = open_cache(source)
     names = complete_teachers(cache, teachers)
-    storage = open_storage(out, create=True)
+    storage = open_storage(out, create=True, created=created)
     if storage.url == cache.path:
         raise ConfigError(f"out: {storage.url}: expected another place than the cache to export; choose another")
     total = cache.plan.units * len(names)
@@ -238,7 +241,7 @@ class _Copy:
 def _read_shard(storage: Storage, key: str, array: ArrayLayout, record: ShardRecord, unit: int) -> Shard:
     """A committed shard, every byte of it checked."""
     try:
-        raw = storage.read(key)
+        raw = storage.read(key, limit=record.bytes)
     except FileNotFoundError:
         raise CorruptError(key, "is missing, though its unit is committed", unit=unit) from None
     open_shard(BytesHandle(raw), array, record, file=key, unit=unit, teacher=None).verify()

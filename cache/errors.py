@@ -59,6 +59,16 @@ class FullDiskError(StorageError):
     exit_code = 1
 
 
+class StorageFault(StorageError):
+    """The disk, the network or the object store failed, for a reason that may pass: nothing is wrong with the input."""
+
+    exit_code = 1
+
+
+class LinkError(StorageError):
+    """A symbolic link, pipe or device lies where a cache, a run or an export has a file or folder of its own."""
+
+
 class CacheError(KpuError):
     """Something is wrong with, or missing from, a cache that is being read."""
 

@@ -3,20 +3,24 @@
 Locks are `flock`s of the local file system. Object stores have none: their puts leave no temporaries behind.
 """
 
-import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from cache import layout
+from cache.errors import LinkError
 from cache.localstore import LocalStorage, write_error
 from cache.storage import Storage, check_key
 
 _LEASE: Final = "lease"
-_BUSY: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+MUTEX: Final = f"{layout.TEMPORARY}/gc.lock"
+_ATTEMPTS: Final = 16
+_LOCK: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NEW: Final = _LOCK | os.O_CREAT | os.O_EXCL
 
 
 @contextmanager
@@ -29,16 +33,18 @@ def lease(storage: Storage, run: str) -> Iterator[None]:
     if not isinstance(storage, LocalStorage):
         yield
         return
-    folder = storage.root / layout.TEMPORARY / check_key(run)
+    folder = f"{layout.TEMPORARY}/{check_key(run)}"
     with mutex(storage):  # so that gc never sees the folder without its lease
-        descriptor = _take_new(folder)
+        descriptor = _take_new(storage, folder)
     try:
         yield
     finally:
-        with suppress(OSError):
-            (folder / _LEASE).unlink()
-            folder.rmdir()
-        os.close(descriptor)
+        # Closed first: network file systems keep a file that is removed while it is open, under another name.
+        _close(descriptor)
+        with suppress(OSError, LinkError), storage.folder(layout.TEMPORARY) as temporary:
+            with storage.folder(folder) as own:
+                os.unlink(_LEASE, dir_fd=own)
+            os.rmdir(run, dir_fd=temporary)
 
 
 @contextmanager
@@ -50,18 +56,11 @@ def mutex(storage: Storage) -> Iterator[None]:
     if not isinstance(storage, LocalStorage):
         yield
         return
-    path = storage.root / layout.TEMPORARY / "gc.lock"
+    descriptor = _lock(storage)
     try:
-        path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise write_error(error, path) from error
-    try:
-        with suppress(OSError):  # a file system without locks: the section runs unguarded
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def dead_runs(storage: Storage) -> list[str]:
@@ -69,7 +68,14 @@ def dead_runs(storage: Storage) -> list[str]:
     if not isinstance(storage, LocalStorage):
         return []
     with mutex(storage):
-        return [run for run in _runs(storage) if _is_dead(storage.root / layout.TEMPORARY / run)]
+        return [run for run in _runs(storage) if _is_dead(storage, run)]
+
+
+def live_runs(storage: Storage) -> list[str]:
+    """Runs whose lease somebody holds, in alphabetical order."""
+    if not isinstance(storage, LocalStorage):
+        return []
+    return [run for run in _runs(storage) if not _is_dead(storage, run)]
 
 
 def collect_garbage(storage: Storage, *, quarantine: bool) -> int:
@@ -79,34 +85,80 @@ def collect_garbage(storage: Storage, *, quarantine: bool) -> int:
 
 
 def _runs(storage: LocalStorage) -> list[str]:
-    temporary = storage.root / layout.TEMPORARY
+    """Folders of runs, in alphabetical order; links and files there are none of ours."""
     aside = Path(layout.QUARANTINE).name
-    return sorted(name for name in storage.names(layout.TEMPORARY) if name != aside and (temporary / name).is_dir())
+    try:
+        with storage.folder(layout.TEMPORARY) as temporary, os.scandir(temporary) as entries:
+            return sorted(each.name for each in entries if each.name != aside and each.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise write_error(error, storage.root / layout.TEMPORARY) from error
 
 
-def _take_new(folder: Path) -> int:
+def _lock(storage: LocalStorage) -> int:
+    """A descriptor of the lock file, which is made where it is missing, with the lock held."""
+    try:
+        for _ in range(_ATTEMPTS):
+            with storage.folder(layout.TEMPORARY, make=True) as temporary:
+                descriptor = _open_or_make(storage, temporary)
+            with suppress(OSError):  # a file system without locks: the section runs unguarded
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:  # else it was removed while we waited, and another one may be held
+                break
+            _close(descriptor)
+    except OSError as error:
+        raise write_error(error, storage.root / MUTEX) from error
+    return descriptor
+
+
+def _open_or_make(storage: LocalStorage, temporary: int) -> int:
+    name = MUTEX.rpartition("/")[2]
+    while True:
+        with suppress(FileNotFoundError):
+            return os.open(name, _LOCK, dir_fd=temporary)
+        with suppress(FileExistsError):
+            descriptor = os.open(name, _NEW, 0o666, dir_fd=temporary)
+            if storage.created is not None:
+                storage.created.file(MUTEX)
+            return descriptor
+
+
+def _take_new(storage: LocalStorage, folder: str) -> int:
     """Make the folder with a locked lease in it; the descriptor that holds the lock."""
     try:
-        folder.mkdir(parents=True)
-        descriptor = os.open(folder / _LEASE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with storage.folder(layout.TEMPORARY, make=True) as temporary:
+            os.mkdir(folder.rpartition("/")[2], dir_fd=temporary)
+        with storage.folder(folder) as own:
+            descriptor = os.open(_LEASE, _NEW, 0o666, dir_fd=own)
     except OSError as error:
-        raise write_error(error, folder) from error
+        raise write_error(error, storage.root / folder) from error
     with suppress(OSError):  # a file system without locks: nobody else can take the lease either
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
 
-def _is_dead(folder: Path) -> bool:
+def _is_dead(storage: LocalStorage, run: str) -> bool:
+    folder = f"{layout.TEMPORARY}/{run}"
     try:
-        descriptor = os.open(folder / _LEASE, os.O_RDWR | os.O_CLOEXEC)
+        with storage.folder(folder) as own:
+            descriptor = os.open(_LEASE, _LOCK, dir_fd=own)
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise write_error(error, folder) from error
+        raise write_error(error, storage.root / folder / _LEASE) from error
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise LinkError(f"{storage.root}: expected a regular file {folder}/{_LEASE}, found another; remove it")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or a file system without locks, where nobody can be declared dead
         return False
     finally:
-        os.close(descriptor)
+        _close(descriptor)
     return True
+
+
+def _close(descriptor: int) -> None:
+    """Close a lock file: nothing was written to it that could be lost."""
+    with suppress(OSError):
+        os.close(descriptor)

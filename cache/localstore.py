@@ -1,54 +1,65 @@
-"""A cache in a folder of a POSIX file system."""
+"""A cache in a folder of a POSIX file system. No symbolic link below that folder is followed (`cache.beneath`)."""
 
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from cache import layout
-from cache.errors import CorruptError, FullDiskError, NotACacheError, StorageError
+from cache.beneath import make_folder, open_file, open_folder, remove_tree, status_of
+from cache.created import Created
+from cache.errors import CorruptError, FullDiskError, LinkError, NotACacheError, StorageError, StorageFault
 from cache.failpoints import failpoint
-from cache.storage import Data, check_key, check_removable, check_replaceable
+from cache.faults import FAULTS
+from cache.storage import Data, check_key, check_removable, check_replaceable, check_size
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EACCES, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _KNOWN_FOLDERS: Final = 4096
+_NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class LocalStorage:
-    """A folder of a POSIX file system with hard links."""
+    """A folder of a POSIX file system with hard links. What it makes there is noted in `created`, if that is given."""
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
-        self.root = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow the user's own links)
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False, created: Created | None = None) -> None:
+        self.root = Path(os.path.abspath(path))  # noqa: PTH100  (messages show the user's own links unresolved)
         self.url = str(self.root)
-        self._durable: set[Path] = set()  # folders whose names are synced from the root down
+        self.created = created
+        self._durable: set[str] = set()  # folders whose names are synced from the root down
         if create:
             self._create_root()
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "nothing"
             raise NotACacheError(f"{self.root}: expected the folder of a cache, found {found}; check the path")
+        self._real = os.path.realpath(self.root)  # the user may name a cache by a link, which is followed here alone
 
-    def read(self, key: str) -> bytes:
-        try:  # pathlib would cost a third of what `status` takes with many commit records
-            with open(f"{self.url}/{check_key(key)}", "rb", buffering=0) as file:
-                return file.read()
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
+        try:
+            descriptor, size = open_file(self._real, check_key(key))
         except OSError as error:
             raise self._error(error, key, "read") from error
+        try:
+            check_size(key, size, limit)
+            return _read_all(descriptor, size)
+        except OSError as error:
+            raise self._error(error, key, "read") from error
+        finally:
+            os.close(descriptor)
 
     def open(self, key: str) -> "LocalHandle":
         try:
-            return LocalHandle(self._path(key), key)
+            return LocalHandle(*open_file(self._real, check_key(key)), key)
         except OSError as error:
             raise self._error(error, key, "read") from error
 
     def size(self, key: str) -> int | None:
         try:
-            found = self._path(key).stat()
+            found = status_of(self._real, check_key(key))
             return found.st_size if stat.S_ISREG(found.st_mode) else None
         except OSError as error:
             translated = self._error(error, key, "read")
@@ -58,7 +69,7 @@ class LocalStorage:
 
     def names(self, folder: str) -> Iterator[str]:
         try:
-            with os.scandir(self._path(folder)) as entries:
+            with self.folder(check_key(folder)) as descriptor, os.scandir(descriptor) as entries:
                 for entry in entries:
                     yield entry.name
         except OSError as error:
@@ -67,19 +78,15 @@ class LocalStorage:
                 raise translated from error
 
     def publish(self, key: str, data: Data, *, run: str) -> bool:
-        final, temporary = self._path(key), self._temporary(run)
+        folder, _, name = check_key(key).rpartition("/")
         try:
-            try:
-                self._write(temporary, data, run)
+            with self._written(data, run) as (temporary, beside):
                 failpoint("publish.synced")
-                final.parent.mkdir(parents=True, exist_ok=True)
-                won = _link(temporary, final)
-                failpoint("publish.linked")
-                # Also where the name was taken: whoever took it may have died before this sync.
-                self._sync_folders(final.parent)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+                with self.folder(folder, make=True) as final:
+                    won = self._link(beside, temporary, name, final, key)
+                    failpoint("publish.linked")
+                    # Also where the name was taken: whoever took it may have died before this sync.
+                    self._sync_folders(folder, final)
         except OSError as error:
             raise self._error(error, key, "write") from error
         if won:
@@ -88,92 +95,131 @@ class LocalStorage:
 
     def replace(self, key: str, data: Data, *, run: str) -> None:
         check_replaceable(key)
-        final, temporary = self._path(key), self._temporary(run)
+        folder, _, name = check_key(key).rpartition("/")
         try:
-            try:
-                self._write(temporary, data, run)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                temporary.replace(final)
-                self._sync_folders(final.parent)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
+            with self._written(data, run) as (temporary, beside), self.folder(folder, make=True) as final:
+                if self.created is not None and not _exists(name, final):
+                    self.created.file(key)
+                os.replace(beside, name, src_dir_fd=temporary, dst_dir_fd=final)
+                self._sync_folders(folder, final)
         except OSError as error:
             raise self._error(error, key, "write") from error
 
     def quarantine(self, key: str, *, run: str) -> None:
-        origin = self._path(key)
-        target = self._path(f"{layout.QUARANTINE}/{check_key(run)}/{key}")
+        target = f"{layout.QUARANTINE}/{check_key(run)}/{check_key(key)}"
+        (origin, _, name), (aside, _, _) = key.rpartition("/"), target.rpartition("/")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                target = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
-            origin.rename(target)
-            self._sync_folders(target.parent)
-            self._sync_folders(origin.parent)
+            with self.folder(origin) as source, self.folder(aside, make=True) as destination:
+                if _exists(name, destination):
+                    target = f"{target}.{secrets.token_hex(4)}"
+                kept = target.rpartition("/")[2]
+                os.rename(name, kept, src_dir_fd=source, dst_dir_fd=destination)
+                self._sync_folders(aside, destination)
+                self._sync_folders(origin, source)
         except FileNotFoundError:
             return
         except OSError as error:
             raise self._error(error, key, "move to quarantine") from error
+        if self.created is not None:
+            self.created.moved(key, target)
 
     def remove(self, folder: str) -> int:
         check_removable(folder)
-        freed = 0
-        for parent, _, files in os.walk(self._path(folder)):
-            for name in files:
-                with suppress(FileNotFoundError):
-                    freed += os.lstat(Path(parent, name)).st_size
+        above, _, name = folder.rpartition("/")
         try:
-            shutil.rmtree(self._path(folder))
-        except FileNotFoundError:
-            pass
+            status_of(self._real, folder)  # names a link that stands there
+            with self.folder(above) as descriptor:
+                return remove_tree(name, descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
         except OSError as error:
             raise self._error(error, folder, "remove") from error
-        return freed
 
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
-
-    def _temporary(self, run: str) -> Path:
-        return self._path(f"{layout.TEMPORARY}/{check_key(run)}/{secrets.token_hex(12)}")
+    @contextmanager
+    def folder(self, key: str, *, make: bool = False) -> Iterator[int]:
+        """A descriptor of a folder below the root, for as long as the context lasts; with `make`, it is made."""
+        if key:
+            check_key(key)
+        noted = None if self.created is None else self.created.folder
+        descriptor = make_folder(self._real, key, noted) if make and key else open_folder(self._real, key)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _create_root(self) -> None:
+        missing = [folder for folder in (self.root, *self.root.parents) if not os.path.lexists(folder)]
         try:
-            missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(missing):
+                with suppress(FileExistsError):
+                    folder.mkdir()
+                    if self.created is not None:
+                        self.created.above.append(folder)
+            self.root.mkdir(exist_ok=True)
             for folder in missing:
                 sync_folder(folder.parent)
         except OSError as error:
             raise self._error(error, str(self.root), "create") from error
 
-    def _write(self, temporary: Path, data: Data, run: str) -> None:
-        """Write and sync the temporary of `run`, whose folder must stand: a run declared dead must not publish."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            descriptor = os.open(temporary, flags, 0o666)
-        except FileNotFoundError:
-            raise StorageError(
-                f"{self.root}: the temporary folder {layout.TEMPORARY}/{run} does not exist: the run holds no lease, "
-                "or was declared dead and collected; start the command again"
-            ) from None
-        try:
-            view = memoryview(data).cast("B")
-            _write_all(descriptor, view[: len(view) // 2])
-            failpoint("publish.temporary")
-            _write_all(descriptor, view[len(view) // 2 :])
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    @contextmanager
+    def _written(self, data: Data, run: str) -> Iterator[tuple[int, str]]:
+        """A temporary of `run`, written and synced: a descriptor of its folder, and its name there. Gone at the end.
 
-    def _sync_folders(self, folder: Path) -> None:
+        The folder must stand: a run declared dead must not publish.
+        """
+        try:
+            temporary, beside = open_folder(self._real, f"{layout.TEMPORARY}/{check_key(run)}"), secrets.token_hex(12)
+        except FileNotFoundError:
+            raise self._declared_dead(run) from None
+        try:
+            try:
+                descriptor = os.open(beside, _NEW_FILE, 0o666, dir_fd=temporary)
+            except FileNotFoundError:
+                raise self._declared_dead(run) from None
+            try:
+                _write_synced(descriptor, data)
+                yield temporary, beside
+            finally:
+                with suppress(OSError):
+                    os.unlink(beside, dir_fd=temporary)
+        finally:
+            os.close(temporary)
+
+    def _link(self, beside: str, temporary: int, name: str, final: int, key: str) -> bool:
+        try:
+            os.link(beside, name, src_dir_fd=temporary, dst_dir_fd=final, follow_symlinks=False)
+        except FileExistsError:
+            # A network file system may have lost its answer to the link that it made, and have tried again.
+            if os.stat(beside, dir_fd=temporary, follow_symlinks=False).st_nlink < 2:
+                return False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise StorageError(
+                    f"{self.root}: cannot link {key} to its name: {error.strerror}; expected a writable file "
+                    "system with hard links, by which a name is given once and never overwritten; use another one"
+                ) from error
+            raise
+        if self.created is not None:
+            self.created.file(key)
+        return True
+
+    def _declared_dead(self, run: str) -> StorageError:
+        return StorageError(
+            f"{self.root}: the temporary folder {layout.TEMPORARY}/{run} does not exist: the run holds no lease, "
+            "or was declared dead and collected; start the command again"
+        )
+
+    def _sync_folders(self, folder: str, descriptor: int) -> None:
         """Sync `folder`, and every folder above it, up to the root, that this process has not synced yet."""
-        sync_folder(folder)
+        os.fsync(descriptor)
         if len(self._durable) > _KNOWN_FOLDERS:
             self._durable.clear()
-        while folder != self.root and folder not in self._durable:
-            sync_folder(folder.parent)
+        while folder and folder not in self._durable:
+            above = folder.rpartition("/")[0]
+            with self.folder(above) as parent:
+                os.fsync(parent)
             self._durable.add(folder)
-            folder = folder.parent
+            folder = above
 
     def _error(self, error: OSError, key: str, action: str) -> Exception:
         """The error to raise for what the operating system said."""
@@ -182,13 +228,16 @@ class LocalStorage:
         reason = error.strerror or type(error).__name__
         if error.errno in FULL:
             return FullDiskError(f"{self.root}: cannot {action} {key}: {reason}; free some space and start again")
+        if error.errno in FAULTS:
+            return StorageFault(
+                f"{self.root}: cannot {action} {key}: {reason}; the disk or network failed: start the same command "
+                "again once it works"
+            )
         advice = ""
         if error.errno == errno.ENOENT:
             advice = "; this run's temporary files or the cache itself were removed; start the command again"
         if error.errno == errno.EMFILE:
             advice = "; allow this process more of them with `ulimit -n`"
-        if error.errno in _NO_LINKS:
-            advice = "; expected a writable file system with hard links; use another one"
         return StorageError(f"{self.root}: cannot {action} {key}: {reason}{advice}")
 
 
@@ -198,10 +247,9 @@ class LocalHandle:
     remote = False
     fetch_bytes = 128 << 10
 
-    def __init__(self, path: Path, key: str) -> None:
-        self._key = key
-        self._descriptor: _Descriptor | None = _Descriptor(path)
-        self.size = os.fstat(self._descriptor.number).st_size
+    def __init__(self, descriptor: int, size: int, key: str) -> None:
+        self._key, self.size = key, size
+        self._descriptor: _Descriptor | None = _Descriptor(descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
         descriptor = self._descriptor
@@ -215,7 +263,8 @@ class LocalHandle:
                     raise CorruptError(self._key, f"ends before byte {offset + length}")
                 data += more
         except OSError as error:
-            raise StorageError(f"{self._key}: cannot read: {error.strerror}") from error
+            kind = StorageFault if error.errno in FAULTS else StorageError
+            raise kind(f"{self._key}: cannot read: {error.strerror}") from error
         return data
 
     def close(self) -> None:
@@ -223,13 +272,34 @@ class LocalHandle:
 
 
 class _Descriptor:
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    data = os.read(descriptor, size + 1)
+    while len(data) < size:  # a signal, or more than the kernel gives at once
+        more = os.read(descriptor, size + 1 - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _write_synced(descriptor: int, data: Data) -> None:
+    """Write all of `data`, make it durable, and close the descriptor."""
+    try:
+        view = memoryview(data).cast("B")
+        _write_all(descriptor, view[: len(view) // 2])
+        failpoint("publish.temporary")
+        _write_all(descriptor, view[len(view) // 2 :])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
@@ -237,10 +307,10 @@ def _write_all(descriptor: int, view: memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _link(origin: Path, target: Path) -> bool:
+def _exists(name: str, folder: int) -> bool:
     try:
-        os.link(origin, target)
-    except FileExistsError:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
         return False
     return True
 
@@ -258,4 +328,8 @@ def write_error(error: OSError, path: Path) -> StorageError:
     """The error to raise where the operating system refuses to write `path`."""
     if error.errno in FULL:
         return FullDiskError(f"cannot write {path}: {error.strerror}; free some space and start again")
+    if error.errno == errno.ELOOP:
+        return LinkError(f"cannot write {path}: it is a symbolic link, which is not followed; remove it")
+    if error.errno in FAULTS:
+        return StorageFault(f"cannot write {path}: {error.strerror}; start again once the disk or network works")
     return StorageError(f"cannot write {path}: {error.strerror}")

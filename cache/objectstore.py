@@ -7,16 +7,18 @@ from typing import Any, Final, TypeVar
 import fsspec
 
 from cache import layout
-from cache.errors import CorruptError, StorageError
+from cache.errors import CorruptError, StorageError, StorageFault
 from cache.failpoints import failpoint
-from cache.storage import Data, check_key, check_removable, check_replaceable
+from cache.faults import error_code, is_conflict, is_fault
+from cache.places import redact
+from cache.storage import Data, check_key, check_removable, check_replaceable, check_size
 
 T = TypeVar("T")
 
 # S3 takes 5 GiB in one put; fsspec splits from twice this size. Parts are not needed, nor exclusive on every server.
 _SINGLE_PUT: Final = 5 * 2**29
 _TAKEN: Final = frozenset({"PreconditionFailed", "412"})
-_CONFLICT: Final = "ConditionalRequestConflict"  # another put of that name is under way
+_EMPTY: Final = frozenset({"InvalidRange", "416"})  # what an empty object answers to a request for a range
 _CONFLICT_TRIES: Final = 8
 
 
@@ -32,16 +34,23 @@ class ObjectStorage:
             # Listings are never cached: other processes publish while we look.
             self._fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            raise StorageError(f"{url}: {error}; for S3, install kpu[s3]") from None
+            raise StorageError(f"{redact(url)}: {error}; for S3, install kpu[s3]") from None
         except Exception as error:
-            raise StorageError(f"{url}: cannot be opened: {error}") from error
+            raise StorageError(f"{redact(url)}: cannot be opened: {error}") from error
         self._root = str(root).rstrip("/")
         protocol = self._fs.protocol
         self._s3 = "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
 
-    def read(self, key: str) -> bytes:
-        one_request = {"max_concurrency": 1} if self._s3 else {}
-        return self._call("read", key, lambda path: bytes(self._fs.cat_file(path, **one_request)))
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
+        most = layout.largest(key) if limit is None else limit
+        try:
+            data = self.read_range(key, 0, most + 1)
+        except StorageError as error:
+            if error_code(error.__cause__) in _EMPTY and self.size(key) == 0:
+                return b""
+            raise
+        check_size(key, len(data), most)
+        return data
 
     def open(self, key: str) -> "ObjectHandle":
         size = self.size(key)
@@ -76,7 +85,7 @@ class ObjectStorage:
     def replace(self, key: str, data: Data, *, run: str) -> None:
         check_key(run)
         check_replaceable(key)
-        self._call("write", key, lambda path: self._fs.pipe_file(path, bytes(data)))
+        self._call("write", key, lambda path: _patiently(lambda: self._fs.pipe_file(path, bytes(data))))
 
     def quarantine(self, key: str, *, run: str) -> None:
         target = f"{self._root}/{layout.QUARANTINE}/{check_key(run)}/{check_key(key)}"
@@ -110,21 +119,15 @@ class ObjectStorage:
 
     def _put_new(self, path: str, data: bytes) -> bool:
         one_put = {"chunksize": _SINGLE_PUT} if self._s3 else {}
-        for attempt in range(_CONFLICT_TRIES):
-            try:
-                self._fs.pipe_file(path, data, mode="create", **one_put)
-            except FileExistsError:
+        try:
+            _patiently(lambda: self._fs.pipe_file(path, data, mode="create", **one_put))
+        except FileExistsError:
+            return False
+        except Exception as error:
+            if error_code(error) in _TAKEN:
                 return False
-            except Exception as error:
-                code = _code(error)
-                if code in _TAKEN:
-                    return False
-                if code != _CONFLICT or attempt + 1 == _CONFLICT_TRIES:
-                    raise
-                time.sleep(0.05 * 2**attempt)
-            else:
-                return True
-        raise AssertionError("unreachable")
+            raise
+        return True
 
     def _call(self, action: str, key: str, function: Callable[[str], T]) -> T:
         """Run `function` on the full path of `key`; whatever a store's client raises becomes a StorageError."""
@@ -135,7 +138,10 @@ class ObjectStorage:
         except Exception as error:
             if isinstance(error, FileNotFoundError) and action != "write":
                 raise
-            raise StorageError(f"{self.url}: cannot {action} {key}: {error or type(error).__name__}") from error
+            said = f"{redact(self.url)}: cannot {action} {key}: {str(error) or type(error).__name__}"
+            if is_fault(error):
+                raise StorageFault(f"{said}; start the same command again once the store answers") from error
+            raise StorageError(said) from error
 
 
 class ObjectHandle:
@@ -168,7 +174,14 @@ class ObjectHandle:
         self._storage = None
 
 
-def _code(error: Exception) -> str:
-    """The store's own error code behind what its client raised; "" if there is none."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+def _patiently(put: Callable[[], object]) -> None:
+    """Put an object; while another put of the name is under way, which the store answers with 409, try again."""
+    for attempt in range(_CONFLICT_TRIES):
+        try:
+            put()
+        except Exception as error:
+            if not is_conflict(error) or attempt + 1 == _CONFLICT_TRIES:
+                raise
+            time.sleep(0.05 * 2**attempt)
+        else:
+            return

@@ -146,12 +146,15 @@ class UnitShards:
             if self._storage.publish(key, shard.data, run=self._run):
                 return Settled(ours)
             try:
-                standing = self._storage.read(key)
+                standing = self._storage.read(key, limit=array.most_bytes)
             except FileNotFoundError:
                 continue
+            except CorruptError:  # larger than any shard of this array: not a shard
+                standing = b""
             if standing == shard.data:
                 return Settled(ours)
-            published.others.append(standing)
+            if standing:
+                published.others.append(standing)
             values = read_unrecorded(standing, array, key, self._unit)
             if values is not None and agree(values):
                 return Settled(_claimed(standing, array), values)

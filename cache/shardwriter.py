@@ -75,6 +75,11 @@ class ArrayLayout:
         """Bytes of one decoded row."""
         return prod(self.item_shape) * self.dtype.itemsize
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that no encoded shard of this array exceeds: of its values twice over, and of what frames each row."""
+        return self.unit_rows * (2 * self.row_bytes + 4096) + 2**20
+
     def key(self, folder: str, unit: int) -> str:
         """The object that holds `unit` of the array in `folder`."""
         return keys.shard(folder, unit, len(self.item_shape)) if self.member is None else keys.tar(folder, unit)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from cache import layout
-from cache.errors import StorageError
+from cache.errors import CorruptError, StorageError
 
 Data = bytes | bytearray | memoryview
 
@@ -38,8 +38,13 @@ class Storage(Protocol):
 
     url: str
 
-    def read(self, key: str) -> bytes:
-        """The whole object. Raises FileNotFoundError if it is absent."""
+    def read(self, key: str, *, limit: int | None = None) -> bytes:
+        """The whole object, of at most `limit` bytes; without it, of what its kind may have (`layout.largest`).
+
+        Raises:
+            FileNotFoundError: it is absent.
+            CorruptError: it is larger.
+        """
 
     def open(self, key: str) -> Handle:
         """Random access to the object. Raises FileNotFoundError if it is absent."""
@@ -77,6 +82,13 @@ def check_key(key: str) -> str:
     if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
         raise StorageError(f"key {key!r}: expected a relative POSIX path without '', '.' and '..' parts")
     return key
+
+
+def check_size(key: str, size: int, limit: int | None) -> None:
+    """Raises CorruptError if an object is larger than `limit`, or, without it, than its kind may be."""
+    most = layout.largest(key) if limit is None else limit
+    if size > most:
+        raise CorruptError(key, f"holds {size:,} bytes: expected at most {most:,}, so it is not read")
 
 
 def check_replaceable(key: str) -> None:

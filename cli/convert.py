@@ -52,7 +52,7 @@ def export_cache(
     _refuse(shards, dataset=dataset, split=split, images=images)
     place, kind = absolute(out), _shard_format(shards, "zarr, webdataset or theia")
     standing_plan(place)
-    with progress_bar("export") as progress, left_as_it_was(place):
+    with progress_bar("export") as progress, left_as_it_was(place) as created:
         return convert(
             cache,
             place,
@@ -61,6 +61,7 @@ def export_cache(
             teachers=teachers,
             dequantise=dequantise,
             progress=progress,
+            created=created,
         )
 
 
@@ -75,7 +76,7 @@ def import_cache(root: str, out: str, *, dataset: str, split: str, codec: str, s
         raise ConfigError(f"codec: expected one of {', '.join(_CODECS)}, found {codec!r}")
     place, kind = absolute(out), _shard_format(shards, "zarr or webdataset")
     standing_plan(place)
-    with progress_bar("import") as progress, left_as_it_was(place):
+    with progress_bar("import") as progress, left_as_it_was(place) as created:
         return import_theia(
             absolute(root),
             place,
@@ -86,6 +87,7 @@ def import_cache(root: str, out: str, *, dataset: str, split: str, codec: str, s
             run=_new_run("import"),
             unit_rows=choose_unit_rows,
             progress=progress,
+            created=created,
         )
 
 

@@ -57,12 +57,12 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
 
     observer.phase("load", ", ".join(shipped))
     setup = WorkerSetup(config, shipped, source.spec, run_id)
-    with left_as_it_was(config.out), open_executor(setup, threads, observer) as executor:
+    with left_as_it_was(config.out) as created, open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
         check_teachers(config, [teacher.spec for teacher in teachers], source.classes)
         loaded = perf_counter()
 
-        storage = open_storage(config.out, create=True)
+        storage = open_storage(config.out, create=True, created=created)
         with lease(storage, run_id):
             observer.phase("plan", f"listing {source.spec.root}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id, observer)

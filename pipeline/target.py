@@ -1,21 +1,20 @@
 """The place that `out` names: what stands there before a run writes, and how to leave it as it was."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
 
 from cache import layout
+from cache.created import Created
 from cache.errors import ConfigError, KpuError, StorageError
-from cache.leases import collect_garbage
+from cache.leases import MUTEX, live_runs, mutex
+from cache.localstore import LocalStorage
 from cache.locations import open_storage
 from cache.plans import load_plan
+from cache.published import teacher_names
 from cache.spec import FORMAT, Plan
 from pipeline.paths import is_url
-
-_PARTS: Final = (layout.PLAN, layout.ROOT, layout.RUNS, layout.IMAGES, "teachers", "samples", layout.TEMPORARY)
 
 
 def standing_plan(out: str) -> Plan | None:
@@ -45,38 +44,35 @@ def standing_plan(out: str) -> Plan | None:
 
 
 @contextmanager
-def left_as_it_was(out: str) -> Iterator[None]:
+def left_as_it_was(out: str) -> Iterator[Created | None]:
     """Take away what a run made at `out`, a local path, if it fails before a teacher stands and nothing stood before.
+
+    Gives what notes that (see `open_storage`), None where it is all to stay. Only files that the run made are removed,
+    and folders that are empty then: somebody may have put files of his own there meanwhile.
 
     An interruption leaves what was made, for the same command to go on from there; so does another run at work there.
     In an object store what was begun stays, without harm.
     """
     path = Path(out)
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    fresh = not is_url(out) and (bool(missing) or not any(path.iterdir()))
+    fresh = not is_url(out) and (not path.exists() or not any(path.iterdir()))
+    created = Created() if fresh else None
     try:
-        yield
+        yield created
     except KpuError:
-        if fresh and path.is_dir():
+        if created and path.is_dir():
             with suppress(KpuError, OSError):
-                _take_away(path, missing)
+                _take_away(LocalStorage(path), created)
         raise
 
 
-def _take_away(path: Path, missing: list[Path]) -> None:
-    if any(path.glob(layout.group(layout.teacher("*")))):
-        return
-    collect_garbage(open_storage(path), quarantine=False)
-    temporary, aside = path / layout.TEMPORARY, path / layout.QUARANTINE
-    if temporary.is_dir() and any(entry.is_dir() and entry != aside for entry in temporary.iterdir()):
-        return  # another run lives, and may need what was moved aside
-    for name in _PARTS:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
-        else:
-            (path / name).unlink(missing_ok=True)
-    for folder in missing:
-        folder.rmdir()
+def _take_away(storage: LocalStorage, created: Created) -> None:
+    place = os.path.realpath(storage.root)
+    with mutex(storage):  # no run begins meanwhile
+        if teacher_names(storage) or live_runs(storage):
+            return
+        created.remove(place, but=MUTEX)
+    if not live_runs(storage):
+        created.remove(place)  # the lock as well: while it is open, not every file system removes it
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from cache import layout
 from cache.cores import usable_cores
+from cache.created import Created
 from cache.digests import digest
 from cache.errors import ConfigError
 from cache.leases import lease
@@ -52,6 +53,7 @@ def import_theia(
     run: str,
     unit_rows: UnitRows,
     progress: Progress | None = None,
+    created: Created | None = None,
 ) -> TheiaImport:
     """Make a cache of one split, or go on with it.
 
@@ -65,6 +67,7 @@ def import_theia(
         run: whose temporary folder at `out` is used.
         unit_rows: chooses the rows of a unit, from their number and the teachers.
         progress: called with (samples done, samples in all), both passes over each model counted.
+        created: notes what is made at `out`, for whoever is to take it away if this fails.
 
     Raises:
         SourceError: the dataset is not sound; naming tar and member.
@@ -81,7 +84,7 @@ def import_theia(
     specs = {name: _spec(name, reader, codec, shards) for name, reader in readers.items()}
     standing = load_plan(open_storage(out)) if stands(out) else None
     rows = standing.unit_rows if standing is not None else unit_rows(samples, list(specs.values()))
-    storage = open_storage(out, create=True)
+    storage = open_storage(out, create=True, created=created)
     with lease(storage, run), ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kpu-import") as pool:
         plan = _plan(storage, found, rows, run)
         work = Passes(storage, plan, found, run, pool, progress or _silent)

@@ -1,5 +1,6 @@
 """What a folder of a file system promises beyond any storage: crashes, other processes, full and read-only disks."""
 
+import errno
 import os
 import resource
 import signal
@@ -7,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cache.errors import CorruptError, FullDiskError, StorageError
+from cache.errors import CorruptError, FullDiskError, StorageError, StorageFault
 from cache.leases import collect_garbage, lease
 from cache.localstore import LocalStorage
 from cache.locations import open_storage
@@ -182,13 +184,51 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert storage.url == str(tmp_path / "link")
 
 
-def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(StorageError, match="expected a writable file system with hard links"):
+    with pytest.raises(StorageError, match="expected a writable file system with hard links") as caught:
         open_storage(tmp_path / "my.kpu", create=True)
+    assert os.strerror(number) in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert files(tmp_path) == ["my.kpu/.tmp/gc.lock"]
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends a request again whose answer it misses, and is told that the name is taken: by itself."""
+    storage, link = open_storage(tmp_path, create=True), os.link
+
+    def lost(*arguments: Any, **options: Any) -> None:
+        link(*arguments, **options)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    with lease(storage, "r"):
+        monkeypatch.setattr(os, "link", lost)
+        assert storage.publish("object", b"ours", run="r") is True
+        monkeypatch.undo()
+        assert storage.publish("object", b"theirs", run="r") is False
+    assert storage.read("object") == b"ours"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_failing_disk_ends_with_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    storage = open_storage(tmp_path, create=True)
+    with lease(storage, "r"):
+        monkeypatch.setattr(os, "fsync", fail)
+        for write in (storage.publish, storage.replace):
+            with pytest.raises(StorageFault, match=r"cannot write runs/r.json: .*start the same") as caught:
+                write("runs/r.json", b"{}", run="r")
+            assert caught.value.exit_code == 1
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "scandir", fail)
+        with pytest.raises(StorageFault, match="cannot list"):
+            list(storage.names(".tmp"))
 
 
 def test_a_file_that_shrinks_while_open_is_corrupt(tmp_path: Path) -> None:
