@@ -149,9 +149,11 @@ def synthetic(path: Path, units: int) -> None:
         "files": {"zarr.json": teacher.files["zarr.json"]}, "masked": 0, "masked_digest": "ab" * 16, "nonfinite": "",
         "outputs": {"global": output, "patch": output},
     }  # fmt: skip
-    commits = path / "teachers/alpha/commits"
+    commits, images = path / "teachers/alpha/commits", path / "images/commits"
     commits.mkdir()
+    images.mkdir()
     for unit in range(units):
+        (images / f"{unit:06d}.json").touch()  # listed, not read
         (commits / f"{unit:06d}.json").write_bytes(seal_document({**record, "unit": unit}))
 
 
