@@ -16,6 +16,8 @@ LABEL_OF_NOTHING = -1  # among a teacher's labels
 LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
 _ON_GRID = ("uniform", "rotated")
+_EXTRA = "extra_digest"
+_LEFT_OUT_IF_NONE = (_EXTRA,)  # fields of a teacher that earlier releases did not have
 
 
 class Frozen(BaseModel):
@@ -106,9 +108,11 @@ class TeacherSpec(Frozen):
     """Everything that decides a teacher's features and how they are stored.
 
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
-    the Python file that defines a `torch:` model. `labels` says which data label each output of the head stands for
-    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value. `input` is
-    None for a teacher whose features were imported: it is not known, and the teacher cannot be run.
+    the Python file that defines a `torch:` model. `extra_digest` is of what else computes (compiled programs, files,
+    tensors in no state_dict); it is None, and left out of documents, where there is nothing or an earlier release did
+    not look. `labels` says which data label each output of the head stands for (-1: none). `outputs` are in stored
+    order. `format` is that of the shards: it changes no stored value. `input` is None for a teacher whose features were
+    imported: it is not known, and the teacher cannot be run.
     """
 
     name: str
@@ -116,6 +120,7 @@ class TeacherSpec(Frozen):
     weights: str | None
     weights_digest: str
     source_digest: str | None = None
+    extra_digest: str | None = None
     input: InputSpec | None
     precision: Literal["fp32", "bf16", "fp16"]
     outputs: tuple[OutputSpec, ...]
@@ -123,6 +128,11 @@ class TeacherSpec(Frozen):
     has_head: bool = False
     codec: CodecSpec
     format: ShardFormat = "zarr"
+
+    @model_serializer(mode="wrap")
+    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plainly(self)
+        return {key: value for key, value in values.items() if value is not None or key not in _LEFT_OUT_IF_NONE}
 
     @property
     def known_input(self) -> InputSpec:
@@ -160,6 +170,15 @@ class TeacherSpec(Frozen):
     @property
     def model_fingerprint(self) -> str:
         return digest_of(self.model_part)
+
+    def model_differences(self, other: "TeacherSpec") -> list[str]:
+        """Fields in which the features of two teachers differ. `extra_digest` counts where both have one."""
+        one, two = self.model_part, other.model_part
+        return [
+            key
+            for key in dict.fromkeys([*one, *two])
+            if one.get(key) != two.get(key) and not (key == _EXTRA and None in (one.get(key), two.get(key)))
+        ]
 
 
 class CropSpec(Frozen):

@@ -212,12 +212,7 @@ class Corpus:
         if standing is None:
             shapes = {output: shape_of(teacher.outputs[output]) for output in self.wanted[name]}
             self.sources[name] = Source(teacher.spec, shapes, dict(teacher.statistics), teacher.head, cache.plan.seed)
-        elif standing.spec.model_fingerprint != teacher.spec.model_fingerprint:
-            differing = {
-                field
-                for field, value in teacher.spec.model_part.items()
-                if standing.spec.model_part.get(field) != value
-            }
+        elif differing := standing.spec.model_differences(teacher.spec):
             raise MismatchError(
                 f"cache {cache.path}: teacher {name!r}: expected the same model in every cache, found another "
                 f"{', '.join(sorted(differing))}; extract both with the same teacher, or name them apart"

@@ -35,7 +35,8 @@ class Backbone:
     `features` maps normalised float32 [B, 3, H, W] to named tensors: [B, D] for `global`, [B, D, h, w] or, where the
     grid is square, [B, T, D] for maps. `wanted` gives, for each output in stored order, the names that `features` may
     use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
-    logits, it is kept only if the two agree.
+    logits, it is kept only if the two agree. `extra_digest` is of what computes besides the module's state_dict;
+    `compiled` says that a program is among it, whose mode of training cannot be changed.
     """
 
     module: nn.Module
@@ -45,6 +46,8 @@ class Backbone:
     head: nn.Linear | None = None
     classify: Callable[[Tensor], Any] | None = None
     source_digest: str | None = None
+    extra_digest: str | None = None
+    compiled: bool = False
 
 
 def describe(name: str, config: TeacherConfig) -> str:

@@ -16,6 +16,7 @@ from cache.layout import check_name
 from cache.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, ShardFormat, TeacherSpec
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, reason
+from pipeline.teachers.programs import check_rows_alone, freeze
 from pipeline.teachers.weights import weights_digest
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -36,10 +37,10 @@ class Teacher:
         self.device = torch.device(device)
         self.precision: Precision = _choose_precision(config.precision, self.device)
         self.source_digest = backbone.source_digest
-        self.weights_digest = weights_digest(backbone.module)
+        self.weights_digest, self.extra_digest = weights_digest(backbone.module), backbone.extra_digest
         self._who = describe(name, config)
         self._backbone = backbone
-        module = backbone.module.eval().requires_grad_(False).to(self.device)
+        module = freeze(backbone.module).to(self.device)
         self._layout = _memory_format(module, self.device)
         module.to(memory_format=self._layout)
         shape = (1, 3, 1, 1)
@@ -85,6 +86,7 @@ class Teacher:
             weights=self.weights,
             weights_digest=self.weights_digest,
             source_digest=self.source_digest,
+            extra_digest=self.extra_digest,
             input=self.input,
             precision=self.precision,
             outputs=self.outputs,
@@ -129,6 +131,8 @@ class Teacher:
         with torch.inference_mode():
             x_BCHW = self._normalise(torch.from_numpy(noise))
             raw = self._forward(x_BCHW)
+            if self._backbone.compiled:
+                check_rows_alone(self._forward, x_BCHW, self._who)
             if not isinstance(raw, Mapping):
                 raise TeacherError(f"{self._who}: expected a dict of named tensors, found {type(raw).__name__}")
             picked = {name: self._pick(name, raw) for name in self._backbone.wanted}

@@ -4,7 +4,10 @@ The factory returns an `nn.Module` that maps normalised images [B, 3, H, W] to a
 `patch` [B, T, D] with square T or [B, D, H, W], and any further maps, which `layers` asks for by name. It takes no
 argument, or an optional `state_dict`: the tensors by name that will be loaded into what it returns, or None, so that
 it can build a head of their size. The module may have the attributes `head` (an `nn.Linear` on `global`) and
-`data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct).
+`data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct). It may be a TorchScript
+module, a `torch.export` program or the module of one. What computes with other files, as an ONNX session, names them in
+an attribute `program_files`, a list of paths, relative ones beginning at the Python file: their content is part of what
+the cache remembers.
 
 A file may import its neighbours, at its top or while the factory runs. It is sent to workers; its neighbours are not.
 """
@@ -28,6 +31,8 @@ from cache.digests import digest
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason
+from pipeline.teachers.identity import hidden_digests, identify
+from pipeline.teachers.programs import as_module, freeze, linear_of, programs
 from pipeline.teachers.weights import RANDOM, build_twice, initialise, load_strictly, read_weights, seeded
 
 _OWN_NAME = "kpu_teacher_"
@@ -76,8 +81,12 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
         else:
             with seeded(seed):
                 module = build()
-    if state is not None and path is not None:
-        load_strictly(module, state, who, path)
+            _check_hidden(build, module, who)
+        if state is not None and path is not None:
+            load_strictly(module, state, who, path)
+        module = freeze(module)
+        folder = Path(place).parent if place.endswith(".py") else Path()
+        extra = identify(module, factory, python_module, folder, who)
     own = getattr(module, "data_config", {})
     if not isinstance(own, Mapping):
         raise TeacherError(f"{who}: data_config: expected a dict with timm's keys, found {type(own).__name__}")
@@ -88,6 +97,8 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
         input=input_spec(own, config.input, who),
         head=_head(module, who),
         source_digest=_source_digest(python_module, source),
+        extra_digest=extra,
+        compiled=next(programs(module), None) is not None,
     )
 
 
@@ -106,6 +117,8 @@ def _head(module: nn.Module, who: str) -> nn.Linear | None:
     head = getattr(module, "head", None)
     if isinstance(head, nn.Identity):
         return None
+    if head is not None and next(programs(module), None) is not None:
+        head = linear_of(head) or head
     if head is not None and not isinstance(head, nn.Linear):
         raise TeacherError(f"{who}: head: expected an nn.Linear on `global`, found {type(head).__name__}")
     return head
@@ -139,7 +152,7 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
             f"{who}: expected a factory that needs no argument, found {', '.join(required)}; give them defaults"
         )
     try:
-        module = factory(**arguments)
+        module = as_module(factory(**arguments))
     except (Exception, SystemExit) as error:
         raise TeacherError(f"{who}: the factory raised {reason(error)}") from error
     if not isinstance(module, nn.Module):
@@ -149,7 +162,15 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
 
 def _with_own_weights(build: Callable[[], nn.Module], who: str) -> nn.Module:
     """What a factory gives that loads trained weights by itself: the same, whatever the seed."""
-    module, drawn = build_twice(build)
+    hidden: list[dict[str, str]] = []
+
+    def recorded() -> nn.Module:
+        module = build()
+        hidden.append(hidden_digests(module))
+        return module
+
+    module, drawn = build_twice(recorded)
+    drawn += [name for name, found in hidden[1].items() if hidden[0].get(name) != found]
     if drawn:
         more = f" and {len(drawn) - _NAMED_AT_MOST} more" if len(drawn) > _NAMED_AT_MOST else ""
         raise TeacherError(
@@ -158,6 +179,20 @@ def _with_own_weights(build: Callable[[], nn.Module], who: str) -> nn.Module:
             "weights: random where random ones are wanted"
         )
     return module
+
+
+def _check_hidden(build: Callable[[], nn.Module], module: nn.Module, who: str) -> None:
+    """Refuse random values that no file of weights replaces, for they are in no state_dict."""
+    if found := hidden_digests(module):
+        with seeded(2**32 - 1):
+            again = hidden_digests(build())
+        drawn = [name for name, each in found.items() if again.get(name) != each]
+        if drawn:
+            raise TeacherError(
+                f"{who}: weights: expected all random values to be replaced by those of the file, found "
+                f"{', '.join(drawn[:_NAMED_AT_MOST])} outside the state_dict; make them parameters or "
+                "persistent buffers"
+            )
 
 
 @contextmanager

@@ -59,9 +59,9 @@ def open_measured(trained: Trained, paths: Sequence[str], notes: list[str], *, m
 def _check_same(spec: TeacherSpec, teacher: Teacher, who: str) -> None:
     """Raises MismatchError where `teacher` has other features than the run's `spec` says."""
     expected, found = compared_part(spec), compared_part(teacher.spec)
-    differing = [key for key in expected if expected[key] != found.get(key)]
+    differing = [key for key in spec.model_differences(teacher.spec) if key != _NOT_COMPARED]
     if differing:
-        parts = "; ".join(f"{key}: expected {expected[key]!r}, found {found.get(key)!r}" for key in differing)
+        parts = "; ".join(f"{key}: expected {expected.get(key)!r}, found {found.get(key)!r}" for key in differing)
         raise MismatchError(f"{who} is another model than the run's: {parts}; extract the cache with the same teacher")
 
 

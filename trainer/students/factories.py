@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from cache.digests import digest
@@ -72,9 +73,26 @@ def from_factory(model: str, weights: Weights, seed: int | None, section: str) -
         sys.path.remove(folder)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{section}.model: {model}: expected an nn.Module, found {type(module).__name__}")
+    _refuse_programs(module, model, section)
     if state is not None:
         load_strictly(module, state, weights if isinstance(weights, str) else model, section)
     return module
+
+
+def _refuse_programs(module: nn.Module, model: str, section: str) -> None:
+    """A compiled program, or a module that computes with files, can neither be trained nor travel in an export."""
+    kinds = {
+        "a torch.export program": any("train" in vars(part) for part in module.modules()),
+        "a TorchScript program": section == "base"
+        and any(isinstance(p, torch.jit.ScriptModule) for p in module.modules()),
+        "a module that computes with files": bool(getattr(module, "program_files", ())),
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ConfigError(
+                f"{section}.model: {model}: expected a module of Python code and tensors, found {kind}; students of "
+                "kind side and frozen learn from its cached features, but cannot be exported"
+            )
 
 
 def data_config(module: nn.Module) -> dict[str, Any]:
