@@ -82,8 +82,9 @@ class InputSpec(Frozen):
     """A teacher's preprocessing. The shorter side is resized to `size / crop`, then the centre is cropped to `size`.
 
     `size` is (H, W) in pixels; `mean` and `std` are per channel scaled to 0..1. With `crop_mode` squash both sides are
-    resized to `size / crop`, whatever the image's proportions (timm's names). Where an odd number of pixels is cut,
-    `crop_rounding` says where the centre lies: rounded half to even, as timm does, or down, as transformers does.
+    resized to `size / crop`, whatever the image's proportions (timm's names); with pad the image is resized to fit into
+    `size`, and what is left on the right and below gets the colour of `mean`, as in SAM. Where an odd number of pixels
+    is cut, `crop_rounding` says where the centre lies: rounded half to even, as in timm, or down, as in transformers.
     `channels` is the order in which the model takes them, and that of `mean` and `std`. The last two are left out of
     documents where they are the default.
     """
@@ -93,9 +94,15 @@ class InputSpec(Frozen):
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    crop_mode: Literal["center", "squash"] = "center"
+    crop_mode: Literal["center", "squash", "pad"] = "center"
     crop_rounding: Literal["round", "floor"] = "round"
     channels: Literal["rgb", "bgr"] = "rgb"
+
+    @model_validator(mode="after")
+    def _padding_cuts_nothing(self) -> "InputSpec":
+        if self.crop_mode == "pad" and self.crop != 1:
+            raise ValueError(f"expected crop 1 with crop_mode pad, found {self.crop}")
+        return self
 
     @model_serializer(mode="wrap")
     def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -164,9 +164,9 @@ def _input(spec: dict[str, Any] | None) -> str:
     if spec is None:
         return "not known: features were imported"
     height, width = spec["size"]
-    squashed = ", squashed" if spec.get("crop_mode") == "squash" else ""
+    mode = {"squash": ", squashed", "pad": ", padded"}.get(spec.get("crop_mode", "center"), "")
     order = ", blue first" if spec.get("channels") == "bgr" else ""
-    return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}{squashed}{order}"
+    return f"{height} x {width} pixels, {spec['interpolation']}, crop {spec['crop']:g}{mode}{order}"
 
 
 def _codec(codec: dict[str, Any]) -> str:

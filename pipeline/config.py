@@ -58,7 +58,9 @@ class InputConfig(Section):
     crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="a number above 0, at most 1, or null"
     )
-    crop_mode: Literal["center", "squash"] | None = Field(default=None, description="center, squash or null")
+    crop_mode: Literal["center", "squash", "pad"] | None = Field(
+        default=None, description="center, squash, pad or null"
+    )
     crop_rounding: Literal["round", "floor"] | None = Field(default=None, description="round, floor or null")
     channels: Literal["rgb", "bgr"] | None = Field(default=None, description="rgb, bgr or null")
 

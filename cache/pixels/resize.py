@@ -3,7 +3,8 @@
 For the full view this is timm's `create_transform(..., is_training=False)`: the image is scaled to cover
 `floor(size / crop)`, or with crop_mode squash to be of that very size, then the centre is cut out. With crop_rounding
 floor it is what the image processors of transformers do, which differ in where the centre lies. For a box it is
-torchvision's `resized_crop`: the box is scaled to `size` whatever its shape. All are equal to those pixel for pixel.
+torchvision's `resized_crop`: the box is scaled to `size` whatever its shape. All are equal to those pixel for pixel;
+crop_mode pad is what SAM's processor does to within half a grey level of what it adds.
 """
 
 import math
@@ -24,7 +25,7 @@ class Geometry(NamedTuple):
 
     `size` and `cover` are (H, W): the result's size, and what the image is scaled to cover before its centre is cut;
     with `squash` it is scaled to exactly that. With `floor` the place of the centre is rounded down, with `bgr` blue
-    comes first.
+    comes first. With `fill`, a colour, the image is scaled to fit into `size` and filled up with it.
     """
 
     size: tuple[int, int]
@@ -33,6 +34,7 @@ class Geometry(NamedTuple):
     squash: bool = False
     floor: bool = False
     bgr: bool = False
+    fill: tuple[int, int, int] | None = None
 
 
 def geometry(spec: InputSpec) -> Geometry:
@@ -46,7 +48,14 @@ def geometry(spec: InputSpec) -> Geometry:
         squash=spec.crop_mode == "squash",
         floor=spec.crop_rounding == "floor",
         bgr=spec.channels == "bgr",
+        fill=_fill(spec) if spec.crop_mode == "pad" else None,
     )
+
+
+def _fill(spec: InputSpec) -> tuple[int, int, int]:
+    """The mean as a colour; zeros after normalisation are at most half a grey level from it."""
+    red, green, blue = (min(255, max(0, round(255 * value))) for value in spec.mean)
+    return (red, green, blue) if spec.channels == "rgb" else (blue, green, red)
 
 
 def resize_image(
@@ -65,7 +74,7 @@ def resize_image(
     """
     shape = spec if isinstance(spec, Geometry) else geometry(spec)
     if view.box is None:
-        image = _cover_and_cut(image, shape)
+        image = _cover_and_cut(image, shape) if shape.fill is None else _fit_and_fill(image, shape, shape.fill)
     else:
         image = _resize(_cut(image, view.box), shape.size[1], shape.size[0], shape.interpolation)
     if view.flip:
@@ -99,6 +108,15 @@ def _cover_and_cut(image: Image.Image, shape: Geometry) -> Image.Image:
         return _cut(image, (0, upper, width, upper + height))
     image = _resize(image, w, h, shape.interpolation)
     return _cut(image, (left, upper, left + width, upper + height))
+
+
+def _fit_and_fill(image: Image.Image, shape: Geometry, colour: tuple[int, int, int]) -> Image.Image:
+    height, width = shape.size
+    scale = min(height / image.height, width / image.width)
+    w, h = (max(1, int(side * scale + 0.5)) for side in image.size)
+    canvas = Image.new("RGB", (width, height), colour)
+    canvas.paste(_resize(image, w, h, shape.interpolation))
+    return canvas
 
 
 def scaled_size(cover: tuple[int, int], width: int, height: int) -> tuple[int, int]:

@@ -45,9 +45,8 @@ def hf_input(
         )
     spec = input_spec({"crop_rounding": "floor", **own}, override, who)
     how = geometry(spec)
-    if how.squash and how.cover == how.size and "crop_rounding" not in given:
-        return spec.model_copy(update={"crop_rounding": "round"})  # nothing is cut
-    return spec
+    cuts_nothing = how.fill is not None or (how.squash and how.cover == how.size)
+    return spec.model_copy(update={"crop_rounding": "round"}) if cuts_nothing and "crop_rounding" not in given else spec
 
 
 def _study(transformers: Any, place: str, options: Mapping[str, Any]) -> Studied:

@@ -6,7 +6,7 @@ Letters: H and W the height and width of what it makes.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,40 +23,44 @@ _LEVIT = 256 / 224  # LeViT's resize, in no field
 
 
 class Layout(NamedTuple):
-    """A geometry, and the `crop` by which an InputSpec says it."""
+    """A geometry, and the values of an InputSpec that say it."""
 
     geometry: Geometry
     crop: float
+    crop_mode: Literal["center", "squash", "pad"]
 
     @property
     def own(self) -> dict[str, Any]:
         """By timm's keys, with `crop_rounding` of our own."""
-        how = self.geometry
         found = {
-            "input_size": how.size,
+            "input_size": self.geometry.size,
             "crop_pct": self.crop,
-            "crop_mode": "squash" if how.squash else "center",
-            "crop_rounding": "floor" if how.floor else "round",
+            "crop_mode": self.crop_mode,
+            "crop_rounding": "floor" if self.geometry.floor else "round",
         }
-        return found | ({"interpolation": how.interpolation} if how.interpolation in EXPRESSIBLE else {})
+        filter_name = self.geometry.interpolation
+        return found | ({"interpolation": filter_name} if filter_name in EXPRESSIBLE else {})
 
     def __str__(self) -> str:
-        (height, width), cover, how = self.geometry.size, self.geometry.cover, self.geometry
-        scaled = f"resized to {cover[0]} x {cover[1]}" if how.squash else f"resized to cover {cover[0]} x {cover[1]}"
-        return f"{scaled} ({how.interpolation}), the centre {height} x {width} cut"
+        what = {"center": "scaled to cover {}", "squash": "scaled to {}", "pad": "scaled to fit and filled up"}
+        (height, width), cover = self.geometry.size, self.geometry.cover
+        scaled = what[self.crop_mode].format(f"{cover[0]} x {cover[1]}")
+        return f"{scaled} ({self.geometry.interpolation}), the centre {height} x {width} cut"
 
 
 def find_layout(
-    fields: Mapping[str, Any], pictures: Sequence[Image.Image], made: Sequence[Levels]
+    fields: Mapping[str, Any],
+    fill: tuple[int, int, int] | None,
+    pictures: Sequence[Image.Image],
+    made: Sequence[Levels],
 ) -> tuple[Layout | None, str]:
     """The layout that makes of `pictures` what a processor with these fields `made`, None if none does.
 
-    What the fields say is tried first, then what some processors do without saying it. The text says which came
-    nearest, and how near.
+    What the fields say is tried first, then what some processors do without saying it; with `fill`, a colour, what
+    fills images up with it. The text says which came nearest, and how near.
     """
-    size = (made[0].shape[0], made[0].shape[1])
     nearest: tuple[float, Layout] | None = None
-    for layout in _layouts(fields, size):
+    for layout in _layouts(fields, (made[0].shape[0], made[0].shape[1]), fill):
         apart = 0.0
         for picture, theirs in zip(pictures, made, strict=True):
             apart = max(apart, float(np.abs(resize_image(picture, layout.geometry) - theirs).max()))
@@ -86,19 +90,20 @@ def is_padded(made: Sequence[Levels]) -> bool:
     return any(float(np.ptp(edge, axis=0).max()) < 1 for edge in edges)
 
 
-def _layouts(fields: Mapping[str, Any], size: tuple[int, int]) -> Iterator[Layout]:
+def _layouts(fields: Mapping[str, Any], size: tuple[int, int], fill: tuple[int, int, int] | None) -> Iterator[Layout]:
     """Layouts that give images of `size` (H, W), the likeliest first."""
-    named = interpolation_of(fields)
     covers = list(_covers(fields, size))
-    for interpolation in dict.fromkeys((named, *EXPRESSIBLE)):
+    for interpolation in dict.fromkeys((interpolation_of(fields), *EXPRESSIBLE)):
         if interpolation.upper() not in Image.Resampling.__members__:
+            continue
+        if fill is not None:
+            yield Layout(Geometry(size, size, interpolation, fill=fill), 1.0, "pad")
             continue
         for cover, squash in covers:
             crop = _crop(size, cover, fields.get("crop_pct"))
-            if crop is None:
-                continue
-            for floor in (True, False):
-                yield Layout(Geometry(size, cover, interpolation, squash, floor), crop)
+            for floor in (True, False) if crop is not None else ():
+                geometry = Geometry(size, cover, interpolation, squash, floor)
+                yield Layout(geometry, crop or 1.0, "squash" if squash else "center")
 
 
 def _covers(fields: Mapping[str, Any], size: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bool]]:

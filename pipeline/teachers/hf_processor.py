@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cache.pixels.resize import geometry
+from cache.spec import InputSpec
 from pipeline.teachers.backbone import reason
 from pipeline.teachers.hf_layout import EXPRESSIBLE, Levels, find_layout, interpolation_of, is_padded
 
@@ -103,14 +105,12 @@ def _study(processor: Any) -> Studied:
         found = f"{name} makes {one}, and {other}; expected one size"
         return Studied(own, Doubt("size", found, {"size": unproven["size"]}))
     levels = [_levels(each, own) for each in made]
-    instead = {"size": _plain(made[0].shape[1:])}
-    if is_padded(levels):
-        found = f"{name} fills images up to {sizes[0]} pixels with a border; expected none"
-        return Studied(own, Doubt("padding", found, instead))
-    layout, nearest = find_layout(fields, pictures(), levels)
+    fill = _colour_of_mean(own) if is_padded(levels) else None
+    layout, nearest = find_layout(fields, fill, pictures(), levels)
     if layout is None:
-        found = f"{name} makes images of {sizes[0]} pixels in a way that cannot be followed; {nearest}"
-        return Studied(own, Doubt("resizing", found, instead))
+        step = "resizing" if fill is None else "padding"
+        found = f"{name} makes images of {sizes[0]} pixels by a {step} that cannot be followed; {nearest}"
+        return Studied(own, Doubt(step, found, {"size": _plain(made[0].shape[1:])}))
     own |= layout.own
     if (used := layout.geometry.interpolation) not in EXPRESSIBLE:
         found = f"{name} resizes by {used}; expected one of {', '.join(EXPRESSIBLE)}"
@@ -170,7 +170,8 @@ def _run(processor: Any, image: Image.Image, *, tiles: bool = False) -> Values:
     while values.ndim > 3 and (tiles or len(values) == 1):
         values = values[0]
     if values.ndim != 3 or len(values) != 3:
-        raise _NoPixels(f"gives pixel_values {shape}, expected one image [3, H, W]")
+        other = "" if len(shape) > 3 else "; a model that takes no such images cannot be an hf: teacher"
+        raise _NoPixels(f"gives pixel_values {shape}, expected one image [3, H, W]{other}")
     return values
 
 
@@ -230,6 +231,16 @@ def _levels(values: Values, own: Mapping[str, Any]) -> Levels:
     std, mean = (np.array(own[key], np.float32) for key in ("std", "mean"))
     levels = (values.transpose(1, 2, 0) * std + mean) * _WHITE
     return levels[..., ::-1] if own.get("channels") == "bgr" else levels
+
+
+def _colour_of_mean(own: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The red, green and blue that an input with this mean is filled up with."""
+    spec = InputSpec.model_validate(
+        {"size": (1, 1), "crop_mode": "pad", **{key: own[key] for key in ("mean", "std", "channels") if key in own}}
+    )
+    fill = geometry(spec).fill
+    assert fill is not None
+    return fill
 
 
 def _suggested_size(fields: Mapping[str, Any]) -> int | list[int]:

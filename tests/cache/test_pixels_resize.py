@@ -89,6 +89,22 @@ def test_blue_may_come_first() -> None:
         np.testing.assert_array_equal(resize_image(image, reversed_, view, out=batch[0]), found)
 
 
+def test_image_is_fitted_and_filled_up_with_the_mean() -> None:
+    padded = spec((48, 64), mode="pad").model_copy(update={"mean": (0.0, 0.5, 1.0)})
+    for size, fitted in [((200, 50), (64, 16)), ((33, 90), (18, 48)), ((64, 48), (64, 48)), ((1, 900), (1, 48))]:
+        image = picture(*size)
+        found = resize_image(image, padded)
+        width, height = fitted
+        expected = np.asarray(image.resize(fitted, Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(found[:height, :width], expected)
+        assert (found[height:] == (0, 128, 255)).all()
+        assert (found[:, width:] == (0, 128, 255)).all()
+        turned = resize_image(image, padded.model_copy(update={"channels": "bgr", "mean": (1.0, 0.5, 0.0)}))
+        np.testing.assert_array_equal(turned, found[..., ::-1])
+    with pytest.raises(ValueError, match=r"expected crop 1 with crop_mode pad, found 0\.9"):
+        spec((48, 64), 0.9, mode="pad")
+
+
 def test_full_view_is_timm_for_real_models_and_photos(shared_data: Path) -> None:
     source = open_source(Data(str(shared_data / "data/imagenet-sample/sample-000000.tar"), limit=12))
     photos = [decode_image(data) for data in source_reader(source.spec).read(listed(source))]

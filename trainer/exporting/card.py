@@ -85,9 +85,12 @@ def _outputs(description: Description) -> str:
 
 def _preprocessing(description: Description) -> str:
     own = description.input
-    how = "both sides are resized" if own.crop_mode == "squash" else "the shorter side is resized"
     order = ", blue first" if own.channels == "bgr" else ""
-    return f"{how} ({own.interpolation}), the centre {own.size} is cut, mean {own.mean}, std {own.std}{order}"
+    how = f"mean {own.mean}, std {own.std}{order}"
+    if own.crop_mode == "pad":
+        return f"the image is resized to fit into {own.size} ({own.interpolation}) and filled up with the mean, {how}"
+    resized = "both sides are resized" if own.crop_mode == "squash" else "the shorter side is resized"
+    return f"{resized} ({own.interpolation}), the centre {own.size} is cut, {how}"
 
 
 def _extra(description: Description) -> str:
