@@ -11,6 +11,7 @@ from cache.digests import seal_document
 from cache.errors import CorruptError, MismatchError
 from cache.failpoints import failpoint
 from cache.plans import image_layouts
+from cache.reasons import reason
 from cache.records import Mask, load_images_record, mask_digest, open_committed, plan_digest
 from cache.samples import Samples
 from cache.settle import UnitShards
@@ -103,8 +104,11 @@ def _compare(storage: Storage, plan: Plan, unit: int, images: UnitImages, row_di
             expected, found = (value.digest[row].tobytes().hex() for value in (committed, images))
             what = f"its bytes changed since it was extracted: expected digest {expected}, found {found}"
         else:
-            expected, found = (ImageStatus(value.status[row]).name for value in (committed, images))
-            what = f"it decodes otherwise than when it was extracted: expected {expected}, found {found}"
+            expected, found = (f"{reason(value.status[row])!r}" for value in (committed, images))
+            what = (
+                f"it decodes otherwise than when it was extracted: expected {expected}, found {found} (another release "
+                "may read or refuse what an earlier one did not, or a plug-in of Pillow's is missing or new here)"
+            )
         raise MismatchError(f"image {key!r} (row {number}): {what}; restore it, or extract into a new cache")
     return record
 

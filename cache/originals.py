@@ -1,5 +1,7 @@
 """The images that a cache was extracted from, each compared with the digest that the cache keeps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ from PIL import Image
 
 from cache.digests import digest_bytes
 from cache.errors import ConfigError, MismatchError, SourceError
-from cache.pixels.decode import decode_image
+from cache.pixels.decode import decoded
 from cache.reader import Cache
+from cache.reasons import reason
 from cache.sources import source_reader
 from cache.sources.files import file_system, is_local
 from cache.spec import ImageStatus, SourceSpec
@@ -41,8 +44,11 @@ class Originals:
         except SourceError as error:
             raise SourceError(f"{error}. {self._advice}") from error
 
-    def decode(self, data: bytes, expected: npt.NDArray[np.uint8], record: pa.Table) -> Image.Image:
+    @contextmanager
+    def decode(self, data: bytes, expected: npt.NDArray[np.uint8], record: pa.Table) -> Iterator[Image.Image]:
         """The image in the bytes of one record whose digest was `expected`, uint8 [16], at extraction.
+
+        While the context is open, other threads of this process leave the image its memory.
 
         Raises:
             MismatchError: it is not the one that was extracted.
@@ -54,13 +60,15 @@ class Originals:
                 f"{expected.tobytes().hex()}), found other bytes ({found.hex()}); restore it, or extract into a new "
                 f"cache. {self._advice}"
             )
-        image = decode_image(data)
-        if isinstance(image, ImageStatus):
-            raise MismatchError(
-                f"{self._name(record)}: expected an image that can be decoded, as at extraction, found {image.name} "
-                "with the very same bytes; install the Pillow, with its codecs, that extracted the cache"
-            )
-        return image
+        with decoded(data, self._source.decoding) as image:
+            if isinstance(image, ImageStatus):
+                raise MismatchError(
+                    f"{self._name(record)}: expected an image that can be decoded, as at extraction, found "
+                    f"{image.name} ({reason(image)}) with the very same bytes; install the Pillow, with its codecs and "
+                    "plug-ins, that extracted the cache, or extract into a new cache what an earlier release decoded "
+                    "wrongly"
+                )
+            yield image
 
     def _name(self, record: pa.Table) -> str:
         key, file = (record[name][0].as_py() for name in ("key", "file"))

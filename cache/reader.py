@@ -19,6 +19,7 @@ from cache.locations import open_storage
 from cache.opened import Teacher, Teachers
 from cache.plans import load_plan
 from cache.published import PublishedTeacher
+from cache.reasons import reason
 from cache.recent import Recent
 from cache.records import Mask, load_unit, nonfinite_rows, open_committed
 from cache.rownumbers import Rows, by_unit, row_numbers
@@ -238,8 +239,8 @@ class Cache:
     def _reason(self, teacher: PublishedTeacher, row: int) -> str:
         unit, within = divmod(row, self.plan.unit_rows)
         status = self._unit(teacher, unit).status
-        code = ImageStatus.OK if status is None else ImageStatus(status[within])
-        return "the teacher gave NaN or infinity" if code == ImageStatus.OK else code.name.lower().replace("_", " ")
+        code = ImageStatus.OK if status is None else int(status[within])
+        return "the teacher gave NaN or infinity" if code == ImageStatus.OK else reason(code)
 
 
 def open_cache(path: str | os.PathLike[str]) -> Cache:

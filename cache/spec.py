@@ -12,6 +12,7 @@ from cache.errors import ConfigError
 FORMAT = "kpu-cache"
 VERSION = 1
 DEFAULT_STEP = 0.05
+DEFAULT_MAX_PIXELS = 2**27  # of a new plan: a frame of 100 megapixels, or a whole tile of Sentinel-2, is below it
 LABEL_OF_NOTHING = -1  # among a teacher's labels
 LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
@@ -33,7 +34,22 @@ class ImageStatus(IntEnum):
     EMPTY = 1  # zero bytes, or no bytes at all
     NOT_AN_IMAGE = 2  # no decoder recognises it
     TRUNCATED = 3  # recognised, but the pixel data ends early or is broken
-    TOO_LARGE = 4  # more pixels than the limit against decompression bombs
+    TOO_LARGE = 4  # more pixels than `data.max_pixels`
+    UNSUPPORTED_PIXELS = 5  # a depth, sample format or compression that is not decoded, or not rightly
+    SEVERAL_BANDS = 6  # more channels than colours and alpha
+    SEVERAL_PAGES = 7  # a TIFF of several images
+    DEPTH_UNKNOWN = 8  # 16 bits of which it is not known how many are used
+    TOO_MANY_SCANS = 9  # a JPEG that takes more passes than any encoder writes
+    PATH_WITHOUT_FILE = 10  # a path in place of bytes, and no such file beside it
+    HEIC_WITHOUT_PLUGIN = 11
+    JXL_WITHOUT_PLUGIN = 12
+    CAMERA_RAW = 13
+    EPS = 14
+    PDF = 15
+    SVG = 16
+    PSD = 17
+    DICOM = 18
+    OTHER_FORMAT = 19  # another image format that is known by its signature and not decoded
     NOT_WRITTEN = 255  # the fill value
 
 
@@ -204,12 +220,33 @@ class CropSpec(Frozen):
         return self
 
 
+class Decoding(Frozen):
+    """What decides, beside its bytes, which pixels an image has; the defaults are those of plans that do not say.
+
+    Images of more than `max_pixels` are masked. `bits` is how many of 16 bits a sample uses, None to go by the file.
+    """
+
+    max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+
+
 class SourceSpec(Frozen):
-    """Where images come from, enough to read them again. `files` below `root` are named in the sample table."""
+    """Where images come from, enough to read them again. `files` below `root` are named in the sample table.
+
+    `decoding` is left out of the document where it has its defaults.
+    """
 
     kind: Literal["folder", "tar", "parquet"]
     root: str
     options: dict[str, str | None] = {}
+    decoding: Decoding = Decoding()
+
+    @model_serializer(mode="wrap")
+    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = plainly(self)
+        if self.decoding == Decoding():
+            del values["decoding"]
+        return values
 
 
 class Plan(Frozen):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,11 @@ from cache.leftout import LeftOut
 from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.published import TeacherFiles, read_teacher, teacher_folders, teacher_names
+from cache.reasons import reason
 from cache.records import Mask, committed_units, lost_images, unpack_mask
 from cache.runs import Failure, RunRecord, load_runs
 from cache.samples import Samples
-from cache.spec import ImageStatus, Plan
+from cache.spec import Plan
 from cache.storage import Storage
 
 T = TypeVar("T")
@@ -58,6 +60,8 @@ class MaskedRow:
 class Status:
     """`complete` says that every unit is committed of every teacher that was begun or that the last run was to do.
 
+    `masked_reasons` counts `masked` by their reasons, the most frequent first.
+
     `lost_images` are units that a teacher has committed and whose images are not: `kpu-cache repair` mends that.
     `left_out` is what the last run that listed the source passed over.
     """
@@ -70,6 +74,7 @@ class Status:
     failed: list[Failure] = field(default_factory=list)
     lost_images: list[int] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    masked_reasons: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,15 +101,17 @@ def status(path: str | os.PathLike[str]) -> Status:
     committed = {name: tally.committed for name, tally in tallies.items()}
     lost = sorted(lost_images(storage, plan, committed))
     all_done = bool(teachers) and all(teacher.committed_units == plan.units for teacher in teachers.values())
+    masked = list(_masked_rows(storage, plan, tallies))
     return Status(
         complete=all_done and not lost,
         rows=plan.rows,
         units=plan.units,
         teachers=teachers,
-        masked=list(_masked_rows(storage, plan, tallies)),
+        masked=masked,
         failed=_failed(runs, committed),
         lost_images=lost,
         left_out=list(runs[-1].left_out) if runs else [],
+        masked_reasons=dict(Counter(row.reason for row in masked).most_common()),
     )
 
 
@@ -186,7 +193,7 @@ def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> It
         if unit in masked_units:
             codes = next(statuses)
             if codes is not None:  # else its images are lost
-                reasons += [(int(row), _describe(codes[row])) for row in np.flatnonzero(codes)]
+                reasons += [(int(row), reason(codes[row])) for row in np.flatnonzero(codes)]
         for name, tally in tallies.items():
             mask = unpack_mask(tally.nonfinite.get(unit, ""), len(rows))
             reasons += [(int(row), f"NaN or infinity from teacher {name}") for row in np.flatnonzero(mask)]
@@ -194,12 +201,8 @@ def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> It
             continue
         reasons.sort()
         keys = samples.unit(unit)["key"].take([row for row, _ in reasons]).to_pylist()
-        for key, (row, reason) in zip(keys, reasons, strict=True):
-            yield MaskedRow(key, rows[row], reason)
-
-
-def _describe(code: int) -> str:
-    return ImageStatus(code).name.lower().replace("_", " ")
+        for key, (row, why) in zip(keys, reasons, strict=True):
+            yield MaskedRow(key, rows[row], why)
 
 
 def _failed(runs: list[RunRecord], committed: dict[str, Mask]) -> list[Failure]:

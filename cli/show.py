@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cache.reasons import remedy
 from cli.tables import Table
 from cli.units import human_bytes, human_seconds, plural
 
@@ -37,6 +38,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
         "rows_per_second": round(summary.rows_per_second, 3),
         "bytes": summary.bytes,
         "masked": summary.masked,
+        "masked_reasons": summary.reasons,
         "left_out": [asdict(item) for item in summary.left_out],
         "nonfinite": summary.nonfinite,
         "remaining_units": summary.remaining_units,
@@ -47,7 +49,7 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
 
 def show_summary(console: Console, summary: RunSummary) -> None:
     _left_out(console, summary.left_out)
-    reasons = [f"{summary.masked:,} undecodable"] * bool(summary.masked)
+    reasons = [f"{rows:,} {text}" for text, rows in summary.reasons.items()]
     reasons += [f"{rows:,} with NaN or infinity from teacher {name}" for name, rows in summary.nonfinite.items()]
     if reasons:
         masked = plural(summary.masked + sum(summary.nonfinite.values()), "row")
@@ -99,6 +101,9 @@ def show_status(console: Console, status: Status) -> None:
     if status.lost_images:
         units = plural(len(status.lost_images), "unit")
         _say(console, f"the images of {units} are not committed though a teacher is: `kpu-cache repair` mends that")
+    for text, masked_rows in status.masked_reasons.items():
+        advice = f": {found}" if (found := remedy(text)) else ""
+        _say(console, f"{plural(masked_rows, 'row')} masked ({text}){advice}")
     for row in status.masked[:LISTED]:
         _say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
     _more(console, len(status.masked), "masked rows")

@@ -34,7 +34,7 @@ _HOW: Final = {
 class DataConfig(Section):
     """Where the images are. `image`, `label` and `key` name columns or members where the default is not right.
 
-    `label: false` leaves labels out.
+    `label: false` leaves labels out. Images of more than `max_pixels` are masked; `bits` is how many of 16 are used.
     """
 
     source: Text | tuple[Text, ...] = Field(description="a path, URL or pattern, or a list of them")
@@ -42,6 +42,10 @@ class DataConfig(Section):
     label: Text | Literal[False] | None = Field(default=None, description="a name, false for no labels, or null")
     key: Text | None = Field(default=None, description="a name, or null")
     limit: Positive | None = Field(default=None, description=_COUNT_OR_NULL)
+    max_pixels: Positive | None = Field(default=None, description=_COUNT_OR_NULL)
+    bits: Annotated[int, Field(ge=8, le=16)] | None = Field(
+        default=None, description="a whole number from 8 to 16, or null"
+    )
 
 
 class InputConfig(Section):

@@ -65,7 +65,9 @@ def _source(cache: Cache) -> SourceSpec:
         spec = open_source(DataConfig.model_validate(run.config.get("data"))).spec if run else cache.plan.source
     except (KpuError, ValidationError):
         return cache.plan.source
-    return spec if spec.kind == cache.plan.source.kind else cache.plan.source
+    if spec.kind != cache.plan.source.kind:
+        return cache.plan.source
+    return spec.model_copy(update={"decoding": cache.plan.source.decoding})
 
 
 def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from cache.listing import listed_rows
 from cache.locations import open_storage
 from cache.records import count_rows, units_left
-from cache.sources import Source, open_source
+from cache.sources import Source
 from cache.spec import Frozen, Plan, TeacherSpec
 from cache.teachers import teacher_names
 from pipeline.calibration import LEAST_ROWS, ROWS_PER_CHANNEL
@@ -18,7 +18,14 @@ from pipeline.executors import open_executor
 from pipeline.measure import Measurement
 from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
-from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, tell_left_out
+from pipeline.planning import (
+    check_listing,
+    check_settings,
+    choose_threads,
+    choose_unit_rows,
+    open_data,
+    tell_left_out,
+)
 from pipeline.runs import new_run_id
 from pipeline.target import standing_plan
 from pipeline.teachers import ship
@@ -60,7 +67,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     """
     config = resolve_paths(config)
     standing = standing_plan(config.out)
-    source = open_source(config.data)
+    source = open_data(config.data, standing)
     if standing is not None:
         check_settings(standing, source, config)
     left = _rows_left(config, standing)

@@ -16,7 +16,7 @@ from cache.codecs import Grid
 from cache.errors import NonFiniteError
 from cache.pixels.resize import geometry
 from cache.sources import SourceReader
-from cache.spec import ImageStatus
+from cache.spec import Decoding, ImageStatus
 from cache.statistics import Accumulator, Statistics
 from pipeline.collect import Collector, Computed, new_images
 from pipeline.config import ExtractConfig
@@ -42,6 +42,7 @@ class Engine:
         config: ExtractConfig,
         teachers: Mapping[str, ShippedTeacher],
         reader: SourceReader,
+        decoding: Decoding,
         *,
         device: str,
         threads: int,
@@ -51,7 +52,7 @@ class Engine:
         self._device = Device(device, threads)
         # On the CPU decoding ahead would only compete with the teachers for the same cores.
         ahead = DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0
-        self._loader = Loader(reader, pool, threads, ahead, config.crop)
+        self._loader = Loader(reader, pool, threads, ahead, config.crop, decoding)
         self.stopping = Event()
         self.teachers: dict[str, Teacher] = {
             name: load_shipped(name, shipped, device=device, seed=config.seed) for name, shipped in teachers.items()

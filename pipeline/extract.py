@@ -16,7 +16,6 @@ from cache.locations import open_storage
 from cache.published import teacher_folders
 from cache.records import Mask, count_rows, lost_images, units_left
 from cache.samples import Samples
-from cache.sources import open_source
 from cache.spec import Plan
 from cache.storage import Storage
 from pipeline.calibration import calibrate_teachers
@@ -25,7 +24,7 @@ from pipeline.config import ExtractConfig
 from pipeline.executors import Executor, open_executor
 from pipeline.observers import Observer, Silent
 from pipeline.paths import resolve_paths
-from pipeline.planning import check_settings, choose_threads, plan_cache
+from pipeline.planning import check_settings, choose_threads, open_data, plan_cache
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
 from pipeline.target import left_as_it_was, standing_plan
@@ -49,7 +48,7 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     run_id, begun = new_run_id(), perf_counter()
 
     standing = standing_plan(config.out)
-    source = open_source(config.data)
+    source = open_data(config.data, standing)
     if standing is not None:
         check_settings(standing, source, config)
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}

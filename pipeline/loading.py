@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.digests import DIGEST_BYTES, digest_bytes
-from cache.pixels.decode import decode_image
+from cache.pixels.decode import decoded
 from cache.pixels.resize import Geometry, resize_image
 from cache.pixels.views import resolve_view
 from cache.sources import SourceReader
-from cache.spec import CropSpec, ImageStatus
+from cache.spec import CropSpec, Decoding, ImageStatus
 from pipeline.prefetch import prefetch
 from pipeline.reports import Stopwatch
 
@@ -46,10 +46,16 @@ class Loader:
     """Loads batches with a pool of threads; `decode_ahead` batches are decoded before they are asked for."""
 
     def __init__(
-        self, reader: SourceReader, pool: Executor, threads: int, decode_ahead: int, crop: CropSpec | None = None
+        self,
+        reader: SourceReader,
+        pool: Executor,
+        threads: int,
+        decode_ahead: int,
+        crop: CropSpec | None = None,
+        decoding: Decoding = Decoding(),  # noqa: B008 - frozen
     ) -> None:
         self._reader = reader
-        self._crop = crop
+        self._crop, self._decoding = crop, decoding
         self._pool = pool
         self._threads = threads
         self._decode_ahead = decode_ahead
@@ -86,7 +92,7 @@ class Loader:
 
         def work(chunk: Sequence[tuple[range, bytes]]) -> None:
             for members, data in chunk:
-                _fill(batch, members, data, draws, geometries, self._crop)
+                _fill(batch, members, data, draws, geometries, self._crop, self._decoding)
 
         pairs = list(zip(groups, encoded, strict=True))
         length = max(1, len(pairs) // (4 * self._threads))
@@ -116,15 +122,16 @@ def _fill(
     draws: Sequence[Sequence[float] | None],
     geometries: Sequence[Geometry],
     crop: CropSpec | None,
+    decoding: Decoding,
 ) -> None:
     rows = slice(members.start, members.stop)
     batch.digest[rows] = np.frombuffer(digest_bytes(data), np.uint8)
-    image = decode_image(data)
-    if isinstance(image, ImageStatus):
-        batch.status[rows] = image
-        return
-    batch.size[rows] = (image.height, image.width)
-    for row in members:
-        view = resolve_view(draws[row], image.width, image.height, crop)
-        for geometry in geometries:
-            resize_image(image, geometry, view, out=batch.pixels[geometry][row])
+    with decoded(data, decoding) as image:
+        if isinstance(image, ImageStatus):
+            batch.status[rows] = image
+            return
+        batch.size[rows] = (image.height, image.width)
+        for row in members:
+            view = resolve_view(draws[row], image.width, image.height, crop)
+            for geometry in geometries:
+                resize_image(image, geometry, view, out=batch.pixels[geometry][row])

@@ -12,16 +12,29 @@ from cache.errors import MismatchError, SourceError
 from cache.listing import listed_rows
 from cache.plans import load_plan, publish_plan
 from cache.samples import Fingerprint, Samples, split_parts
-from cache.sources import Source, describe_left_out
-from cache.spec import CodecSpec, OutputSpec, Plan, TeacherSpec
+from cache.sources import Source, describe_left_out, open_source
+from cache.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, TeacherSpec
 from cache.storage import Storage
-from pipeline.config import ExecutorConfig, ExtractConfig
+from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
 from pipeline.observers import Observer
 
 SHARD_BYTES = 64 * 2**20
 UNIT_BYTES = 2**30
 SMALLEST_UNIT, LARGEST_UNIT = 64, 4096
 UNITS_WANTED = 16
+
+
+def open_data(data: DataConfig, standing: Plan | None) -> Source:
+    """The source, to be decoded as the standing plan says where the configuration leaves it open.
+
+    Raises:
+        SourceError, ConfigError: as `open_source`.
+    """
+    source = open_source(data)
+    decoding = Decoding(max_pixels=DEFAULT_MAX_PIXELS) if standing is None else standing.source.decoding
+    wanted = {name: value for name in Decoding.model_fields if (value := getattr(data, name)) is not None}
+    source.spec = source.spec.model_copy(update={"decoding": decoding.model_copy(update=wanted)})
+    return source
 
 
 def choose_threads(config: ExecutorConfig, standing: Plan | None, observer: Observer) -> int | None:
@@ -130,6 +143,8 @@ def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
     pairs.append(("data.source", f"a {plan.source.kind} source", f"a {source.spec.kind} source"))
     columns = ((name, plan.source.options.get(name), source.spec.options.get(name)) for name in plan.source.options)
     pairs += [(f"data.{name}", there, here) for name, there, here in columns]
+    decoding, wanted = (spec.decoding.model_dump() for spec in (plan.source, source.spec))
+    pairs += [(f"data.{name}", decoding[name], wanted[name]) for name in decoding]
     for name, there, here in pairs:
         if there != here:
             raise MismatchError(

@@ -30,9 +30,9 @@ class Failure:
 class UnitReport:
     """One finished task. `seconds` is busy time by stage; stages overlap, so the sum may exceed the wall time.
 
-    `masked` rows have no image that can be decoded. By teacher that was committed, `saturated` is how many values are
-    beyond the range of the codec, and of how many, and `nonfinite` how many other rows are masked for this teacher
-    alone, which gave NaN or infinity for them.
+    `masked` rows have no image that can be decoded; `reasons` counts them by why. By teacher that was committed,
+    `saturated` is how many values are beyond the range of the codec, and of how many, and `nonfinite` how many other
+    rows are masked for this teacher alone, which gave NaN or infinity for them.
     """
 
     task: Task
@@ -43,6 +43,7 @@ class UnitReport:
     failures: tuple[Failure, ...] = ()
     saturated: dict[str, tuple[int, int]] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
 class Stopwatch:

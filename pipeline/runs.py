@@ -46,9 +46,9 @@ LINES_PER_PART = 1000
 class RunSummary:
     """The outcome: `remaining_units` units still lack a teacher; `failures` are those of this run.
 
-    `masked` rows have no image that can be decoded. By teacher that has any, `saturated` is the share of values beyond
-    the range of the codec, and `nonfinite` the number of other rows that are masked for this teacher alone, which gave
-    NaN or infinity for them. `left_out` is what the listing of the source passed over.
+    `masked` rows have no image that can be decoded; `reasons` counts them by why. By teacher that has any, `saturated`
+    is the share of values beyond the range of the codec, and `nonfinite` the number of other rows that are masked for
+    this teacher alone, which gave NaN or infinity for them. `left_out` is what the listing of the source passed over.
     """
 
     id: str
@@ -62,6 +62,7 @@ class RunSummary:
     saturated: dict[str, float] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    reasons: dict[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -95,6 +96,7 @@ class Run:
         self._saturated: Counter[str] = Counter()
         self._values: Counter[str] = Counter()
         self._nonfinite: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._lines: list[str] = []
         self._part = 0
         self._document: dict[str, Any] = {
@@ -145,6 +147,7 @@ class Run:
             self._saturated[name] += saturated
             self._values[name] += values
         self._nonfinite.update(report.nonfinite)
+        self._reasons.update(report.reasons)
         self._lines.append(json.dumps({"time": _now(), **asdict(report)}, ensure_ascii=False))
         if perf_counter() - self._saved > SAVE_EVERY_SECONDS:
             self._save()
@@ -156,6 +159,7 @@ class Run:
         return RunSummary(
             self.id, self._out, self._rows, self._document["seconds"], self._bytes, self._masked, left,
             tuple(self._failures), self._saturated_shares(), self._nonfinite_rows(), self._left_out,
+            dict(self._reasons.most_common()),
         )  # fmt: skip
 
     def _saturated_shares(self) -> dict[str, float]:
@@ -178,6 +182,7 @@ class Run:
             "stage_seconds": {stage: round(total, 3) for stage, total in self._totals.items()},
             "bytes": self._bytes,
             "masked": self._masked,
+            "masked_reasons": dict(self._reasons.most_common()),
             "nonfinite": self._nonfinite_rows(),
             "saturated": self._saturated_shares(),
             "failed": [asdict(failure) for failure in self._failures],

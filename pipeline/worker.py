@@ -24,6 +24,7 @@ from cache.failpoints import failpoint
 from cache.fidelity import RowFidelity, measure
 from cache.locations import open_storage
 from cache.plans import load_plan
+from cache.reasons import count_reasons
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.sources import source_reader
@@ -74,6 +75,7 @@ class Worker:
                 setup.config,
                 setup.teachers,
                 source_reader(setup.source),
+                setup.source.decoding,
                 device=choose_device(),
                 threads=threads,
                 pool=self._pool,
@@ -211,9 +213,17 @@ class Worker:
             usable = int((valid & ~nonfinite).sum())
             saturated[name] = _saturated(record, usable, self._engine.teachers[name].outputs)
             masked_alone[name] = int(nonfinite.sum())
-        masked = int((~valid).sum())
+        reasons = count_reasons(standing[1].status)
         return UnitReport(
-            task, table.num_rows, masked, written, watch.seconds, tuple(failures), saturated, masked_alone
+            task,
+            table.num_rows,
+            sum(reasons.values()),
+            written,
+            watch.seconds,
+            tuple(failures),
+            saturated,
+            masked_alone,
+            reasons,
         )
 
     def _commit_teacher(

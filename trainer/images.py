@@ -85,10 +85,10 @@ class ImageReader:
 
         def work(chunk: range) -> None:
             for sample in chunk:
-                image = self._originals.decode(encoded[sample], expected[sample], heads.slice(sample, 1))
-                for member in members[sample]:
-                    view = resolve_view(draws[member], image.width, image.height, self._cache.plan.crop)
-                    resize_image(image, self._geometry, view, out=pixels[wanted[member]])
+                with self._originals.decode(encoded[sample], expected[sample], heads.slice(sample, 1)) as image:
+                    for member in members[sample]:
+                        view = resolve_view(draws[member], image.width, image.height, self._cache.plan.crop)
+                        resize_image(image, self._geometry, view, out=pixels[wanted[member]])
 
         self._spread(work, len(samples))
         return pixels, valid

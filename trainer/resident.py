@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -11,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cache import Cache
+from cache.memory import available_memory
 
 Rows = npt.NDArray[np.int64]
 
 _SHARE: Final = 0.4  # of the memory that is free when a run begins
-_MEMORY: Final = Path("/proc/meminfo")
-_GROUP: Final = Path("/sys/fs/cgroup")
 
 
 class Shelf:
@@ -90,25 +88,6 @@ class _Room:
 def free_memory(processes: int = 1) -> int:
     """Bytes that rows may take in each of so many processes of this machine: a share of what is free now.
 
-    A container's limit counts where it is lower; 0 where the system does not say.
+    0 where the system does not say.
     """
-    found = [_available(_MEMORY), _left(_GROUP / "memory.max", _GROUP / "memory.current")]
-    known = [value for value in found if value is not None]
-    return int(_SHARE * min(known) / processes) if known else 0
-
-
-def _available(file: Path) -> int | None:
-    """What Linux can give without swapping, caches of files included."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _left(limit: Path, used: Path) -> int | None:
-    """What a control group (version 2) may still take; None without a limit."""
-    try:
-        return max(0, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no group, or the limit "max"
-        return None
+    return int(_SHARE * (available_memory() or 0) / processes)

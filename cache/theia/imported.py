@@ -21,7 +21,7 @@ from cache.locations import open_storage, stands
 from cache.plans import load_plan, publish_plan
 from cache.samples import split_parts
 from cache.sources.files import is_local
-from cache.spec import CodecSpec, OutputSpec, Plan, ShardFormat, TeacherSpec
+from cache.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, ShardFormat, TeacherSpec
 from cache.storage import Storage
 from cache.theia.columns import Dataset, FeatureReader, check_count, check_keys, find_dataset
 from cache.theia.names import check_names
@@ -129,7 +129,7 @@ def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
 
     build = partial(
         Plan,
-        source=source.spec,
+        source=source.spec.model_copy(update={"decoding": Decoding(max_pixels=DEFAULT_MAX_PIXELS)}),
         classes=source.classes,
         views=1,
         seed=0,

@@ -16,13 +16,13 @@ from cache.commits import EncodedOutput, UnitImages, agree, load_status, publish
 from cache.digests import DIGEST_BYTES, digest_bytes
 from cache.errors import MismatchError, SourceError
 from cache.fidelity import RowFidelity, measure
-from cache.pixels.decode import decode_image
+from cache.pixels.decode import decoded
 from cache.reader import Cache
 from cache.records import committed_units
 from cache.samples import Samples, row_digest
 from cache.shards import encode_shard
 from cache.sources import source_reader
-from cache.spec import ImageStatus, Plan, TeacherSpec
+from cache.spec import Decoding, ImageStatus, Plan, TeacherSpec
 from cache.statistics import Accumulator, Statistics
 from cache.storage import Storage
 from cache.teachers import PublishedTeacher, publish_teacher, standing_statistics, teacher_names
@@ -103,9 +103,10 @@ class Passes:
             images = UnitImages(
                 np.zeros((rows, DIGEST_BYTES), np.uint8), np.zeros(rows, np.uint8), np.zeros((rows, 2), np.int32)
             )
+            look = partial(_look, how=self._plan.source.decoding)
             for start in range(0, rows, _AT_ONCE):
                 encoded = self._images.read(table.slice(start, _AT_ONCE))
-                for row, (data, image) in enumerate(zip(encoded, self._pool.map(_look, encoded), strict=True), start):
+                for row, (data, image) in enumerate(zip(encoded, self._pool.map(look, encoded), strict=True), start):
                     images.digest[row] = np.frombuffer(digest_bytes(data), np.uint8)
                     if isinstance(image, ImageStatus):
                         images.status[row] = image
@@ -211,10 +212,10 @@ def _cut(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
     return [entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH)]
 
 
-def _look(data: bytes) -> ImageStatus | tuple[int, int]:
+def _look(data: bytes, how: Decoding) -> ImageStatus | tuple[int, int]:
     """(H, W) of an image, or why there is none."""
-    image = decode_image(data)
-    return image if isinstance(image, ImageStatus) else (image.height, image.width)
+    with decoded(data, how) as image:
+        return image if isinstance(image, ImageStatus) else (image.height, image.width)
 
 
 def _no_fidelity(rows: int) -> RowFidelity:

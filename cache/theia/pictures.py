@@ -33,10 +33,10 @@ class Pictures:
         draws, expected = table["draws"].to_pylist(), self._cache.image_digests(rows)
         found = []
         for place, data in enumerate(encoded):
-            image = self._originals.decode(data, expected[place], table.slice(place, 1))
-            view = resolve_view(draws[place], image.width, image.height, self._cache.plan.crop)
-            shown = image if view.box is None else image.crop(view.box)
-            found.append(np.asarray(shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else shown))
+            with self._originals.decode(data, expected[place], table.slice(place, 1)) as image:
+                view = resolve_view(draws[place], image.width, image.height, self._cache.plan.crop)
+                shown = image if view.box is None else image.crop(view.box)
+                found.append(np.asarray(shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else shown))
         return found
 
 

@@ -25,10 +25,11 @@ def test_images_are_checked_wherever_they_are(tmp_path: Path) -> None:
     originals = Originals(cache, str(moved), option="--where")
     (data,) = originals.read(record)
     assert data == (moved / key_of(ROW)).read_bytes()
-    assert originals.decode(data, digest, record).size[0] > 0
+    with originals.decode(data, digest, record) as image:
+        assert image.size[0] > 0
     (other,) = originals.read(cache.samples.take(np.array([ROW + 1])))
     with pytest.raises(MismatchError, match=rf"{key_of(ROW)}.*found other bytes.*set --where"):
-        originals.decode(other, digest, record)
+        originals.decode(other, digest, record).__enter__()
     (moved / key_of(ROW)).unlink()
     with pytest.raises(SourceError, match=rf"{key_of(ROW)}.*set --where"):
         originals.read(record)

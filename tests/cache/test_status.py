@@ -123,7 +123,7 @@ def test_a_cache_that_is_only_planned_or_begun(tmp_path: Path) -> None:
     write_run(tmp_path, "1")
     assert status(tmp_path).as_json() == {
         "complete": False, "rows": 0, "units": 0, "teachers": {}, "masked": [], "failed": [], "lost_images": [],
-        "left_out": [],
+        "left_out": [], "masked_reasons": {},
     }  # fmt: skip
 
 

@@ -40,7 +40,18 @@ def test_status_of_a_complete_cache(original: Path) -> None:
     result = kpu("status", original, "--json")
     assert result.exit_code == 0
     status = json.loads(result.stdout)
-    assert set(status) == {"complete", "rows", "units", "teachers", "masked", "failed", "lost_images", "left_out"}
+    expected = {
+        "complete",
+        "rows",
+        "units",
+        "teachers",
+        "masked",
+        "failed",
+        "lost_images",
+        "left_out",
+        "masked_reasons",
+    }
+    assert set(status) == expected | {"masked_reasons"}
     assert (status["complete"], status["rows"], status["units"]) == (True, 71, 2)
     assert status["masked"] == [{"key": "cats/broken.png", "row": 70, "reason": "not an image"}]
     assert status["failed"] == []

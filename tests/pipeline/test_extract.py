@@ -11,6 +11,7 @@ import pytest
 from cache import layout
 from cache.errors import ConfigError, StorageError
 from cache.localstore import LocalStorage
+from cache.spec import Decoding
 from pipeline import loading
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.extract import extract
@@ -97,13 +98,13 @@ def test_a_commit_is_looked_up_by_the_worker_that_is_given_its_unit(
 
 def test_teachers_share_one_decoding(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
-    decode = loading.decode_image
+    decode = loading.decoded
 
-    def noted(data: bytes) -> Any:
+    def noted(data: bytes, how: Decoding) -> Any:
         decoded.append(data)
-        return decode(data)
+        return decode(data, how)
 
-    monkeypatch.setattr(loading, "decode_image", noted)
+    monkeypatch.setattr(loading, "decoded", noted)
     teachers = {"toy": {}, "wider": {"input": {"size": 16}}, "poisoned": {"input": {"size": 12}}}
     seen = Noted(decoded)
     assert extract(config(place, tmp_path / "o.kpu", teachers, calibration_rows=20), seen).complete

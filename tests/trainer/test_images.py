@@ -16,9 +16,10 @@ from PIL import Image
 
 from cache import Cache, open_cache
 from cache.errors import ConfigError, MismatchError, SourceError
+from cache.pixels.refused import Refused
 from cache.pixels.resize import geometry
 from cache.sources import source_reader
-from cache.spec import InputSpec
+from cache.spec import ImageStatus, InputSpec
 from pipeline.config import InputConfig, TeacherConfig
 from pipeline.loading import Loader
 from pipeline.reports import Stopwatch
@@ -208,7 +209,11 @@ def test_a_masked_image_is_not_needed(moved: tuple[Cache, Path]) -> None:
 def test_an_image_that_decodes_no_more_is_named(moved: tuple[Cache, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another Pillow, or one without a codec, must not turn rows black in silence."""
     cache, images = moved
-    monkeypatch.setattr("cache.pixels.decode.MAX_PIXELS", 10)
+
+    def refuse(*_: object) -> None:
+        raise Refused(ImageStatus.TOO_LARGE)
+
+    monkeypatch.setattr("cache.pixels.decode.open_image", refuse)
     with pytest.raises(MismatchError, match=r"'000\.png'.*expected an image that can be decoded.*TOO_LARGE.*Pillow"):
         ImageReader(cache, toy_input(cache), root=str(images), threads=1).load(np.arange(2))
 

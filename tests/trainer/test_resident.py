@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import Cache, open_cache
-from trainer import resident
+from cache import Cache, memory, open_cache
 from trainer.resident import Shelf, free_memory
 
 
@@ -73,8 +72,8 @@ def test_rows_that_share_a_chunk_are_read_together(toys: Path, monkeypatch: pyte
 
 
 def test_free_memory_is_a_share_of_the_lower_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(resident, "_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
     assert free_memory() == 0
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable:   1000 kB\n")
     assert free_memory() == int(0.4 * 1000 * 1024)

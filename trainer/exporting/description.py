@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache.digests import digest
 from cache.errors import ConfigError, CorruptError
-from cache.spec import InputSpec, TeacherSpec
+from cache.spec import Decoding, InputSpec, TeacherSpec
 from trainer.config import ProjectorConfig, StudentConfig
 from trainer.shapes import OutputShape
 
@@ -24,7 +24,7 @@ class Description(BaseModel):
 
     `student.model` and `base.model` name Python files by a path in the folder, or by an absolute one elsewhere.
     `inputs` are the outputs of the base that the student reads; `heads` the number of classes by teacher; `matrices`
-    the `teacher:output` whose targets were rotated.
+    the `teacher:output` whose targets were rotated; `decoding` is that of the cache that the export was checked with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +43,7 @@ class Description(BaseModel):
     heads: dict[str, int]
     matrices: tuple[str, ...]
     digests: dict[str, str] = {}
+    decoding: Decoding = Decoding()
 
     @property
     def base_shapes(self) -> dict[str, OutputShape]:

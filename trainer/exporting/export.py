@@ -70,6 +70,7 @@ def export(
     trained = load_trained(run)
     module, files = assemble(trained, bundle=bundle)
     corpus, rows = _rows(trained)
+    module.description = module.description.model_copy(update={"decoding": corpus.caches[0].plan.source.decoding})
     pixels = _pixels(corpus, rows, module, images or trained.config.images.root)
     checked = check_paths(trained, module, corpus, rows, pixels)
     files[STUDENT] = pack_tensors(module.own_state())

@@ -15,9 +15,10 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from cache.errors import CorruptError, MismatchError
-from cache.pixels.decode import decode_image, shown_rgb
+from cache.pixels.decode import decode_image, image_to_rgb
 from cache.pixels.resize import geometry, resize_image
-from cache.spec import ImageStatus
+from cache.reasons import reason, remedy
+from cache.spec import Decoding, ImageStatus
 from cache.statistics import Statistics
 from trainer.exporting.description import BASE, STUDENT, Description, read_bytes, read_description
 from trainer.objective.normalize import Normalizer
@@ -143,7 +144,7 @@ class ExportedStudent(nn.Module):
     def pixels(self, images: Sequence[Image.Image | bytes | Path]) -> Tensor:
         """Images as the extraction saw them: uint8 [B, H, W, 3] on the module's device."""
         how = geometry(self.description.input)
-        found = np.stack([resize_image(_rgb(image), how) for image in images])
+        found = np.stack([resize_image(_rgb(image, self.description.decoding), how) for image in images])
         return torch.from_numpy(found).to(self.mean.device)
 
     def unit(self, output: str) -> Affine:
@@ -208,12 +209,14 @@ def _blank(channels: int) -> Statistics:
     return Statistics(1, zeros, zeros, np.ones(channels), np.zeros((0, 0)))
 
 
-def _rgb(image: Image.Image | bytes | Path) -> Image.Image:
+def _rgb(image: Image.Image | bytes | Path, how: Decoding) -> Image.Image:
     if isinstance(image, Image.Image):
-        return shown_rgb(image)
-    found = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+        found = image_to_rgb(image, how)
+    else:
+        found = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes(), how)
     if isinstance(found, ImageStatus):
-        raise MismatchError(f"images: expected an image, found one that is {found.name}; leave it out")
+        advice = remedy(reason(found)) or "leave it out"
+        raise MismatchError(f"images: expected an image, found one that is {found.name} ({reason(found)}); {advice}")
     return found
 
 

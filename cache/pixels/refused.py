@@ -1,0 +1,11 @@
+"""Why an image has no pixels, thrown from wherever that is seen."""
+
+from cache.spec import ImageStatus
+
+
+class Refused(Exception):
+    """There are no pixels that could be shown to be right; `status` says why."""
+
+    def __init__(self, status: ImageStatus) -> None:
+        super().__init__(status.name)
+        self.status = status

@@ -1,0 +1,79 @@
+"""Room for large images: threads of one process decode side by side while memory lasts, and wait for each other then.
+
+An image that is alone is always let in, so the memory at hand decides when an image is decoded, never whether.
+"""
+
+import os
+import threading
+from types import TracebackType
+from typing import Final
+
+from cache.memory import available_memory
+
+BYTES_PER_PIXEL: Final = 16  # at the peak of decoding and resizing: animated formats hold three copies of four bytes
+ALWAYS: Final = 512 * 2**20
+"""Bytes that all images together may take without asking: 32 megapixels."""
+
+_SHARE: Final = 0.5  # of what is free; the rest is for teachers and other processes
+_ASK_AGAIN_SECONDS: Final = 0.5  # other processes give memory back without a word
+
+
+class _Room:
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._changed = threading.Condition()
+        self._taken = 0
+
+    def take(self, size: int) -> None:
+        """Wait until there is room for so many bytes beside what is taken."""
+        with self._changed:
+            while self._taken and self._taken + size > ALWAYS and self._taken + size > _free():
+                self._changed.wait(_ASK_AGAIN_SECONDS)
+            self._taken += size
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self._taken -= size
+            self._changed.notify_all()
+
+
+def _free() -> int:
+    return int(_SHARE * (available_memory() or 0))
+
+
+_room = _Room()
+
+
+def _here() -> _Room:
+    """The room of this process: a lock that was held while it was forked would never open."""
+    global _room
+    if _room.pid != os.getpid():
+        _room = _Room()
+    return _room
+
+
+class Claim:
+    """What one image takes, until the context is left. A thread holds one at a time, so none waits for itself."""
+
+    def __init__(self) -> None:
+        self._room, self._size = _here(), 0
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._size:
+            self._room.give_back(self._size)
+
+    def take(self, pixels: int) -> None:
+        """Wait for room for an image of so many pixels; instead of, not beside, what was claimed before."""
+        size = pixels * BYTES_PER_PIXEL
+        if size <= self._size:
+            return
+        if self._size:
+            self._room.give_back(self._size)
+            self._size = 0
+        self._room.take(size)
+        self._size = size
