@@ -1,7 +1,7 @@
 """Calibrating teachers before their first unit. Drivers agree, because each uses what was published first."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from pipeline.executors import Executor
 from pipeline.observers import Observer
 from pipeline.worker import Description
 
-ROWS_PER_CHANNEL: Final = 10
-LEAST_ROWS: Final = 2048
+ROWS_PER_CHANNEL: Final = 10  # where a covariance is used
+USUAL_ROWS: Final = 2048  # for means and standard deviations, whatever the number of channels
+ROUGH_ROWS: Final = 256  # with fewer, standard deviations are off by a tenth and more
 USUAL: Final = 3.3  # standard deviations from the mean; of a normal distribution, 1 value in 1,000 is further away
 _STREAM: Final = 0x6B70752D63616C69  # apart from other uses of the plan's seed
 
@@ -73,24 +74,37 @@ def _calibrations(
             found[spec.name] = Calibration(standing)
     pending = [spec for spec in specs if spec.name not in found]
     if pending:
-        widest = max(output.channels for spec in pending for output in spec.outputs)
-        rows = choose_rows(plan, widest, config.calibration_rows)
         for spec in pending:
-            if (warning := thin_calibration(spec, len(rows))) is not None:
+            if (warning := thin_calibration(spec, min(wanted_rows(spec, config), plan.rows))) is not None:
                 observer.warn(warning)
-        names = [spec.name for spec in pending]
-        observer.phase("calibrate", f"{', '.join(names)} on {len(rows):,} rows")
-        computed = executor.call("calibrate", names, rows)
-        found |= {name: Calibration(statistics) for name, statistics in computed.items()}
+        for wanted in sorted({wanted_rows(spec, config) for spec in pending}):
+            names = [spec.name for spec in pending if wanted_rows(spec, config) == wanted]
+            rows = choose_rows(plan, wanted)
+            why = f", {ROWS_PER_CHANNEL} for each channel, as codec rotated needs" if wanted > USUAL_ROWS else ""
+            why = why if config.calibration_rows == "auto" else ""
+            observer.phase("calibrate", f"{', '.join(names)} on {len(rows):,} rows{why}")
+            computed = executor.call("calibrate", names, rows)
+            found |= {name: Calibration(statistics) for name, statistics in computed.items()}
     return found
 
 
-def choose_rows(plan: Plan, widest: int, calibration_rows: int | Literal["auto"]) -> np.ndarray:
-    """Sorted, distinct row numbers, int64: one drawn from each of as many equal stretches of the plan.
+def wanted_rows(spec: TeacherSpec, config: ExtractConfig) -> int:
+    """How many rows a teacher is calibrated on, where there are as many.
 
-    `auto` is 10 rows for each of `widest` channels, at least 2,048. There are never more than the plan has.
+    `auto` is 2,048; under `rotated`, whose axes come from the covariance, 10 rows for each channel of the widest output
+    if that is more.
     """
-    wanted = max(LEAST_ROWS, ROWS_PER_CHANNEL * widest) if calibration_rows == "auto" else calibration_rows
+    if config.calibration_rows != "auto":
+        return config.calibration_rows
+    widest = max(output.channels for output in spec.outputs)
+    return max(USUAL_ROWS, ROWS_PER_CHANNEL * widest) if spec.codec.name == "rotated" else USUAL_ROWS
+
+
+def choose_rows(plan: Plan, wanted: int) -> np.ndarray:
+    """Sorted, distinct row numbers, int64: one drawn from each of `wanted` equal stretches of the plan.
+
+    There are never more than the plan has.
+    """
     count = min(wanted, plan.rows)
     edges = np.arange(count + 1, dtype=np.int64) * plan.rows // count
     draws = np.random.Philox(key=[plan.seed, _STREAM]).random_raw(count)  # this stream is fixed by NumPy's contract
@@ -129,11 +143,15 @@ def _widest(grid: Grid, statistics: Statistics) -> float:
 
 
 def thin_calibration(spec: TeacherSpec, rows: int) -> str | None:
-    """A warning where `rows` are too few for the covariance of this teacher's `global`; None where they suffice."""
+    """A warning where `rows` are too few for what is made of this teacher's `global`; None where they suffice."""
     channels = max((output.channels for output in spec.outputs if output.grid is None), default=0)
-    if rows >= ROWS_PER_CHANNEL * channels:
+    if channels and rows < ROUGH_ROWS:
+        fewer = f"fewer than {ROUGH_ROWS}"
+    elif spec.codec.name == "rotated" and rows < ROWS_PER_CHANNEL * channels:
+        fewer = f"fewer than {ROWS_PER_CHANNEL} for each of the {channels} channels of its global output"
+    else:
         return None
     return (
-        f"teacher {spec.name!r}: calibrated on {rows} rows, fewer than {ROWS_PER_CHANNEL} for each of the {channels} "
-        "channels of its global output: the statistics are rough; use more images, or set calibration_rows"
+        f"teacher {spec.name!r}: calibrated on {rows} rows, {fewer}: the statistics are rough; use more images, or set "
+        "calibration_rows"
     )

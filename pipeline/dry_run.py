@@ -11,7 +11,7 @@ from cache.records import count_rows, units_left
 from cache.sources import Source
 from cache.spec import Frozen, Plan, TeacherSpec
 from cache.teachers import teacher_names
-from pipeline.calibration import LEAST_ROWS, ROWS_PER_CHANNEL
+from pipeline.calibration import wanted_rows
 from pipeline.checks import check_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import open_executor
@@ -142,11 +142,9 @@ def _list(source: Source, config: ExtractConfig, standing: Plan | None, observer
 def _calibration_rows(config: ExtractConfig, standing: Plan | None, specs: Sequence[TeacherSpec], rows: int) -> int:
     """Rows that the teachers which are not calibrated yet have to see before their first unit."""
     published = set(teacher_names(open_storage(config.out))) if standing is not None else set()
-    widths = [output.channels for spec in specs if spec.name not in published for output in spec.outputs]
-    if config.calibration_from is not None or not widths:
+    if config.calibration_from is not None:
         return 0
-    wanted = config.calibration_rows
-    return min(rows, max(LEAST_ROWS, ROWS_PER_CHANNEL * max(widths)) if wanted == "auto" else wanted)
+    return sum({min(rows, wanted_rows(spec, config)) for spec in specs if spec.name not in published})
 
 
 def _seconds_per_row(measured: Measurement, *, overlapped: bool) -> float:

@@ -1,17 +1,29 @@
 """Which rows calibration looks at."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from cache import open_cache
 from cache.codecs import calibrated
 from cache.errors import ConfigError
 from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
 from cache.statistics import Accumulator
-from pipeline.calibration import check_range, choose_rows, thin_calibration
+from pipeline import calibration
+from pipeline.calibration import check_range, choose_rows, thin_calibration, wanted_rows
+from pipeline.config import ExtractConfig
+from pipeline.extract import extract
+from pipeline.observers import Silent
+from tests.toys import write_images, write_teacher
 
 PINNED = [23434, 34058, 67044]
+
+
+def config(**values: Any) -> ExtractConfig:
+    teachers = {"base": {"model": "timm:any"}}
+    return ExtractConfig.model_validate({"data": {"source": "x"}, "out": "o", "teachers": teachers, **values})
 
 
 def plan(rows: int, seed: int = 0) -> Plan:
@@ -46,18 +58,27 @@ def teacher(channels: int) -> TeacherSpec:
 
 
 @pytest.mark.parametrize(
-    ("rows", "widest", "asked", "expected"),
+    ("codec", "channels", "asked", "expected"),
     [
-        (10**9, 64, "auto", 2048),
-        (10**9, 768, "auto", 7680),
-        (1000, 768, "auto", 1000),
-        (10**9, 768, 33, 33),
-        (5, 768, 33, 5),
-        (1, 768, "auto", 1),
+        ("uniform", 32, "auto", 2048),
+        ("uniform", 1280, "auto", 2048),
+        ("fp16", 1280, "auto", 2048),
+        ("rotated", 32, "auto", 2048),
+        ("rotated", 1280, "auto", 25600),  # patch has twice the channels
+        ("rotated", 1280, 33, 33),
+        ("uniform", 1280, 33, 33),
     ],
 )
-def test_rows_are_sorted_distinct_and_as_many_as_needed(rows: int, widest: int, asked: int, expected: int) -> None:
-    chosen = choose_rows(plan(rows), widest, asked)
+def test_only_a_covariance_needs_rows_for_each_channel(codec: Any, channels: int, asked: int, expected: int) -> None:
+    spec = teacher(channels).model_copy(update={"codec": CodecSpec(name=codec)})
+    assert wanted_rows(spec, config(calibration_rows=asked)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "expected"), [(10**9, 2048, 2048), (1000, 2048, 1000), (5, 33, 5), (1, 9, 1)]
+)
+def test_rows_are_sorted_distinct_and_as_many_as_needed(rows: int, wanted: int, expected: int) -> None:
+    chosen = choose_rows(plan(rows), wanted)
     assert chosen.dtype == np.int64
     assert len(chosen) == expected
     assert (np.diff(chosen) > 0).all()
@@ -66,11 +87,11 @@ def test_rows_are_sorted_distinct_and_as_many_as_needed(rows: int, widest: int, 
 
 
 def test_rows_cover_the_plan_evenly_and_depend_on_the_seed() -> None:
-    chosen = choose_rows(plan(100_000), 64, 1000)
+    chosen = choose_rows(plan(100_000), 1000)
     assert np.bincount(chosen // 10_000).tolist() == [100] * 10
-    assert np.array_equal(chosen, choose_rows(plan(100_000), 64, 1000))
-    assert not np.array_equal(chosen, choose_rows(plan(100_000, seed=1), 64, 1000))
-    assert choose_rows(plan(100_000, seed=2**63 - 1), 64, 3).tolist() == PINNED
+    assert np.array_equal(chosen, choose_rows(plan(100_000), 1000))
+    assert not np.array_equal(chosen, choose_rows(plan(100_000, seed=1), 1000))
+    assert choose_rows(plan(100_000, seed=2**63 - 1), 3).tolist() == PINNED
 
 
 @pytest.mark.parametrize(("name", "least"), [("uniform", 3.3 / 32767), ("rotated", 2 * 3.3 / 16383)])
@@ -91,9 +112,37 @@ def test_a_step_too_small_for_usual_values_is_refused(name: Literal["uniform", "
 
 
 def test_too_few_rows_are_told() -> None:
-    assert thin_calibration(teacher(100), 1000) is None
-    warning = thin_calibration(teacher(100), 999)
-    assert warning is not None
-    assert "'base'" in warning
-    assert "999 rows" in warning
-    assert "100 channels" in warning
+    rotated = teacher(100).model_copy(update={"codec": CodecSpec(name="rotated")})
+    assert thin_calibration(rotated, 1000) is None
+    assert thin_calibration(teacher(100), 256) is None
+    for spec, rows, fewer in ((rotated, 999, "10 for each of the 100 channels"), (teacher(100), 255, "256: ")):
+        warning = thin_calibration(spec, rows)
+        assert warning is not None
+        assert f"teacher 'base': calibrated on {rows} rows, fewer than {fewer}" in warning
+
+
+def test_teachers_are_calibrated_on_the_rows_that_each_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a cache keeps what it was begun with, whatever later runs would take."""
+
+    class Seen(Silent):
+        def __init__(self) -> None:
+            self.phases: list[str] = []
+
+        def phase(self, name: str, detail: str) -> None:
+            self.phases += [detail] * (name == "calibrate")
+
+    source, images = write_teacher(tmp_path), write_images(tmp_path / "images", 70)
+    given = {"codec": {"name": "rotated"}, "model": f"{source}:toy"}
+    seen, out = Seen(), tmp_path / "o.kpu"
+    values = {"data": {"source": str(images)}, "out": str(out), "unit_rows": 64, "calibration_rows": 40}
+    begun = ExtractConfig.model_validate({**values, "teachers": {"a": given, "b": {"model": f"{source}:wider"}}})
+    assert not extract(begun, seen, frozenset({0})).complete
+    published = (out / "teachers/a/stats.safetensors").read_bytes()
+    assert extract(begun.model_copy(update={"calibration_rows": "auto"}), seen).complete
+    assert (out / "teachers/a/stats.safetensors").read_bytes() == published
+    assert seen.phases == ["a, b on 40 rows"]
+    fresh = begun.model_copy(update={"out": str(tmp_path / "p.kpu"), "calibration_rows": "auto"})
+    monkeypatch.setattr(calibration, "USUAL_ROWS", 30)
+    assert extract(fresh, seen).complete
+    assert seen.phases[1:] == ["b on 30 rows", "a on 60 rows, 10 for each channel, as codec rotated needs"]
+    assert {o: s.count for o, s in open_cache(tmp_path / "p.kpu").teachers["a"].statistics.items()}["global"] == 60

@@ -117,8 +117,8 @@ def make_normalizer(kind: Kind, statistics: Statistics, seed: int, *, name: str 
     if statistics.count < ROWS_PER_CHANNEL * channels:
         raise ConfigError(
             f"targets.normalize: phi-s expected statistics over at least {ROWS_PER_CHANNEL * channels} vectors "
-            f"({ROWS_PER_CHANNEL} for each of {channels} channels) for {name}, found {statistics.count}; "
-            "extract with more calibration rows, or use standardize"
+            f"({ROWS_PER_CHANNEL} for each of {channels} channels) for {name}, found {statistics.count}; extract the "
+            f"teacher under a new name with calibration_rows: {ROWS_PER_CHANNEL * channels}, or use standardize"
         )
     return PhiNormalizer(statistics, seed)
 
