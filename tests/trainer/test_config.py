@@ -25,6 +25,9 @@ preserve: {weight: 0.1}
 balance: {name: dropping, p: 0.25}
 optim: {name: adamw, lr: 3e-4, weight_decay: 0, epochs: 3, warmup: 0.1, clip: 0, ema: 1000, accumulate: 2}
 batch_size: 128
+keep: last
+validate_every: 10
+patience: 3
 order: {name: windowed, window: 8}
 validation: 0.1
 seed: 7
