@@ -80,11 +80,17 @@ def input_spec(own: Mapping[str, Any], override: InputConfig | None, who: str) -
     try:
         spec = InputSpec.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+        wrong = "; ".join(_said(each) for each in error.errors())
         raise TeacherError(f"{who}: preprocessing: {wrong}; give it under the teacher's `input`") from None
     if min(spec.std) <= 0:
         raise TeacherError(f"{who}: preprocessing: std: expected positive numbers, found {spec.std}")
     return spec
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors; that of a whole value says by itself what was found."""
+    place = ".".join(map(str, error["loc"]))
+    return f"{place}: {error['msg']}, found {error['input']!r}" if place else error["msg"].partition(", ")[2]
 
 
 def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ Letters: H and W the height and width of what it makes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -125,51 +126,78 @@ def suggest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A processor's settings, or those that it was written with, as plain values."""
-    found = {key: value for key, value in values.items() if not key.startswith("_")}
-    if isinstance(timms := found.get("data_config"), Mapping):  # of a timm model in transformers
-        return {
-            "size": {"shortest_edge": timms["input_size"][-1]},
-            "crop_pct": timms["crop_pct"],
-            "resample": timms["interpolation"],
-            "image_mean": timms["mean"],
-            "image_std": timms["std"],
+    """A processor's settings, or those that it was written with; what counts of them as plain values, or left out."""
+    if isinstance(timms := values.get("data_config"), Mapping):  # of a timm model in transformers
+        values = {
+            "size": {"shortest_edge": next(reversed(timms.get("input_size") or (0,)))},
+            "crop_pct": timms.get("crop_pct"),
+            "resample": timms.get("interpolation"),
+            "image_mean": timms.get("mean"),
+            "image_std": timms.get("std"),
         }
-    for key in ("size", "crop_size", "pad_size"):
-        stated: Any = found.get(key)
-        if isinstance(stated, int):
-            stated = {"height": stated, "width": stated}
-        found[key] = {}
-        with suppress(TypeError, ValueError):
-            found[key] = {name: value for name, value in dict(stated).items() if isinstance(value, int)}
+    found = {key: value for key, value in values.items() if not key.startswith("_") and key not in _PLAIN}
+    for key, plain in _PLAIN.items():
+        if (value := plain(values.get(key))) is not None:
+            found[key] = value
     return found
+
+
+def _positive(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and 0 < value < math.inf else None
+
+
+def _triple(value: Any) -> tuple[float, float, float] | None:
+    """Three numbers, or one for all three."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * 3
+    return values if len(values) == 3 and all(isinstance(each, int | float) for each in values) else None
+
+
+def _sides(value: Any) -> dict[str, int] | None:
+    """A size by the names of its sides."""
+    if isinstance(value, int):
+        value = {"height": value, "width": value}
+    with suppress(TypeError, ValueError):
+        return {name: side for name, side in dict(value).items() if isinstance(side, int) and _positive(side)}
+    return None
+
+
+_PLAIN: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "size": _sides,
+    "crop_size": _sides,
+    "pad_size": _sides,
+    "crop_pct": _positive,
+    "rescale_factor": _positive,
+    "image_mean": _triple,
+    "image_std": _triple,
+}
 
 
 def _check_sides(fields: Mapping[str, Any]) -> None:
     """Refuse what would take gigabytes merely to try."""
     for key in ("size", "crop_size", "pad_size"):
-        stated = fields.get(key) or {}
+        stated = fields.get(key, {})
         only_bound = "longest_edge" if "shortest_edge" in stated else ""
         sides = [side for name, side in stated.items() if "_pixels" not in name and name != only_bound]
-        if max(sides, default=0) / (fields.get("crop_pct") or 1) > _LONGEST_SIDE:
+        if max(sides, default=0) / fields.get("crop_pct", 1) > _LONGEST_SIDE:
             raise _NoPixels(f"has {key} {stated}; expected at most {_LONGEST_SIDE} pixels")
 
 
 def _run(processor: Any, image: Image.Image, *, tiles: bool = False) -> Values:
     """What the model would be given for one image, [3, H, W]; with `tiles` the first of several."""
     try:
-        batch = processor(images=image, return_tensors="pt")
-        found = batch["pixel_values"]
-        found = found[0] if isinstance(found, list | tuple) else found
-        values = np.asarray(found, np.float32)
-    except KeyError:
-        raise _NoPixels(f"gives {', '.join(map(str, batch))}, expected pixel_values") from None
-    except Exception as error:
+        with np.errstate(all="ignore"):
+            batch = dict(processor(images=image, return_tensors="pt"))
+        found = batch.get("pixel_values")
+        values = np.asarray(found[0] if isinstance(found, list | tuple) else found, np.float32)
+    except Exception as error:  # of code that is not ours
         raise _NoPixels(f"fails on an image of {image.height} x {image.width}: {reason(error)}") from error
+    if found is None:
+        raise _NoPixels(f"gives {', '.join(map(str, batch)) or 'nothing'}, expected pixel_values")
     shape = list(values.shape)
-    while values.ndim > 3 and (tiles or len(values) == 1):
+    while values.ndim > 3 and (len(values) == 1 or (tiles and len(values))):
         values = values[0]
-    if values.ndim != 3 or len(values) != 3:
+    if values.ndim != 3 or len(values) != 3 or not values.size:
         other = "" if len(shape) > 3 else "; a model that takes no such images cannot be an hf: teacher"
         raise _NoPixels(f"gives pixel_values {shape}, expected one image [3, H, W]{other}")
     return values
@@ -183,12 +211,11 @@ def _run_on_colour(processor: Any, colour: tuple[int, int, int]) -> Values:
 
 def _stated(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The mean and std that the fields say; where they say none, those that change nothing."""
-    factor = _WHITE * ((fields.get("rescale_factor") or 1 / _WHITE) if fields.get("do_rescale", True) else 1)
+    factor = _WHITE * (fields.get("rescale_factor", 1 / _WHITE) if fields.get("do_rescale", True) else 1)
     mean, std = fields.get("image_mean"), fields.get("image_std")
-    triples = [tuple(each) if isinstance(each, Sequence) else (each,) * 3 for each in (mean, std)]
-    if not fields.get("do_normalize", True) or any(len(each) != 3 or None in each for each in triples):
+    if not fields.get("do_normalize", True) or mean is None or std is None:
         return {"mean": (0.0,) * 3, "std": (1 / factor,) * 3}
-    return {key: tuple(value / factor for value in each) for key, each in zip(("mean", "std"), triples, strict=True)}
+    return {"mean": tuple(value / factor for value in mean), "std": tuple(value / factor for value in std)}
 
 
 def _measured(flat: Sequence[Values], stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,29 @@ def test_step_that_cannot_be_followed_is_named_and_the_remedy_loads(tmp_path: Pa
     assert teacher.input.std == pytest.approx(processor["image_std"])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop_size": {"height": -5, "width": 7}},
+        {"size": {"shortest_edge": 0}},
+        {"size": {"height": "a", "width": 3}},
+        {"size": "large"},
+        {"size": 10**12},
+        {"image_mean": {"red": 0.5}},
+        {"image_std": [0, 0, 0]},
+        {"image_std": [0.5, 0.5]},
+        {"image_mean": [float("nan")] * 3},
+        {"rescale_factor": [0.5, 0.5]},
+        {"resample": 10**12},
+        {"data_config": {"mean": 1}, "size": None},
+    ],
+    ids=str,
+)
+def test_malformed_processor_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(TeacherError, match=r"^t: preprocessing: .*; to choose .* set the teacher's `input: \{size: "):
+        read(write(tmp_path, KINDS["clip"] | wrong))
+
+
 def test_without_a_processor_the_input_must_be_given(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     message = r"image processor: expected preprocessor_config.json in the folder, found none.* `input: \{size: 32, mean"
@@ -228,6 +251,9 @@ def test_overrides_change_the_processors_own(tmp_path: Path) -> None:
     assert read(folder, crop=1.0, interpolation="lanczos").interpolation == "lanczos"
     assert read(folder, crop_mode="squash", crop=1.0).crop_rounding == "round"  # which nothing depends on
     assert read(folder, channels="bgr").channels == "bgr"
+    with pytest.raises(TeacherError, match=r"preprocessing: expected crop 1 with crop_mode pad, found 0.875; give it"):
+        read(folder, crop_mode="pad")
+    assert read(folder, crop_mode="pad", crop=1).crop_rounding == "round"
     write(folder, KINDS["vit"])
     assert read(folder, size=384).crop_mode == "squash"
     assert read(folder, crop=0.9).crop_rounding == "floor"
