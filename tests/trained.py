@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cache.digests import digest_of
 from tests.toys import kpu, write_teacher
 from trainer.config import validate_config
 from trainer.loop import fit
@@ -67,7 +68,10 @@ def timm_cache(place: Path, model: str) -> Path:
 
 @cache
 def small_run(place: Path, name: str = "run", **changes: Any) -> Path:
-    """A run of three epochs; `changes` are values of the configuration, a section as a tuple of pairs."""
+    """A run of three epochs; `changes` are values of the configuration, a section as a tuple of pairs.
+
+    Its folder is called `name` and, so that no two tests share one by chance, by a digest of the changes.
+    """
     values: dict[str, Any] = {
         "caches": [str(labelled_cache(place))],
         "base": "general",
@@ -82,4 +86,5 @@ def small_run(place: Path, name: str = "run", **changes: Any) -> Path:
     }
     for key, value in changes.items():
         values[key] = dict(value) if value and isinstance(value[0], tuple) else list(value)
-    return fit(validate_config(values, "test"), place / name).path
+    folder = f"{name}-{digest_of(values)[:8]}" if changes else name
+    return fit(validate_config(values, "test"), place / folder).path
