@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 
-from cli.console import console, escape_unprintable
+from cli.console import console
 from cli.failures import reported
 from cli.options import CachePath, Json, print_result
+from cli.start import start
 from cli.upkeep import bench, gc, info, repair, status, verify
 
 if TYPE_CHECKING:  # these load torch and pyarrow, which takes seconds: help and usage errors should not wait for them
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # these load torch and pyarrow, which takes seconds: help and
 app = typer.Typer(
     help="Extract frozen multi-teacher features into a crash-safe, compressed cache, once, and look after it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -28,12 +28,13 @@ _RESUMES: Final = "committed units are safe; the same command resumes"
 _AGAIN: Final = "what was committed is safe; run the same command again"
 
 
-@app.callback()
-def _start() -> None:
-    escape_unprintable()
+app.callback()(start)
 
 
-@app.command()
+@app.command(
+    epilog="Example: kpu-cache extract images/ -o my.kpu -t dino=timm:vit_small_patch14_dinov2.lvd142m "
+    "--set teachers.dino.input.size=224"
+)
 @reported(_RESUMES)
 def extract(
     data: Annotated[
@@ -83,7 +84,7 @@ def extract(
         raise typer.Exit(1)
 
 
-@app.command("retry-failed")
+@app.command("retry-failed", epilog="Example: kpu-cache retry-failed my.kpu")
 @reported(_RESUMES)
 def retry_failed(cache: CachePath, as_json: Json = False) -> None:
     """Try again the units that failed, each with the configuration of the latest run in which it failed."""
@@ -111,11 +112,18 @@ def retry_failed(cache: CachePath, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-for command in (status, info, verify, repair, bench, gc):
-    app.command()(command)
+for command, example in (
+    (status, "kpu-cache status my.kpu"),
+    (info, "kpu-cache info my.kpu --json"),
+    (verify, "kpu-cache verify my.kpu --deep --rows 256"),
+    (repair, "kpu-cache repair my.kpu --dry-run"),
+    (bench, "kpu-cache bench my.kpu -t dino"),
+    (gc, "kpu-cache gc my.kpu"),
+):
+    app.command(epilog=f"Example: {example}")(command)
 
 
-@app.command("export")
+@app.command("export", epilog="Example: kpu-cache export my.kpu my-tars.kpu --format webdataset")
 @reported(_AGAIN)
 def export_command(
     cache: CachePath,
@@ -152,7 +160,7 @@ def export_command(
     print_result(asdict(done), as_json, lambda console: show_export(console, done))
 
 
-@app.command("import")
+@app.command("import", epilog="Example: kpu-cache import theia/ my.kpu --dataset imagenet --split train")
 @reported(_AGAIN)
 def import_command(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="The folder of Theia's datasets.")],

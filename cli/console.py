@@ -28,6 +28,11 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def progress_note(line: str) -> None:
+    """Say on standard error what goes on now; results go to standard output."""
+    console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, where that is a terminal, that is gone at the end; moved by calls of (done, total)."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import IncompleteError
-from cli.console import console, escape_unprintable, progress_bar
+from cli.console import console, progress_bar, progress_note
 from cli.failures import reported
 from cli.options import Csv, Json, Latex, Markdown, print_tables, table_format
+from cli.start import start
 
 if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage errors should not wait for it
     from trainer.batches import Live
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage error
 app = typer.Typer(
     help="Train one student that inherits what all teachers of a feature cache know; no teacher is loaded.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,17 +33,19 @@ Caches = Annotated[list[str] | None, typer.Option("--cache", metavar="PATH", hel
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder of the run.")]
 
 
-@app.callback()
-def _start() -> None:
-    escape_unprintable()
+app.callback()(start)
 
 
 def _after_fit(options: Mapping[str, Any]) -> str:
-    begun = (options["out"] / "config.yaml").exists()
-    return "the last checkpoint is safe; the same command with --resume goes on" if begun else "no run was begun"
+    out: Path = options["out"]
+    if next((out / "checkpoints").glob("step-*"), None) is not None:
+        return "the last checkpoint is safe; the same command with --resume goes on"
+    if (out / "config.yaml").exists():
+        return "there is no checkpoint yet; the same command with --resume begins from the start"
+    return "no run was begun"
 
 
-@app.command()
+@app.command(epilog="Example: kpu-train fit -c train.yaml -o runs/first --set optim.epochs=40")
 @reported(_after_fit)
 def fit(
     out: Out,
@@ -54,11 +56,21 @@ def fit(
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Training processes, by Ray Train.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
 ) -> None:
-    """Train a student. With --resume the same command goes on from the last checkpoint, sample for sample."""
+    """Train a student. With --resume the same command goes on from the last checkpoint, sample for sample.
+
+    `kpu-train fit -o RUN --resume` needs no more than that: the run knows how it was begun.
+    """
     from trainer.config import load_config
 
     extra = [f"workers={workers}"] if workers is not None else []
-    loaded = load_config(config, caches=cache or (), overrides=[*(overrides or ()), *extra])
+    resolved = False
+    if resume and config is None:
+        from trainer.place import CONFIG, require_run
+
+        require_run(out)
+        config, resolved = out / CONFIG, True  # a run knows how it was begun
+    assigned = [*(overrides or ()), *extra]
+    loaded = load_config(config, caches=cache or (), overrides=assigned, resolved=resolved)
     summary = _fit(loaded, out.absolute(), resume, ray_address)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
         from cli.training import show_summary
@@ -66,7 +78,7 @@ def fit(
         show_summary(console(), out, summary)
 
 
-@app.command()
+@app.command(epilog="Example: kpu-train ablate -c sweep.yaml --csv")
 @reported("trainings that ended are kept; the same command goes on")
 def ablate(
     sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
@@ -103,7 +115,7 @@ Images = Annotated[
 ]
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog="Example: kpu-train eval runs/first --cache test.kpu")
 @reported()
 def evaluate(
     run: RunPath,
@@ -119,6 +131,10 @@ def evaluate(
     The result is kept with the run, for `compare`.
     """
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
+    from trainer.place import require_run
+
+    require_run(run)
+    progress_note(f"open: {run}")
     from trainer.evaluation.evaluate import evaluate as measure
 
     with progress_bar("rows") as progress:
@@ -136,7 +152,7 @@ def evaluate(
         raise IncompleteError(f"what was measured could not be kept with the run, for `compare`: {found['unkept']}")
 
 
-@app.command()
+@app.command(epilog="Example: kpu-train export runs/first -o student")
 @reported()
 def export(
     run: RunPath,
@@ -148,13 +164,19 @@ def export(
     program: Annotated[bool, typer.Option("--program/--no-program", help="Write student.pt2, by torch.export.")] = True,
 ) -> None:
     """Write the student as its user runs it, on images; first its features are compared with those from the cache."""
+    from trainer.place import require_nothing, require_run
+
+    require_run(run)
+    require_nothing(out)
+    progress_note(f"open: {run}")
     from cli.evaluation import show_export
     from trainer.exporting.export import export as write
 
+    progress_note("check: the student on images against the cache; then write it")
     show_export(console(), write(run, out, bundle=bundle, images=images, program=program))
 
 
-@app.command()
+@app.command(epilog="Example: kpu-train compare runs/* --plot runs.svg --markdown")
 @reported()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs that ended.")],
@@ -167,6 +189,10 @@ def compare(
 ) -> None:
     """Put runs side by side: a table, and a plot. With --cache, what `eval` found on that cache."""
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
+    from trainer.place import require_run
+
+    for run in runs:
+        require_run(run)
     from trainer.evaluation.compare import compare as read
     from trainer.evaluation.compare import plot as draw
 
@@ -196,6 +222,11 @@ def _say(line: str, *, stderr: bool = False) -> None:
 def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None) -> dict[str, Any]:
     from cli.training import watching
 
+    if os.environ.get("RANK", "0") == "0":
+        from trainer.start import check_start
+
+        check_start(config, out, resume=resume)
+        _say(f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
     with watching(console()) as watch:
         from trainer.world import under_launcher
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import layout
 from cache.errors import ConfigError
+from cache.setting_paths import anchor_paths
 from cache.settings import Section, read_yaml, section, split, validate, validate_overridden
 from cache.spec import CodecSpec, CropSpec, ShardFormat
 
@@ -23,6 +24,7 @@ _COUNT_OR_AUTO = f"{_COUNT}, or auto"
 _THREE = "three numbers, of red, green and blue, or null"
 _MODEL = "timm:<model>, hf:<id or folder> or torch:<module or path/to/file.py>:<factory>"
 
+_PATHS: Final = ("data.source", "out", "calibration_from", "teachers.*.model", "teachers.*.weights")
 _HOW: Final = {
     "data": "DATA or data.source",
     "data.source": "DATA or data.source",
@@ -191,12 +193,15 @@ def load_config(
 ) -> ExtractConfig:
     """Read a YAML file, lay the command line's values over it, and validate the whole once.
 
-    `teachers` are NAME=MODEL, `overrides` KEY.PATH=YAML; overrides win over everything else.
+    Relative paths in the file begin at its folder, those of the command line at the working directory. `teachers` are
+    NAME=MODEL, `overrides` KEY.PATH=YAML; overrides win over everything else.
 
     Raises:
         ConfigError: naming the key, what was expected and what was found.
     """
     values: dict[str, Any] = read_yaml(Path(path)) if path is not None else {}
+    if path is not None:
+        anchor_paths(values, Path(path), _PATHS)
     named = [split(assignment, "--teacher", "NAME=MODEL") for assignment in teachers]
     for name, model in named:
         if [other for other, _ in named].count(name) > 1:

@@ -5,6 +5,7 @@ Whatever was done before is found in the cache and not done again, so the same c
 
 from collections.abc import Iterator, Mapping
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,18 +19,16 @@ from cache.records import Mask, count_rows, lost_images, units_left
 from cache.samples import Samples
 from cache.spec import Plan
 from cache.storage import Storage
-from pipeline.calibration import calibrate_teachers
-from pipeline.checks import check_teachers, warn_of_labels
 from pipeline.config import ExtractConfig
-from pipeline.executors import Executor, open_executor
 from pipeline.observers import Observer, Silent
 from pipeline.paths import resolve_paths
 from pipeline.planning import check_settings, choose_threads, open_data, plan_cache
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
 from pipeline.target import left_as_it_was, standing_plan
-from pipeline.teachers import ship
-from pipeline.worker import WorkerSetup
+
+if TYPE_CHECKING:
+    from pipeline.executors import Executor
 
 FAILURES_IN_A_ROW = 20
 
@@ -51,10 +50,17 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     source = open_data(config.data, standing)
     if standing is not None:
         check_settings(standing, source, config)
+    observer.phase("load", ", ".join(config.teachers))
+    # These load torch, which takes seconds; what is refused above does not wait for it.
+    from pipeline.calibration import calibrate_teachers
+    from pipeline.checks import check_teachers, warn_of_labels
+    from pipeline.executors import open_executor
+    from pipeline.teachers import ship
+    from pipeline.worker import WorkerSetup
+
     shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
     threads = choose_threads(config.executor, standing, observer)
 
-    observer.phase("load", ", ".join(shipped))
     setup = WorkerSetup(config, shipped, source.spec, run_id)
     with left_as_it_was(config.out) as created, open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
@@ -90,7 +96,7 @@ def _work_off(
     storage: Storage,
     plan: Plan,
     config: ExtractConfig,
-    executor: Executor,
+    executor: "Executor",
     run: Run,
     observer: Observer,
     units: frozenset[int] | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.exporting.exported import load_student
 
+__distribution__ = "kpu"
 __all__ = ["load_student"]
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from cache.errors import ConfigError, IncompleteError, KpuError, MismatchError
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.files import replace_file, write_error
 from trainer.loop import fit, settle_teachers
 from trainer.resident import free_memory
 from trainer.runs import RunFolder
 from trainer.sealed import dump_json
 from trainer.sweeps import TRIAL_NAME, Sweep, Trial, name_of
+from trainer.targets import choose_outputs
 
 LEVEL: Final = 0.95
 _TABLE, _RAY = "ablation.json", ".ray"

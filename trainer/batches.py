@@ -5,11 +5,12 @@ from itertools import islice
 
 from cache.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.data import Batch, Drawn, Fetch, Loader, Stream, Upload, loader_threads
 from trainer.model import Inheritance
 from trainer.order import make_order
 from trainer.resident import free_memory
+from trainer.targets import choose_outputs
 from trainer.world import World
 
 Live = Callable[[Corpus, TrainConfig, Fetch], Fetch]

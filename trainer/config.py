@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import open_cache
 from cache.errors import KpuError
+from cache.setting_paths import anchor_paths
 from cache.settings import Section, read_yaml, validate, validate_overridden
 
 Text = Annotated[str, Field(min_length=1)]
@@ -24,6 +25,9 @@ _COUNT = "a whole number above 0"
 _WEIGHT = "a number from 0"
 _SHARE = "a number from 0 to 1"
 _NAMES = "a list of names"
+
+PATHS: Final = ("caches", "student.model", "student.weights", "images.root")
+"""Keys of the configuration that hold paths."""
 
 _HOW: Final = {"caches": "--cache PATH or caches"}
 
@@ -259,16 +263,23 @@ class TrainConfig(Section):
 
 
 def load_config(
-    path: str | os.PathLike[str] | None, *, caches: Sequence[str] = (), overrides: Sequence[str] = ()
+    path: str | os.PathLike[str] | None,
+    *,
+    caches: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    resolved: bool = False,
 ) -> TrainConfig:
     """Read a YAML file, if any, lay the command line's values over it, and validate the whole once.
 
-    `caches`, where any is given, stand in for the file's; `overrides` are KEY.PATH=YAML and win over everything else.
+    Relative paths in the file begin at its folder, unless it is the `resolved` one of a run. `caches`, where any is
+    given, stand in for the file's; `overrides` are KEY.PATH=YAML and win over everything else.
 
     Raises:
         ConfigError: naming the key, what was expected and what was found.
     """
     values = read_yaml(Path(path)) if path is not None else {}
+    if path is not None and not resolved:
+        anchor_paths(values, Path(path), PATHS)
     if caches:
         values["caches"] = list(caches)
     return validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)

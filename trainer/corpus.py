@@ -3,7 +3,7 @@
 Letters: B rows of a batch, T tokens of a map, C channels.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,15 +15,14 @@ from torch import Tensor
 from cache import Cache, open_cache
 from cache.codecs import Grid
 from cache.digests import digest_of
-from cache.errors import ConfigError, MismatchError
+from cache.errors import MismatchError
 from cache.opened import Teacher
-from cache.setting_errors import nearest
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics
-from trainer.config import TrainConfig
 from trainer.resident import Rows, Shelf
 from trainer.shapes import OutputShape, shape_of
 from trainer.split import validation_mask
+from trainer.targets import not_among, require
 
 _BLOCK: Final = 2**18  # values that a CPU standardises at once: two passes over a whole batch would leave its cache
 Wanted = Mapping[str, Sequence[str]]
@@ -106,11 +105,11 @@ class Corpus:
         self.rows = int(self.starts[-1])
         self.sources: dict[str, Source] = {}
         for cache in self.caches:
-            _require(base in cache.teachers, f"base: {_not_among(base, cache.teachers, f'cache {cache.path}')}")
+            require(base in cache.teachers, f"base: {not_among(base, cache.teachers, f'cache {cache.path}')}")
             for name in self.teachers_of(cache):
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
-            _require(name in self.sources, f"teachers: {_not_among(name, self._all_names(), 'the caches')}")
+            require(name in self.sources, f"teachers: {not_among(name, self._all_names(), 'the caches')}")
         self._shelf, self.pinned = Shelf(memory), pinned
 
     @property
@@ -197,13 +196,13 @@ class Corpus:
     def _admit(self, cache: Cache, teacher: Teacher) -> None:
         name = teacher.name
         for output in self.wanted[name]:
-            _require(
+            require(
                 output in teacher.outputs,
                 f"cache {cache.path}: teacher {name!r} has outputs {sorted(teacher.outputs)}, not {output!r}; "
                 "extract it with that output under a new name, or leave it out",
             )
         done = int(np.count_nonzero(teacher.committed()))
-        _require(
+        require(
             done == cache.plan.units,
             f"cache {cache.path}: teacher {name!r}: expected all {cache.plan.units} units, found {done}; complete it "
             "with the same `kpu-cache extract` command",
@@ -220,26 +219,6 @@ class Corpus:
 
     def _all_names(self) -> list[str]:
         return sorted({name for cache in self.caches for name in cache.teachers})
-
-
-def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
-    """Which outputs of which teachers a run reads: the targets of all, and for a side student the base's layers.
-
-    Raises:
-        ConfigError: the base is not among the teachers.
-    """
-    names = config.teachers
-    if names is None:
-        found = [name for path in config.caches for name in open_cache(path).teachers]
-        names = tuple(dict.fromkeys([config.base, *sorted(found)]))
-    if config.base not in names:
-        near = nearest(config.base, names)
-        advice = f"add it, or correct base: did you mean {near!r}?" if near else "add it"
-        raise ConfigError(f"teachers: expected the base {config.base!r} among them, found {list(names)}; {advice}")
-    extra = config.student.layers if config.student.kind == "side" else ()
-    wanted = dict.fromkeys(names, config.outputs)
-    wanted[config.base] = tuple(dict.fromkeys([*config.outputs, *extra]))
-    return wanted
 
 
 def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
@@ -267,14 +246,3 @@ def _empty(shape: tuple[int, ...], dtype: "np.dtype[Any]", *, pinned: bool) -> t
     else:  # NumPy asks for huge pages, torch does not
         tensor = torch.from_numpy(np.empty(shape, bits))
     return tensor if bits == dtype else tensor.view(torch.bfloat16), tensor.numpy().view(dtype)
-
-
-def _not_among(name: str, known: Collection[str], place: str) -> str:
-    near = nearest(name, known)
-    advice = f"; did you mean {near!r}?" if near else ""
-    return f"expected a teacher of {place} ({', '.join(sorted(known)) or 'none'}), found {name!r}{advice}"
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)

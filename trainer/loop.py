@@ -16,7 +16,7 @@ from cache.failpoints import failpoint
 from trainer.batches import Live, draw_batches, first_epoch, open_corpus, open_loader, open_stream
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.data import Loader, Stream, Upload
 from trainer.evaluation.scores import batches_of, score
 from trainer.events import Events
@@ -29,6 +29,7 @@ from trainer.resident import Rows
 from trainer.runs import RunFolder
 from trainer.selection import Selection, choose_weights
 from trainer.split import some_of
+from trainer.targets import choose_outputs
 from trainer.training import Training
 from trainer.world import World, join_world
 

@@ -37,6 +37,7 @@ from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
 from trainer.environment import environment
 from trainer.files import replace_file, write_error
+from trainer.place import CONFIG, SOURCE_FILES, check_place
 from trainer.repeated import require_distinct
 from trainer.sealed import (
     ADVICE,
@@ -50,12 +51,12 @@ from trainer.sealed import (
     seal_json,
     seal_yaml,
 )
-from trainer.sources import SOURCE_FILES, images_of, load_sources, load_specs, open_sources, pack_sources
+from trainer.sources import images_of, load_sources, load_specs, open_sources, pack_sources
 
 MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 """Keys that a run may be resumed with other values of: none of them decides what is learned."""
 
-_CONFIG, _METRICS, _SPACE, _SUMMARY = "config.yaml", "metrics.jsonl", "space.json", "summary.json"
+_METRICS, _SPACE, _SUMMARY = "metrics.jsonl", "space.json", "summary.json"
 MODEL: Final = "model.safetensors"
 _SUMMARY_KEYS: Final = ("steps", "seconds", "parameters", "validation_rows", "validation")
 
@@ -71,7 +72,7 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether there is something to resume: the configuration is the last file that `create` writes."""
-        return (self.path / _CONFIG).exists()
+        return (self.path / CONFIG).exists()
 
     @staticmethod
     def create(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
@@ -81,11 +82,8 @@ class RunFolder:
             ConfigError: something stands at `path` already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
+        check_place(path)
         run = RunFolder(path)
-        if run.begun:
-            raise ConfigError(f"out: {path}: a run stands there; continue it with --resume, or choose another folder")
-        if path.exists() and (not path.is_dir() or any(not _begins(file) for file in path.iterdir())):
-            raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
         require_distinct(corpus.caches)
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -124,9 +122,9 @@ class RunFolder:
             ConfigError: there is no run here.
         """
         begun, asked = (each.model_dump(mode="json") for each in (self.config(), config))
-        changed = [key for key in asked if key not in MAY_CHANGE and begun[key] != asked[key]]
+        changed = [line for key in asked if key not in MAY_CHANGE for line in _differences(key, begun[key], asked[key])]
         if changed:
-            return "; ".join(f"{key}: begun with {begun[key]!r}, now {asked[key]!r}" for key in changed)
+            return "; ".join(changed)
         if self.has_caches(corpus):
             return None
         then, now = (", ".join(each["path"] for each in caches) for caches in (self.caches(), corpus.fingerprints()))
@@ -150,12 +148,12 @@ class RunFolder:
             ConfigError: there is no run here.
             CorruptError: the file is damaged.
         """
-        file = self.path / _CONFIG
+        file = self.path / CONFIG
         try:
             data = file.read_bytes()
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: expected a run of kpu-train, found no {_CONFIG} ({error.strerror}); check the path"
+                f"{self.path}: expected a run of kpu-train, found no {CONFIG} ({error.strerror}); check the path"
             ) from None
         values = open_yaml(file, data, MAY_CHANGE)
         try:
@@ -273,7 +271,7 @@ class RunFolder:
     def _write_config(self, config: TrainConfig, corpus: Corpus) -> None:
         resolved = config.model_copy(update={"caches": tuple(cache.path for cache in corpus.caches)})
         if not self.begun or self.config() != resolved:
-            self._write(_CONFIG, seal_yaml(resolved.model_dump(mode="json"), MAY_CHANGE))
+            self._write(CONFIG, seal_yaml(resolved.model_dump(mode="json"), MAY_CHANGE))
 
     def _summary(self) -> dict[str, Any]:
         return open_json(self.path / _SUMMARY, _SUMMARY_KEYS)
@@ -287,8 +285,8 @@ class RunFolder:
         replace_file(self.path / name, data)
 
 
-def _begins(file: Path) -> bool:
-    """Whether a file is one that a run which never began may have left."""
-    if file.name == "checkpoints":
-        return file.is_dir() and not any(file.iterdir())
-    return file.name in SOURCE_FILES or file.name.startswith(tuple(f".{name}." for name in (*SOURCE_FILES, _CONFIG)))
+def _differences(key: str, begun: Any, asked: Any) -> list[str]:
+    """A line for each value that differs, by the key under which it is."""
+    if isinstance(begun, dict) and isinstance(asked, dict):
+        return [line for each in asked for line in _differences(f"{key}.{each}", begun.get(each), asked[each])]
+    return [] if begun == asked else [f"{key}: begun with {begun!r}, now {asked!r}"]

@@ -16,11 +16,10 @@ from cache.errors import CorruptError
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics, dump_statistics, load_statistics
 from trainer.corpus import Corpus, Source
+from trainer.place import HEADS, SOURCES, STATISTICS
 from trainer.sealed import ADVICE, DIGESTS, open_json, read_sealed, seal_json
 from trainer.shapes import shape_of
 
-_SOURCES, _STATISTICS, _HEADS = "sources.json", "statistics.safetensors", "heads.safetensors"
-SOURCE_FILES: Final = (_STATISTICS, _HEADS, _SOURCES)
 _KEYS: Final = ("teachers", "seeds", "caches")
 
 
@@ -32,7 +31,7 @@ def pack_sources(corpus: Corpus) -> dict[str, bytes]:
     for name, source in sources.items():
         if source.head is not None:
             heads |= {f"{name}.weight": source.head[0], f"{name}.bias": source.head[1]}
-    files = {_STATISTICS: dump_statistics(statistics, {}), _HEADS: save_arrays(heads)}
+    files = {STATISTICS: dump_statistics(statistics, {}), HEADS: save_arrays(heads)}
     document = {
         "teachers": {name: source.spec.model_dump(mode="json") for name, source in sources.items()},
         "seeds": {name: source.seed for name, source in sources.items()},
@@ -40,7 +39,7 @@ def pack_sources(corpus: Corpus) -> dict[str, bytes]:
         "images": [images_of(cache) for cache in corpus.caches],
         DIGESTS: {name: digest(data) for name, data in files.items()},
     }
-    return {**files, _SOURCES: seal_json(document)}
+    return {**files, SOURCES: seal_json(document)}
 
 
 def open_sources(folder: Path) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def open_sources(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptError: it is damaged or missing.
     """
-    return open_json(folder / _SOURCES, _KEYS)
+    return open_json(folder / SOURCES, _KEYS)
 
 
 def load_specs(folder: Path) -> dict[str, TeacherSpec]:
@@ -58,7 +57,7 @@ def load_specs(folder: Path) -> dict[str, TeacherSpec]:
     Raises:
         CorruptError: the last of these files is damaged or missing.
     """
-    return _specs(open_sources(folder), folder / _SOURCES)
+    return _specs(open_sources(folder), folder / SOURCES)
 
 
 def load_sources(folder: Path) -> dict[str, Source]:
@@ -69,19 +68,19 @@ def load_sources(folder: Path) -> dict[str, Source]:
     """
     document = open_sources(folder)
     digests = document.get(DIGESTS, {})
-    statistics_file, heads_file = folder / _STATISTICS, folder / _HEADS
-    statistics, _ = load_statistics(read_sealed(statistics_file, digests.get(_STATISTICS)), str(statistics_file))
+    statistics_file, heads_file = folder / STATISTICS, folder / HEADS
+    statistics, _ = load_statistics(read_sealed(statistics_file, digests.get(STATISTICS)), str(statistics_file))
     try:
-        heads = load_arrays(read_sealed(heads_file, digests.get(_HEADS)))
+        heads = load_arrays(read_sealed(heads_file, digests.get(HEADS)))
     except SafetensorError as error:
         raise CorruptError(str(heads_file), f"holds no heads ({error}); {ADVICE}") from None
     try:
         return {
             name: _source(name, spec, document["seeds"][name], statistics, heads)
-            for name, spec in _specs(document, folder / _SOURCES).items()
+            for name, spec in _specs(document, folder / SOURCES).items()
         }
     except (KeyError, TypeError) as error:
-        raise CorruptError(str(folder / _SOURCES), f"does not fit {_HEADS} ({error}); {ADVICE}") from None
+        raise CorruptError(str(folder / SOURCES), f"does not fit {HEADS} ({error}); {ADVICE}") from None
 
 
 def images_of(cache: Cache) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from cache.errors import ConfigError
+from cache.setting_paths import anchor_paths
 from cache.settings import Section, read_yaml, section, validate
-from trainer.config import Text, TrainConfig, validate_config
+from trainer.config import PATHS, Text, TrainConfig, validate_config
 
 TRIAL_NAME: Final = re.compile(r"\d{3,}(-[\w.+-]+)?-seed\d+")
 """What the folder of a training is called: the number of its cell, what that sets, and the seed."""
@@ -21,7 +22,7 @@ _LISTS = "a mapping of keys of the configuration to lists of values"
 
 
 class SweepConfig(Section):
-    """A sweep file. Relative paths begin where the command is called."""
+    """A sweep file. Relative paths begin at its folder, those of another file that it names at that file's."""
 
     config: Text | dict[str, Any] = Field(description="the path of a configuration, or its keys")
     grid: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(default={}, description=_LISTS)
@@ -60,10 +61,15 @@ def load_sweep(file: Path, out: Path | None = None) -> Sweep:
         ConfigError: a key is unknown, a value is wrong in some cell, or two cells or seeds are the same.
     """
     values = read_yaml(file)
+    anchor_paths(values, file, ("config", "out", *(f"config.{key}" for key in PATHS)))
     if out is not None:
         values["out"] = str(out)
     sweep = validate(SweepConfig, values, str(file))
-    base = read_yaml(Path(sweep.config)) if isinstance(sweep.config, str) else sweep.config
+    base = sweep.config
+    if isinstance(base, str):
+        common = Path(base)
+        base = read_yaml(common)
+        anchor_paths(base, common, PATHS)
     if "seed" in sweep.grid:
         raise ConfigError(f"{file}: grid: expected keys other than seed, found it; give a list of seeds as seeds")
     cells = tuple(dict(zip(sweep.grid, chosen, strict=True)) for chosen in itertools.product(*sweep.grid.values()))

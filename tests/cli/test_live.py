@@ -18,9 +18,10 @@ from pipeline.teachers import Teacher, build_teacher
 from tests.toys import TOY, kpu, write_images, write_teacher
 from trainer.batches import open_loader
 from trainer.config import validate_config
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.data import Drawn, Upload
 from trainer.model import Inheritance
+from trainer.targets import choose_outputs
 
 CPU = torch.device("cpu")
 

@@ -62,7 +62,7 @@ def test_export(run: Path, tmp_path: Path) -> None:
     assert "images against cache, 32 rows, base: global 0.0" in result.stdout
     assert f"exported: {tmp_path / 'out'}" in result.stdout
     assert load_student(tmp_path / "out").description.outputs == ("global", "patch")
-    assert_refused(kpu_train("export", run, "--out", tmp_path / "out"), "expected a path where nothing stands")
+    assert_refused(kpu_train("export", run, "--out", tmp_path / "out"), "expected a path where nothing exists")
     moved = kpu_train("export", run, "--out", tmp_path / "other", "--images", tmp_path / "nowhere")
     assert_refused(moved, "error: --images: expected the folder", "nowhere; set --images to where they are now")
     assert not (tmp_path / "other").exists()

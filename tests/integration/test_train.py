@@ -272,7 +272,7 @@ def test_a_damaged_cache(settings: Path, finished: Path, tmp_path: Path) -> None
 
 def test_a_run_that_stands_is_not_touched(settings: Path, trained: Path, tmp_path: Path) -> None:
     before = snapshot(trained)
-    assert_refused(fit_here("-c", settings, "-o", trained), "a run stands there", "--resume")
+    assert_refused(fit_here("-c", settings, "-o", trained), "a run exists there", "--resume")
     other = fit_here("-c", settings, "-o", trained, "--resume", "--set", "seed=3", "--set", "optim.lr=1")
     assert_refused(other, "seed: begun with 0, now 3", "start a new run")
     missing = fit_here("-c", settings, "-o", tmp_path / "run", "--resume")
@@ -385,5 +385,5 @@ def test_two_processes_by_ray_and_one_process_goes_on(settings: Path, tmp_path: 
     assert_agrees(out, tmp_path / "one")
     refused = train(tmp_path, "fit", "-c", settings, "-o", out, "--workers", 2)
     assert refused.code == 2, refused.output
-    assert refused.output.count("a run stands there") == 1
+    assert refused.output.count("a run exists there") == 1
     assert "Traceback" not in refused.output

@@ -14,13 +14,14 @@ MINIMAL = {"data": {"source": "images"}, "out": "my.kpu", "teachers": {"dino": {
 def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        "data: {source: images}\nout: my.kpu\nteachers:\n  dino: {model: 'timm:vit_tiny_patch16_224'}\n"
+        f"data: {{source: {tmp_path}/images}}\nout: {tmp_path}/my.kpu\n"
+        "teachers:\n  dino: {model: 'timm:vit_tiny_patch16_224'}\n"
         "codec: {name: uniform, step: 0.1}\nexecutor: {batch_size: 8}\n"
     )
     flags = load_config(
-        data="images",
+        data=f"{tmp_path}/images",
         teachers=["dino=timm:vit_tiny_patch16_224"],
-        out="my.kpu",
+        out=f"{tmp_path}/my.kpu",
         overrides=["codec.step=0.1", "executor.batch_size=8"],
     )
     assert load_config(file) == flags

@@ -212,7 +212,10 @@ def test_a_training_of_another_sweep_is_not_taken_for_one_of_this(
         other = extract("coarse", "codec.step=0.5", general="toy", big="wider", shy="poisoned")
         file, found = write_sweep(tmp_path, other, grid=grid, seeds=[3, 4]), r"begun with \S+toys.kpu, now \S+coarse"
     else:
-        file, found = write_sweep(tmp_path, toys, grid={"student.width": [4]}, seeds=[3, 4]), "'width': 8"
+        file, found = (
+            write_sweep(tmp_path, toys, grid={"student.width": [4]}, seeds=[3, 4]),
+            r"student\.width: begun with 8, now 4",
+        )
     expected = rf"000-width-8-seed4: .*student\.width=\d with seed 4.*{found}.*another `out`"
     with pytest.raises(MismatchError, match=expected):
         ablate(load_sweep(file))

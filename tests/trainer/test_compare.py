@@ -10,6 +10,7 @@ import yaml
 from cache.errors import ConfigError, CorruptError
 from trainer.config import validate_config
 from trainer.evaluation.compare import compare, mean_r2, plot
+from trainer.selection import overall_r2
 
 
 def scores_of(**r2: float) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def test_without_controls_there_is_no_transfer(tmp_path: Path) -> None:
 
 def test_the_course_ends_with_the_summary(tmp_path: Path) -> None:
     (found,) = compare([write_run(tmp_path / "run", b=0.8, s=0.4)])
-    assert [(step(scores)) for step, scores in found.curve] == [
+    assert [(step, overall_r2(scores)) for step, scores in found.curve] == [
         (10, pytest.approx(0.3)),
         (20, pytest.approx(0.6)),
     ]

@@ -11,8 +11,9 @@ from cache.errors import ConfigError, MismatchError
 from tests.toys import write_images
 from tests.trainer.conftest import BROKEN, IMAGES, RED, Configure, Extract
 from trainer.config import validate_config
-from trainer.corpus import Corpus, HostBatch, choose_outputs
+from trainer.corpus import Corpus, HostBatch
 from trainer.data import Upload
+from trainer.targets import choose_outputs
 
 OUTPUTS = ("global", "patch")
 ALL = {"general": OUTPUTS, "big": OUTPUTS, "shy": OUTPUTS}

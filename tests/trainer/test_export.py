@@ -223,7 +223,7 @@ def test_other_images_or_another_base_are_refused_before_anything_is_written(
 
 
 def test_what_is_refused(exported: Path, place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a path where nothing stands"):
+    with pytest.raises(ConfigError, match="expected a path where nothing exists"):
         export(small_run(place), exported)
     with pytest.raises(ConfigError, match=r"found no config\.json"):
         load_student(tmp_path)

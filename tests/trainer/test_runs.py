@@ -12,8 +12,9 @@ from cache.errors import ConfigError, CorruptError, MismatchError
 from tests.toys import write_images
 from tests.trainer.conftest import Configure, Extract
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.runs import RunFolder
+from trainer.targets import choose_outputs
 
 
 def corpus_of(config: TrainConfig) -> Corpus:
@@ -45,7 +46,7 @@ def test_what_it_was_begun_with_is_read_back(begun: RunFolder, configure: Config
 
 def test_a_run_or_other_files_that_stand_are_refused(begun: RunFolder, configure: Configure, tmp_path: Path) -> None:
     config = configure()
-    with pytest.raises(ConfigError, match=r"a run stands there.*--resume"):
+    with pytest.raises(ConfigError, match=r"a run exists there.*--resume"):
         RunFolder.create(begun.path, config, corpus_of(config))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
@@ -81,7 +82,8 @@ def test_another_configuration_is_refused(begun: RunFolder, configure: Configure
     with pytest.raises(MismatchError) as raised:
         RunFolder.resume(begun.path, config, corpus_of(config))
     assert "seed: begun with 0, now 5" in str(raised.value)
-    assert "'lr': 0.5" in str(raised.value)
+    assert "optim.lr: begun with 0.03, now 0.5" in str(raised.value)
+    assert "epochs" not in str(raised.value)
 
 
 def test_other_caches_are_refused(begun: RunFolder, configure: Configure, extract: Extract) -> None:

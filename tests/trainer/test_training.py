@@ -13,11 +13,12 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from tests.trainer.conftest import BROKEN, Configure, Extract
-from trainer.corpus import Corpus, choose_outputs
+from trainer.corpus import Corpus
 from trainer.data import Upload
 from trainer.loop import fit
 from trainer.model import Inheritance, Losses
 from trainer.pictures import with_images
+from trainer.targets import choose_outputs
 from trainer.training import Training, measure_gradients, synchronise
 from trainer.world import World
 

@@ -29,6 +29,7 @@ from trainer.exporting.exported import ExportedStudent, load_student
 from trainer.exporting.program import PROGRAM, SAME, make_program, relative_rmse
 from trainer.files import publish_folder, write_error
 from trainer.images import ImageReader
+from trainer.place import require_nothing
 from trainer.resident import Rows
 
 CARD: Final = "README.md"
@@ -60,13 +61,12 @@ def export(
         program: whether a torch.export program is written, too.
 
     Raises:
-        ConfigError: there is no finished run, something stands at `out`, or the base cannot be built here.
+        ConfigError: there is no finished run, something exists at `out`, or the base cannot be built here.
         CorruptError: a file of the run is damaged.
         MismatchError: the image path gives other features than the cached path, or the base is not the cache's.
         SourceError: the images cannot be read.
     """
-    if out.exists():
-        raise ConfigError(f"out: {out}: expected a path where nothing stands, found something; choose another")
+    require_nothing(out)
     trained = load_trained(run)
     module, files = assemble(trained, bundle=bundle)
     corpus, rows = _rows(trained)
