@@ -133,9 +133,9 @@ class TeacherSpec(Frozen):
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
     the Python file that defines a `torch:` model. `extra_digest` is of what else computes (compiled programs, files,
     tensors in no state_dict); it is None, and left out of documents, where there is nothing or an earlier release did
-    not look. `labels` says which data label each output of the head stands for (-1: none). `outputs` are in stored
-    order. `format` is that of the shards: it changes no stored value. `input` is None for a teacher whose features were
-    imported: it is not known, and the teacher cannot be run.
+    not look. `labels` says which data label each output of the head stands for, by number or by the name of its class
+    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value. `input` is
+    None for a teacher whose features were imported: it is not known, and the teacher cannot be run.
     """
 
     name: str
@@ -147,7 +147,7 @@ class TeacherSpec(Frozen):
     input: InputSpec | None
     precision: Literal["fp32", "bf16", "fp16"]
     outputs: tuple[OutputSpec, ...]
-    labels: tuple[int, ...] | None = None
+    labels: tuple[int | str, ...] | None = None
     has_head: bool = False
     codec: CodecSpec
     format: ShardFormat = "zarr"

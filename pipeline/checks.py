@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import pyarrow.compute as pc
 
@@ -12,6 +13,7 @@ from cache.locations import open_storage, stands
 from cache.plans import load_plan, read_checked
 from cache.published import STATISTICS
 from cache.samples import Samples
+from cache.sources import Source
 from cache.spec import LABEL_OF_NOTHING, Plan, TeacherSpec
 from cache.statistics import Statistics, load_statistics, same_statistics
 from cache.teachers import OWN_CALIBRATION, check_same, load_teacher, read_teacher, teacher_names
@@ -52,29 +54,60 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
             check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
 
 
-def _check_labels(spec: TeacherSpec, classes: Sequence[str] | None) -> None:
-    known = range(len(classes)) if classes is not None else range(sys.maxsize)
-    outside = sorted({label for label in spec.labels or () if label not in known and label != LABEL_OF_NOTHING})
-    if outside:
-        expected = f"numbers from 0 to {known[-1]}, the data's classes" if classes else "numbers from 0"
-        raise ConfigError(
-            f"teacher {spec.name!r}: labels: expected {expected}, or null for none of them, found "
-            f"{', '.join(map(str, outside))}"
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+
+
+def warn_of_order(source: Source, observer: Observer) -> None:
+    """Warn where the names of class folders are numbers, and labels are others: positions in the order of the names."""
+    names = source.classes or ()
+    if source.spec.kind != "folder" or not all(name.isascii() and name.isdigit() for name in names):
+        return
+    wrong = [(name, label) for label, name in enumerate(names) if int(name) != label]
+    if wrong:
+        found = ", ".join(f"{name!r} has label {label}" for name, label in wrong[:3])
+        observer.warn(
+            f"data.source: the folders' names are numbers, but labels are their positions in the order of text: {found}"
+            f"{', ...' if len(wrong) > 3 else ''}; name them in teachers' `labels` (as '{wrong[0][0]}'), or name the "
+            "folders from 0 with leading zeros"
         )
 
 
-def warn_of_labels(specs: Sequence[TeacherSpec], plan: Plan, samples: Samples, observer: Observer) -> None:
-    """Warn of teachers' labels above all of the data's, where the data does not name its classes.
+def _check_labels(spec: TeacherSpec, classes: Sequence[str] | None) -> None:
+    known = range(len(classes)) if classes is not None else range(sys.maxsize)
+    labels = spec.labels or ()
+    numbers = {label for label in labels if isinstance(label, int) and label != LABEL_OF_NOTHING}
+    outside = sorted(label for label in numbers if label not in known)
+    who = f"teacher {spec.name!r}: labels"
+    if outside:
+        expected = f"numbers from 0 to {known[-1]}, the data's classes" if classes else "numbers from 0"
+        raise ConfigError(f"{who}: expected {expected}, or null for none of them, found {', '.join(map(str, outside))}")
+    names = [label for label in labels if isinstance(label, str)]
+    twice = next((name for name in names if (classes or ()).count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{who}: expected names of one class each, found {twice!r} of several; give numbers instead")
+    if names and not set(names) & set(classes or ()):
+        expected = (
+            f"names of the data's classes, {_some(classes)}," if classes else "numbers, for the data names no class,"
+        )
+        raise ConfigError(f"{who}: expected {expected} or null for none of them, found {_some(names)}")
 
-    It is no error, for the data may be a part without images of the last classes.
+
+def warn_of_labels(specs: Sequence[TeacherSpec], plan: Plan, samples: Samples, observer: Observer) -> None:
+    """Warn of teachers' labels that no class of the data has: names, or numbers above all where it names none.
+
+    It is no error, for the data may be a part without images of some classes.
     """
-    wanted = {spec.name: max(spec.labels) for spec in specs if spec.labels}
-    if plan.classes is not None or not wanted:
+    if plan.classes is not None:
+        _warn_of_names(specs, plan.classes, observer)
+        return
+    wanted = {spec.name: max(filter(_is_number, spec.labels)) for spec in specs if spec.labels}
+    if not wanted:
         return
     largest: int | None = None
     for part in samples.iter_batches(["label"]):
         found = pc.max(part["label"]).as_py()
-        if found is not None and (largest is None or found > largest):
+        if found is not None and found >= 0 and (largest is None or found > largest):  # below 0: no label
             largest = found
         if largest is not None and largest >= max(wanted.values()):
             return  # shuffled data shows it in its first part
@@ -83,6 +116,20 @@ def warn_of_labels(specs: Sequence[TeacherSpec], plan: Plan, samples: Samples, o
             observer.warn(
                 f"teacher {name!r}: labels: expected numbers up to {largest}, the largest label in the data, found "
                 f"{label}; that is right only if the data lacks images of this class"
+            )
+
+
+def _is_number(label: int | str) -> TypeGuard[int]:
+    return isinstance(label, int)
+
+
+def _warn_of_names(specs: Sequence[TeacherSpec], classes: Sequence[str], observer: Observer) -> None:
+    for spec in specs:
+        lacking = [label for label in spec.labels or () if isinstance(label, str) and label not in classes]
+        if lacking:
+            observer.warn(
+                f"teacher {spec.name!r}: labels: expected names of the data's classes, {_some(classes)}, found "
+                f"{_some(lacking)}; that is right only if the data lacks images of these classes"
             )
 
 

@@ -82,8 +82,8 @@ class TeacherConfig(Section):
         default=("global", "patch"), description="a list of global and patch, or of one of them"
     )
     layers: tuple[int | str, ...] = Field(default=(), description="a list of numbers or names of layers")
-    labels: tuple[int | None, ...] | None = Field(
-        default=None, description="a list of whole numbers and nulls, or null"
+    labels: tuple[int | str | None, ...] | None = Field(
+        default=None, description="a list of names or numbers of classes and nulls, or null"
     )
     input: InputConfig | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(default="auto", description="auto, fp32, bf16 or fp16")

@@ -53,7 +53,7 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     observer.phase("load", ", ".join(config.teachers))
     # These load torch, which takes seconds; what is refused above does not wait for it.
     from pipeline.calibration import calibrate_teachers
-    from pipeline.checks import check_teachers, warn_of_labels
+    from pipeline.checks import check_teachers, warn_of_labels, warn_of_order
     from pipeline.executors import open_executor
     from pipeline.teachers import ship
     from pipeline.worker import WorkerSetup
@@ -71,6 +71,7 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
         with lease(storage, run_id):
             observer.phase("plan", f"listing {source.spec.root}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id, observer)
+            warn_of_order(source, observer)
             warn_of_labels([t.spec for t in teachers], plan, Samples(storage, plan), observer)
             planned = perf_counter()
             collect_garbage(storage, quarantine=False)

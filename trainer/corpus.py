@@ -149,9 +149,10 @@ class Corpus:
         return np.concatenate([validation_mask(table["key"].combine_chunks(), fraction) for table in tables])
 
     def labels(self) -> npt.NDArray[np.int64]:
-        """The label of every row, int64 [rows], -1 where there is none."""
+        """The label of every row as its cache numbers it, int64 [rows], -1 where there is none: null, or below 0."""
         tables = (table for cache in self.caches for table in cache.samples.iter_batches(["label"]))
-        return np.concatenate([table["label"].fill_null(-1).to_numpy() for table in tables]).astype(np.int64)
+        found = np.concatenate([table["label"].fill_null(-1).to_numpy() for table in tables]).astype(np.int64)
+        return np.maximum(found, -1)
 
     def standardisers(self, *, raw: bool = False) -> dict[tuple[int, str, str], Standardiser]:
         """By cache, teacher and output; with `raw`, of features as the teacher emits them instead of stored ones."""

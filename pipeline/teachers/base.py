@@ -186,7 +186,7 @@ class Teacher:
         bias = np.zeros(len(weight), np.float32) if head.bias is None else head.bias.detach().float().cpu().numpy()
         return weight, bias
 
-    def _check_labels(self, config: TeacherConfig) -> tuple[int, ...] | None:
+    def _check_labels(self, config: TeacherConfig) -> tuple[int | str, ...] | None:
         if config.labels is None:
             return None
         if self.head is None:

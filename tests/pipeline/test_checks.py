@@ -48,3 +48,34 @@ def test_data_without_class_names_may_lack_the_last_ones(place: Path, tmp_path: 
     assert warning in result.stderr
     fitting = kpu(*extraction(place, "images.parquet", "[0, 1, null]", tmp_path / "p.kpu"))
     assert "labels" not in fitting.stderr
+
+
+def test_labels_may_be_names_of_classes(place: Path, tmp_path: Path) -> None:
+    result = kpu(*extraction(place, "images", "[dogs, cats, null]", tmp_path / "o.kpu"))
+    assert result.exit_code == 0, result.output
+    assert kpu_json("info", tmp_path / "o.kpu")["teachers"]["t"]["labels"] == ["dogs", "cats", -1]
+    assert "labels" not in result.stderr
+    lacking = kpu(*extraction(place, "images", "[dogs, cows, null]", tmp_path / "p.kpu"))
+    assert lacking.exit_code == 0, lacking.output
+    warning = "warning: teacher 't': labels: expected names of the data's classes, 'cats', 'dogs', found 'cows'; that"
+    assert warning in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [("images", "names of the data's classes, 'cats', 'dogs', or null"), ("images.parquet", "the data names no class")],
+)
+def test_names_of_no_class_are_refused(place: Path, tmp_path: Path, images: str, expected: str) -> None:
+    result = kpu(*extraction(place, images, "[dog, cow, null]", tmp_path / "o.kpu"))
+    assert_refused(result, "teacher 't': labels", expected, "found 'dog', 'cow'")
+
+
+def test_folders_named_by_numbers_in_another_order_are_warned_of(place: Path, tmp_path: Path) -> None:
+    for name in ("0", "1", "2", "10"):
+        write_images(tmp_path / "numbers" / name, 1)
+    result = kpu("extract", tmp_path / "numbers", "-t", f"t=torch:{place}/toy.py:toy", "-o", tmp_path / "o.kpu")
+    assert result.exit_code == 0, result.output
+    assert "positions in the order of text: '10' has label 2, '2' has label 3; name them" in result.stderr
+    (tmp_path / "numbers" / "10").rename(tmp_path / "numbers" / "3")
+    plain = kpu("extract", tmp_path / "numbers", "-t", f"t=torch:{place}/toy.py:toy", "-o", tmp_path / "p.kpu")
+    assert "order of text" not in plain.stderr

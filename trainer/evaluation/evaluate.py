@@ -15,8 +15,9 @@ from trainer.corpus import Corpus
 from trainer.data import Batch, Fetch, Loader, Upload
 from trainer.evaluation.controls import LinearMaps
 from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, split_training
+from trainer.evaluation.labels import Labels
 from trainer.evaluation.measured import open_measured
-from trainer.evaluation.measures import OwnHead, TeacherMeasures, mean_of
+from trainer.evaluation.measures import NO_LABEL, OwnHead, TeacherMeasures, mean_of
 from trainer.evaluation.probing import Vectors, add_vectors, probe_all
 from trainer.evaluation.scores import batches_of
 from trainer.evaluation.trained import Trained, load_trained
@@ -82,20 +83,21 @@ def evaluate(
     training = open_training(trained, corpus, notes)
     rows, unseen = rows_to_measure(trained, corpus, training, bool(caches), notes)
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
-    reading = _Reading(trained, device, images, progress)
+    reading, labels = _Reading(trained, device, images, progress), Labels(corpus, training, notes)
     split = None if training is None else split_training(trained, training, unseen)
     to_fit = np.empty(0, np.int64) if split is None else split.fitted
     maps = LinearMaps(trained.config.base, shapes, to_fit, trained.config.seed) if controls else None
     fitted, chosen = Vectors(device), Vectors(device)
     with torch.no_grad():
         if split is not None:
-            fitted = _gather(reading, split.corpus, split.fitted, maps)
-            chosen = _gather(reading, split.corpus, split.chosen)
+            fitted = _gather(reading, split.corpus, split.fitted, labels, maps)
+            chosen = _gather(reading, split.corpus, split.chosen, labels)
             if maps is not None:
                 maps.solve()
-        found, tested = _measure(reading, corpus, rows, maps)
+        found, tested = _measure(reading, corpus, rows, labels, maps)
     names = tuple(corpus.sources) if controls else ()
-    student, alone = probe_all(names, corpus, training, fitted, chosen, tested, notes)
+    why_not = "the training caches cannot be read" if training is None else labels.why_not
+    student, alone = probe_all(names, why_not, fitted, chosen, tested, notes)
     found |= student
     if controls:
         found["frozen_base"] |= alone[trained.config.base]
@@ -144,18 +146,21 @@ class _Reading:
                     self.progress(done, len(rows))
 
 
-def _gather(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | None = None) -> Vectors:
+def _gather(reading: _Reading, corpus: Corpus, rows: Rows, labels: Labels, maps: LinearMaps | None = None) -> Vectors:
     """Collect what probes and, with `maps`, linear maps are fitted on."""
-    model, labels, into = reading.trained.model, torch.from_numpy(corpus.labels()), Vectors(reading.device)
+    model, into = reading.trained.model, Vectors(reading.device)
+    fitted = np.full(corpus.rows, NO_LABEL, np.int64) if labels.fitted is None else labels.fitted
     for batch in reading.batches(corpus, rows):
         if maps is not None:
             maps.update(batch)
-        truth = labels[torch.from_numpy(batch.rows)]
+        truth = torch.from_numpy(fitted[batch.rows])
         add_vectors(into, model.base, batch, model.encode(batch), truth, torch.ones(len(batch), dtype=torch.bool))
     return into
 
 
-def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | None) -> tuple[dict[str, Any], Vectors]:
+def _measure(
+    reading: _Reading, corpus: Corpus, rows: Rows, labels: Labels, maps: LinearMaps | None
+) -> tuple[dict[str, Any], Vectors]:
     """The student and, with `maps`, the frozen base over the rows, which are read once."""
     config, model, device = reading.trained.config, reading.trained.model, reading.device
     base, outputs = config.base, config.outputs
@@ -168,13 +173,13 @@ def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | N
     heads = {
         n: OwnHead(s, device) if s.head is not None and "global" in outputs else None for n, s in corpus.sources.items()
     }
-    meanings = {name: _labels_of(corpus, name) for name in corpus.sources}
+    meanings = {name: labels.of_head(name) for name in corpus.sources}
     teachers = {s: {n: TeacherMeasures(outputs, heads[n], meanings[n]) for n in corpus.sources} for s in subjects}
     kept = {subject: TeacherMeasures(outputs, heads[base], None) for subject in subjects}
-    tested, labels = Vectors(device), corpus.labels()
+    tested = Vectors(device)
     probed = np.isin(np.arange(corpus.rows), some_of(rows, FITTED_ROWS, config.seed))
     for batch in reading.batches(corpus, rows):
-        truth, have_base = labels[batch.rows], batch.weights[base] > 0
+        truth, have_base = labels.truth[batch.rows], batch.weights[base] > 0
         for key, subject in subjects.items():
             features = subject.features(batch)
             own = {o: features[o][..., : batch.targets[base][o].shape[-1]] for o in outputs}
@@ -186,7 +191,7 @@ def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | N
                     teachers[key][name].update(predicted, batch.targets[name], valid, truth)
             if key == "student":
                 mask = torch.from_numpy(probed[batch.rows])
-                add_vectors(tested, base, batch, features, torch.from_numpy(truth), mask)
+                add_vectors(tested, base, batch, features, torch.from_numpy(labels.probed[batch.rows]), mask)
     found = {
         key: {
             "teachers": {name: measured.as_json() for name, measured in teachers[key].items()},
@@ -198,11 +203,6 @@ def _measure(reading: _Reading, corpus: Corpus, rows: Rows, maps: LinearMaps | N
     if maps is None:
         return found["student"], tested
     return {**found["student"], "frozen_base": found["frozen_base"], "teacher_alone": alone}, tested
-
-
-def _labels_of(corpus: Corpus, name: str) -> tuple[int, ...] | None:
-    """What the outputs of a teacher's head stand for in these caches."""
-    return next((c.teachers[name].spec.labels for c in corpus.caches if name in c.teachers), None)
 
 
 def _base_json(measured: TeacherMeasures) -> dict[str, float | None]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cache.statistics import Accumulator
-from trainer.corpus import Corpus
 from trainer.data import Batch
 from trainer.evaluation.measures import NO_LABEL, Features
 from trainer.evaluation.metrics import covariance_rank
@@ -67,8 +66,7 @@ def add_vectors(into: Vectors, base: str, batch: Batch, features: Features, trut
 
 def probe_all(
     names: Sequence[str],
-    corpus: Corpus,
-    training: Corpus | None,
+    why_not: str | None,
     fitted: Vectors,
     chosen: Vectors,
     tested: Vectors,
@@ -76,9 +74,10 @@ def probe_all(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Linear probe, k-NN and effective rank of the student, and of the teachers called `names`.
 
-    Fitted on `fitted`, with the penalty that does best on `chosen`, measured on `tested`.
+    Fitted on `fitted`, with the penalty that does best on `chosen`, measured on `tested`; `why_not` says why labels of
+    these cannot be compared.
     """
-    why = _why_not(corpus, training, fitted, chosen, tested)
+    why = why_not or _lacking(fitted, chosen, tested)
     if why is not None:
         notes.append(f"no linear_probe and no knn: {why}")
     results = {
@@ -88,13 +87,7 @@ def probe_all(
     return results[STUDENT], {name: results[name] for name in names}
 
 
-def _why_not(corpus: Corpus, training: Corpus | None, fitted: Vectors, chosen: Vectors, tested: Vectors) -> str | None:
-    if training is None:
-        return "the training caches cannot be read"
-    caches = [*corpus.caches, *training.caches]
-    taught = {cache.plan.classes for cache in caches if cache.plan.classes is not None}
-    if len(taught) > 1:
-        return f"the caches and those of the training have different classes: {sorted(taught)}"[:400]
+def _lacking(fitted: Vectors, chosen: Vectors, tested: Vectors) -> str | None:
     for vectors, where in ((tested, "measured"), (fitted, "training"), (chosen, "training")):
         if len(vectors) == 0:
             return f"no {where} row has a label"
