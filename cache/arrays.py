@@ -1,6 +1,5 @@
 """`zarr.json` documents: written by zarr-python itself, parsed back strictly."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,6 +12,7 @@ from zarr.storage import MemoryStore
 from cache.chunks import BLOSC_BLOCK, BLOSC_CNAME, BLOSC_LEVEL, BLOSC_SHUFFLE, Packing
 from cache.errors import CorruptError
 from cache.shards import ArrayLayout
+from cache.strict_json import parse_json_object
 
 _PACKINGS: Final[dict[tuple[str, ...], Packing]] = {
     ("bytes", "crc32c"): "plain",
@@ -73,7 +73,7 @@ def array_layout(raw: bytes, file: str) -> tuple[ArrayLayout, dict[str, Any]]:
     try:
         tars = document["node_type"] == "group"
         layout = _tar_layout(document["attributes"]["tar"]) if tars else _layout(document, file)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CorruptError(file, f"is not the metadata of an array of a cache ({error!r})") from None
     return layout, _attributes(document, file)
 
@@ -152,11 +152,9 @@ def _channels_first(dimensions: int) -> tuple[int, ...]:
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:
     try:
-        document = json.loads(raw)
+        document = parse_json_object(raw)
     except ValueError as error:
         raise CorruptError(file, f"is not JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise CorruptError(file, f"expected a JSON object, found {type(document).__name__}")
     _expect(file, "zarr_format", 3, document.get("zarr_format"))
     return document
 

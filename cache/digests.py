@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cache.errors import CorruptError
+from cache.strict_json import parse_json
 
 DIGEST_BYTES = 16
 
@@ -46,8 +47,8 @@ def open_document(raw: bytes, file: str, *, unit: int | None = None, teacher: st
         CorruptError: not JSON, no digest, or any byte differs from the canonical form.
     """
     try:
-        document = json.loads(raw)
-    except (UnicodeDecodeError, ValueError) as error:
+        document = parse_json(raw)
+    except ValueError as error:
         raise CorruptError(file, f"is not JSON ({error})", unit=unit, teacher=teacher) from None
     if not isinstance(document, dict) or "digest" not in document:
         raise CorruptError(file, "carries no digest of itself", unit=unit, teacher=teacher)

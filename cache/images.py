@@ -1,7 +1,7 @@
 """What decoding found in every row: the arrays below `images/`, committed with a unit's first teacher."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from cache.settle import UnitShards
 from cache.shards import ArrayLayout, Shard, encode_shard
 from cache.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
 from cache.storage import Storage
+
+_STATUSES: Final = np.array([status.value for status in ImageStatus], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ def load_status(
     if record is None:
         return None
     status = _load_array(storage, plan, record, "status")
+    unknown = status[~np.isin(status, _STATUSES)]
+    if unknown.size:
+        reason = f"images/status: expected one of {_STATUSES.tolist()}, found {unknown[0]}"
+        raise CorruptError(layout.commit(layout.IMAGES, unit), reason, unit=unit)
     _check_mask(record, status != ImageStatus.OK, masked_digest or record.masked_digest)
     return status
 
@@ -153,7 +159,8 @@ def _check_mask(record: ImagesRecord, masked: Mask, expected: str) -> None:
 
 def _load_array(storage: Storage, plan: Plan, record: ImagesRecord, name: str) -> npt.NDArray[Any]:
     array = image_layouts(plan.rows, plan.unit_rows)[name]
-    values = np.empty((array.valid_rows(record.unit), *array.item_shape), array.dtype)
     key = _shard(name, record.unit, array)
-    open_committed(storage, key, array, record.arrays[name], unit=record.unit).read(np.arange(len(values)), values)
+    reader = open_committed(storage, key, array, record.arrays[name], unit=record.unit)
+    values = np.empty((reader.rows, *array.item_shape), array.dtype)
+    reader.read(np.arange(len(values)), values)
     return values

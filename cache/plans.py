@@ -1,7 +1,7 @@
 """`plan.json` and everything that must stand before it: group and image metadata, and the sample table."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from cache import layout
-from cache.arrays import array_metadata, group_metadata
+from cache.arrays import array_layout, array_metadata, group_metadata
 from cache.digests import digest, open_document, seal_document
 from cache.errors import CorruptError, MismatchError, NotACacheError, SourceError
 from cache.failpoints import failpoint
@@ -20,6 +20,8 @@ from cache.spec import FORMAT, VERSION, ImageStatus, Plan
 from cache.storage import Storage
 
 MAX_CHUNK_ROWS = 64
+MOST_UNIT_ROWS = 2**20
+IMAGE_FOLDERS = (layout.IMAGES, *(f"{layout.IMAGES}/{name}" for name in layout.IMAGE_ARRAYS))
 
 _IMAGE_ITEMS: dict[str, tuple[tuple[int, ...], str, int]] = {
     "digest": ((16,), "uint8", 0),
@@ -180,9 +182,33 @@ def read_plan(storage: Storage) -> Plan | None:
             f"{FORMAT!r} version {VERSION}; use the release that wrote it"
         )
     try:
-        return Plan.model_validate(document.get("plan"))
+        plan = Plan.model_validate(document.get("plan"))
     except ValidationError as error:
         raise CorruptError(layout.PLAN, f"holds no valid plan ({error})") from None
+    for problem in _plan_problems(plan):
+        raise CorruptError(layout.PLAN, problem)
+    return plan
+
+
+def _plan_problems(plan: Plan) -> Iterator[str]:
+    """Numbers of a plan that are out of bounds, or contradict each other."""
+    bounds = {"samples": 2**40, "views": 2**16, "unit_rows": MOST_UNIT_ROWS, "threads": 2**16}
+    for field, most in bounds.items():
+        value = getattr(plan, field)
+        if not 1 <= value <= most:
+            yield f"{field}: expected a number from 1 to {most}, found {value}"
+            return
+    if not 0 <= plan.seed < 2**63:
+        yield f"seed: expected a number from 0 to {2**63 - 1}, found {plan.seed}"
+    parts = -(-plan.units // layout.UNITS_PER_PART)
+    if len(plan.samples_digests) != parts:
+        yield (
+            f"samples_digests: expected {parts} files for {plan.rows} rows in units of {plan.unit_rows}, found "
+            f"{len(plan.samples_digests)}"
+        )
+    missing = {layout.ROOT, layout.TEACHERS, *map(layout.group, IMAGE_FOLDERS)} - plan.metadata.keys()
+    if missing:
+        yield f"metadata: expected digests of {sorted(missing)} among them, found {sorted(plan.metadata)}"
 
 
 def load_plan(storage: Storage) -> Plan | None:
@@ -194,9 +220,22 @@ def load_plan(storage: Storage) -> Plan | None:
     """
     plan = read_plan(storage)
     if plan is not None:
-        for file, expected in plan.metadata.items():
-            read_checked(storage, file, expected)
+        raw = {file: read_checked(storage, file, expected) for file, expected in plan.metadata.items()}
+        check_image_arrays(plan, raw)
     return plan
+
+
+def check_image_arrays(plan: Plan, raw: Mapping[str, bytes]) -> None:
+    """Compare the metadata of the arrays below `images/`, from their bytes by file, with what the plan makes of them.
+
+    Raises:
+        CorruptError: an array has another shape, dtype or codec.
+    """
+    for name, expected in image_layouts(plan.rows, plan.unit_rows).items():
+        file = layout.group(f"{layout.IMAGES}/{name}")
+        found, _ = array_layout(raw[file], file)
+        if found != expected:
+            raise CorruptError(file, f"does not fit the plan: expected {expected}, found {found}")
 
 
 def read_checked(storage: Storage, file: str, expected: str, *, teacher: str | None = None) -> bytes:

@@ -86,10 +86,12 @@ class Collector:
             self.add(file, str(error), unit=unit, teacher=teacher, kind="unreadable")
         return None
 
-    def check_file(self, file: str, expected: str, *, teacher: str | None = None) -> None:
+    def check_file(self, file: str, expected: str, *, teacher: str | None = None) -> bytes | None:
+        """The bytes of a file whose digest is known; None after noting what is wrong with it."""
         raw = self.attempt(file, lambda: read_checked(self.storage, file, expected), teacher=teacher)
         if raw is not None:
             self.count(len(raw))
+        return raw
 
     def finish(self) -> VerifyReport:
         self._report.problems.sort(key=lambda problem: (problem.file, problem.reason))

@@ -1,6 +1,5 @@
 """A teacher as it stands in a cache: its `zarr.json`, which seals its spec, arrays, statistics and head."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,9 +17,10 @@ from cache.digests import DIGEST_BYTES, digest, digest_of
 from cache.errors import CorruptError
 from cache.plans import chunk_rows, read_checked
 from cache.shards import ArrayLayout
-from cache.spec import OutputSpec, Plan, ShardFormat, TeacherSpec
+from cache.spec import Frozen, OutputSpec, Plan, ShardFormat, TeacherSpec
 from cache.statistics import Statistics, load_statistics
 from cache.storage import Storage
+from cache.strict_json import parse_json_object
 
 STATISTICS: Final = "stats.safetensors"
 HEAD: Final = "head.safetensors"
@@ -47,6 +47,16 @@ class TeacherFiles:
     def fingerprint(self) -> str:
         """Digest of both parts: what every commit record repeats."""
         return digest_of([self.model_fingerprint, self.encoding_fingerprint])
+
+
+class _Sealed(Frozen):
+    """The attribute `kpu` of a teacher's `zarr.json`."""
+
+    spec: TeacherSpec
+    model_fingerprint: str
+    encoding_fingerprint: str
+    files: dict[str, str]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,13 @@ def load_head(raw: bytes, file: str) -> Head:
     """
     try:
         tensors = load_tensors(raw)
-        return tensors["weight"], tensors["bias"]
-    except (SafetensorError, KeyError) as error:
+        weight, bias = tensors["weight"], tensors["bias"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CorruptError(file, f"holds no head ({error})") from None
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {np.dtype(np.float32)}:
+        found = ", ".join(f"{tensor.dtype}{list(tensor.shape)}" for tensor in (weight, bias))
+        raise CorruptError(file, f"expected a weight float32[C, D] and a bias float32[C], found {found}")
+    return weight, bias
 
 
 def dump_group(spec: TeacherSpec, encoding: str, files: dict[str, str]) -> bytes:
@@ -127,7 +141,7 @@ def read_teacher(storage: Storage, name: str) -> TeacherFiles:
     except FileNotFoundError:
         raise CorruptError(file, "is missing: the teacher is not published", teacher=name) from None
     try:
-        attributes = json.loads(raw)["attributes"]["kpu"]
+        attributes = parse_json_object(raw)["attributes"]["kpu"]
         claimed = attributes["digest"].encode()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(file, f"is not a teacher's zarr.json ({error})", teacher=name) from None
@@ -135,16 +149,23 @@ def read_teacher(storage: Storage, name: str) -> TeacherFiles:
     if digest(blank) != claimed.decode():
         raise CorruptError(file, "does not match the digest it carries", teacher=name)
     try:
-        spec = TeacherSpec.model_validate(attributes["spec"])
+        sealed = _Sealed.model_validate(attributes)
     except ValidationError as error:
         raise CorruptError(file, f"holds no valid spec ({error})", teacher=name) from None
-    if spec.name != name:
-        raise CorruptError(file, f"is of teacher {spec.name!r}", teacher=name)
+    if sealed.spec.name != name:
+        raise CorruptError(file, f"is of teacher {sealed.spec.name!r}", teacher=name)
+    names = [output.name for output in sealed.spec.outputs]
+    missing = {STATISTICS, *(f"{output}/{GROUP}" for output in names)} - sealed.files.keys()
+    if missing:
+        reason = f"files: expected digests of {sorted(missing)} among them, found {sorted(sealed.files)}"
+        raise CorruptError(file, reason, teacher=name)
+    if not names or len(set(names)) < len(names):
+        raise CorruptError(file, f"spec.outputs: expected names that differ, found {names}", teacher=name)
     return TeacherFiles(
-        spec=spec,
-        model_fingerprint=attributes["model_fingerprint"],
-        encoding_fingerprint=attributes["encoding_fingerprint"],
-        files={**attributes["files"], GROUP: digest(raw)},
+        spec=sealed.spec,
+        model_fingerprint=sealed.model_fingerprint,
+        encoding_fingerprint=sealed.encoding_fingerprint,
+        files={**sealed.files, GROUP: digest(raw)},
     )
 
 
@@ -168,6 +189,13 @@ def load_teacher(storage: Storage, plan: Plan, name: str) -> PublishedTeacher:
         grid, tokens = Grid.from_attributes(attributes.get("kpu", {}), file)
         if not _same_layout(array, output_layout(plan, teacher.spec, output, grid)) or tokens != output.grid:
             raise CorruptError(file, f"does not fit the plan and the spec: found {array}", teacher=name)
+        channels = output.channels
+        if grid.codec != teacher.spec.codec or len(grid.centre) != channels:
+            found = f"found {len(grid.centre)} of {grid.codec}"
+            raise CorruptError(file, f"expected {channels} channels of {teacher.spec.codec}, {found}", teacher=name)
+        if output.name not in statistics or len(statistics[output.name].mean) != channels:
+            reason = f"expected statistics of {channels} channels of {output.name!r}, found others or none"
+            raise CorruptError(f"{folder}/{STATISTICS}", reason, teacher=name)
         grids[output.name], layouts[output.name] = grid, array
     return PublishedTeacher(
         spec=teacher.spec,

@@ -104,7 +104,12 @@ def load_images_record(storage: Storage, plan: Plan, unit: int) -> ImagesRecord 
     Raises:
         CorruptError: as `load_record`.
     """
-    return _load(storage, plan, ImagesRecord, layout.commit(layout.IMAGES, unit), unit, None)
+    file = layout.commit(layout.IMAGES, unit)
+    record = _load(storage, plan, ImagesRecord, file, unit, None)
+    if record is not None and set(record.arrays) != set(layout.IMAGE_ARRAYS):
+        reason = f"arrays: expected {list(layout.IMAGE_ARRAYS)}, found {sorted(record.arrays)}"
+        raise CorruptError(file, reason, unit=unit)
+    return record
 
 
 def _load(

@@ -1,6 +1,5 @@
 """What runs left behind in `runs/<id>.json`. They inform people; nothing in a cache relies on them."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from cache.layout import RUNS
 from cache.leftout import LeftOut
 from cache.storage import Storage
+from cache.strict_json import parse_json_object
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ def load_runs(storage: Storage) -> list[RunRecord]:
     for name in storage.names(RUNS):
         if name.endswith(".json"):
             try:
-                document = json.loads(storage.read(f"{RUNS}/{name}"))
+                document = parse_json_object(storage.read(f"{RUNS}/{name}"))
             except (FileNotFoundError, ValueError):
                 continue
-            if isinstance(document, dict):
-                found.append(_parse(document, name.removesuffix(".json")))
+            found.append(_parse(document, name.removesuffix(".json")))
     return sorted(found, key=lambda run: (run.started, run.id))
 
 

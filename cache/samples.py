@@ -6,19 +6,23 @@ compared with the plan's digest before anything in them is believed.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache import layout
 from cache.digests import DIGEST_BYTES, digest, digest_of
 from cache.errors import CorruptError
 from cache.recent import Recent
+from cache.samplepart import read_part
 from cache.spec import Plan
 from cache.storage import Storage
 
+_THREADS: Final = 4
 _FILE: Final = pa.field("file", pa.string(), nullable=False)
 ADDRESS: Final[dict[str, tuple[pa.Field, ...]]] = {
     "folder": (_FILE,),
@@ -130,7 +134,7 @@ class Samples:
         """
         return self._parts.get(part, self._load)
 
-    def _load(self, part: int) -> pa.Table:
+    def _load(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         if not 0 <= part < self.parts:
             raise IndexError(f"part {part} of {self.parts}")
         file = layout.samples_part(part)
@@ -141,13 +145,9 @@ class Samples:
         found, expected = digest(raw), self._plan.samples_digests[part]
         if found != expected:
             raise CorruptError(file, f"does not match the plan: expected digest {expected}, found {found}")
-        # Threads of Arrow that outlive the read may abort the process at its exit.
-        table = pq.ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
-        rows = min(self._part_rows, len(self) - part * self._part_rows)
-        if table.num_rows != rows or not table.schema.equals(self.schema):
-            found_rows = f"found {table.num_rows} of {table.schema.names}"
-            raise CorruptError(file, f"expected {rows} rows of {self.schema.names}, {found_rows}")
-        return table
+        first = part * self._part_rows
+        rows = range(first, min(first + self._part_rows, len(self)))
+        return read_part(raw, file, self.schema, rows, self._plan.views, columns)
 
     def unit(self, unit: int) -> pa.Table:
         """The rows of one unit, in order."""
@@ -178,10 +178,21 @@ class Samples:
         return pa.concat_tables(pieces).take(pa.array(back))
 
     def iter_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Every row in order, one part at a time, so that memory does not grow with the table."""
+        """Every row in order, one part at a time, so that memory does not grow with the table.
+
+        With `columns` no other is decoded.
+        """
         for part in range(self.parts):
-            table = self.part(part)
-            yield table if columns is None else table.select(list(columns))
+            yield self.part(part) if columns is None else self._load(part, columns)
+
+    def count_labels(self) -> int:
+        """How many rows have a label that is the number of a class: not null, and not below 0. Raises as `part`."""
+
+        def count(part: int) -> int:
+            return int(pc.sum(pc.greater_equal(self._load(part, ["label"])["label"], 0)).as_py() or 0)
+
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="kpu-samples") as pool:
+            return sum(pool.map(count, range(self.parts)))
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The whole table, or some columns of it, in memory."""

@@ -2,10 +2,13 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+LARGEST: Final = 2**31 - 1
+"""Of any count that a configuration gives; what is larger is a slip, and would end as an error of some library."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]) -> str:
@@ -25,6 +28,8 @@ def _explain(item: Any, schema: type[BaseModel], values: Mapping[str, Any], how:
         return f"{key}: {message}" if key else message
     if section is not None:
         message = f"expected a mapping of {', '.join(section.model_fields)}"
+    elif item.get("ctx", {}).get("le") == LARGEST:
+        message = f"expected up to {LARGEST}"
     elif field is not None and field.description:
         message = f"expected {field.description}"
     else:

@@ -3,19 +3,21 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cache.errors import ConfigError
-from cache.setting_errors import explain
+from cache.setting_errors import LARGEST, explain
+from cache.strict_yaml import parse_yaml
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused. A field's description says what is expected."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 T = TypeVar("T")
@@ -49,39 +51,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, is no YAML, is no mapping, or gives a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_keys(yaml.compose(text, yaml.SafeLoader))
-        values = yaml.safe_load(text)
+        values = parse_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     return values
-
-
-def _check_keys(root: Any) -> None:
-    """Raise where a key stands twice in one mapping: YAML would silently take the last one."""
-    waiting, visited = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
-            continue
-        visited.add(id(node))  # anchors may make loops
-        keys = set()
-        for child in node.value:
-            key, value = child if isinstance(child, tuple) else (None, child)
-            waiting.append(value)
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    line = key.start_mark.line + 1
-                    raise ConfigError(f"line {line}: expected each key once, found {key.value!r} again; remove one")
-                keys.add(key.value)
 
 
 def split(assignment: str, flag: str, form: str) -> tuple[str, str]:
@@ -106,9 +85,10 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> None:
         key, text = split(assignment, "--set", "KEY=VALUE")
         *parents, leaf = key.split(".")
         try:
-            section(values, parents)[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}={text}: the value is not YAML: {error}") from None
+            section(values, parents)[leaf] = parse_yaml(text)
+        except ValueError as error:
+            reason = f"the value {error}" if str(error).startswith("is not") else str(error)
+            raise ConfigError(f"--set {key}={text}: {reason}") from None
 
 
 def validate_overridden(

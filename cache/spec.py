@@ -21,10 +21,18 @@ _EXTRA = "extra_digest"
 _LEFT_OUT_IF_NONE = (_EXTRA,)  # fields of a teacher that earlier releases did not have
 
 
+# Bounds of what a stranger's file may claim, far beyond anything real: nothing is allocated by larger numbers.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Length = Annotated[int, Field(ge=1, le=2**24)]
+"""Of one dimension of an array or an image."""
+MOST_VALUES = 2**28
+"""Of one output in one row."""
+
+
 class Frozen(BaseModel):
     """A validated, immutable value that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ImageStatus(IntEnum):
@@ -82,8 +90,16 @@ class OutputSpec(Frozen):
     """One named output of a teacher: `shape` is (D,) or (T, D); `grid` is (H, W) with H * W = T for maps."""
 
     name: str
-    shape: tuple[int, ...]
-    grid: tuple[int, int] | None = None
+    shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=2)]
+    grid: tuple[Length, Length] | None = None
+
+    @model_validator(mode="after")
+    def _grid_holds_the_tokens(self) -> "OutputSpec":
+        if math.prod(self.shape) > MOST_VALUES:
+            raise ValueError(f"expected up to {MOST_VALUES} values, found shape {list(self.shape)}")
+        if self.grid is not None and (len(self.shape), math.prod(self.grid)) != (2, self.shape[0]):
+            raise ValueError(f"expected a grid of as many tokens as shape {list(self.shape)}, found {list(self.grid)}")
+        return self
 
     @property
     def channels(self) -> int:
@@ -105,7 +121,7 @@ class InputSpec(Frozen):
     documents where they are the default.
     """
 
-    size: tuple[int, int]
+    size: tuple[Length, Length]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -303,15 +319,15 @@ class Fidelity(Frozen):
 
     rmse: float
     cosine: float
-    worst_row: int
+    worst_row: Count
     worst_rmse: float
-    saturated: int
+    saturated: Count
 
 
 class ShardRecord(Frozen):
     """Size and seal of one published shard."""
 
-    bytes: int
+    bytes: Count
     seal: str
 
 
@@ -327,7 +343,7 @@ class ImagesRecord(Frozen):
     unit: int
     plan: str
     row_digest: str
-    masked: int
+    masked: Count
     masked_digest: str
     arrays: dict[str, ShardRecord]
 
@@ -346,7 +362,7 @@ class UnitRecord(Frozen):
     teacher: str
     fingerprint: str
     files: dict[str, str]
-    masked: int
+    masked: Count
     masked_digest: str
     nonfinite: str = ""
     outputs: dict[str, OutputRecord]

@@ -4,7 +4,6 @@ Every moment is over the population (divided by the count). `centre` is the mean
 stores integers on, so that a raw 0 lies on that grid and stays exactly 0.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,6 +16,7 @@ from safetensors.numpy import load, save
 
 from cache.digests import canonical_json
 from cache.errors import CorruptError, SourceError
+from cache.strict_json import parse_json, parse_json_object
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -145,8 +145,8 @@ def load_statistics(raw: bytes, file: str) -> tuple[dict[str, Statistics], dict[
     """
     try:
         tensors = load(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata: dict[str, str] = json.loads(header["__metadata__"]["kpu"])
+        header = parse_json(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        metadata: dict[str, str] = parse_json_object(header["__metadata__"]["kpu"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CorruptError(file, f"is not a statistics file ({error})") from None
     outputs = sorted({name.rpartition(".")[0] for name in tensors})
@@ -165,6 +165,8 @@ def _take(tensors: Mapping[str, npt.NDArray[Any]], output: str, file: str) -> St
         if tensor.dtype != np.float64 or tensor.shape != shape or not np.isfinite(tensor).all():
             found = f"{tensor.dtype}{list(tensor.shape)}"
             raise CorruptError(file, f"{output}.{field}: expected finite float64{list(shape)}, found {found}")
+    if (variance < 0).any():
+        raise CorruptError(file, f"{output}.variance: expected numbers from 0, found {variance.min()}")
     if count.shape or count.dtype != np.int64 or count < 1:
         raise CorruptError(file, f"{output}.count: expected one positive int64, found {count!r}")
     if zeros.shape or zeros.dtype != np.float64 or not 0 <= zeros <= 1:

@@ -27,6 +27,7 @@ from cache.storage import Storage
 
 T = TypeVar("T")
 
+_LARGEST: Final = 2**63
 _REMOTE_READS: Final = 32  # at once: each waits for the network
 
 
@@ -121,25 +122,34 @@ class _Tally:
     def __init__(self, plan: Plan, teacher: TeacherFiles, committed: Mask) -> None:
         self.committed = committed
         self.masked_units: list[int] = []
-        self.nonfinite: dict[int, str] = {}
+        self.nonfinite: dict[int, Mask] = {}
         self._plan = plan
         self._sizes = {output.name: (output.tokens, output.tokens * output.channels) for output in teacher.spec.outputs}
         self._bytes = self._saturated = 0
         self._squared_error = self._values = self._cosine = self._tokens = 0.0
 
     def add(self, unit: int, record: dict[str, Any]) -> None:
-        hidden = record["masked"]
+        """Add what a record says; raises ValueError, KeyError or TypeError where it makes no sense."""
+        hidden, unit_rows = record["masked"], min(self._plan.unit_rows, self._plan.rows - unit * self._plan.unit_rows)
         if hidden:
             self.masked_units.append(unit)
         if record["nonfinite"]:
-            self.nonfinite[unit] = record["nonfinite"]
-            hidden += int(record["nonfinite"], 16).bit_count()
-        rows = min(self._plan.unit_rows, self._plan.rows - unit * self._plan.unit_rows) - hidden
+            mask = unpack_mask(record["nonfinite"], unit_rows)
+            self.nonfinite[unit] = mask
+            hidden += int(np.count_nonzero(mask))
+        rows = unit_rows - hidden
+        if not 0 <= rows <= unit_rows:
+            raise ValueError(f"expected up to {unit_rows} masked rows, found {hidden}")
         for name, output in record["outputs"].items():
+            fidelity, tokens, values = output["fidelity"], *self._sizes[name]
+            if not 0 <= output["bytes"] < _LARGEST:
+                raise ValueError(f"expected a number of bytes, found {output['bytes']}")
             self._bytes += output["bytes"]
-            fidelity = output["fidelity"]
             if fidelity is not None:
-                tokens, values = self._sizes[name]
+                if not (0 <= fidelity["rmse"] < _LARGEST and -_LARGEST < fidelity["cosine"] < _LARGEST):
+                    raise ValueError(f"expected finite numbers, found {fidelity}")
+                if not 0 <= fidelity["saturated"] < _LARGEST:
+                    raise ValueError(f"expected a number of values, found {fidelity['saturated']}")
                 self._squared_error += fidelity["rmse"] ** 2 * rows * values
                 self._values += rows * values
                 self._cosine += fidelity["cosine"] * rows * tokens
@@ -166,8 +176,8 @@ def _tally(storage: Storage, plan: Plan, teacher: TeacherFiles) -> _Tally:
     records = _each(storage, lambda unit: storage.read(layout.commit(folder, unit)), units)
     for unit, raw in zip(units, records, strict=True):
         try:
-            tally.add(unit, from_json(raw))
-        except (ValueError, KeyError, TypeError) as error:
+            tally.add(unit, from_json(raw, allow_inf_nan=False))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             file = layout.commit(folder, unit)
             raise CorruptError(file, f"is no commit record ({error!r})", unit=unit, teacher=teacher.spec.name) from None
     return tally
@@ -195,8 +205,8 @@ def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> It
             if codes is not None:  # else its images are lost
                 reasons += [(int(row), reason(codes[row])) for row in np.flatnonzero(codes)]
         for name, tally in tallies.items():
-            mask = unpack_mask(tally.nonfinite.get(unit, ""), len(rows))
-            reasons += [(int(row), f"NaN or infinity from teacher {name}") for row in np.flatnonzero(mask)]
+            hidden = np.flatnonzero(tally.nonfinite.get(unit, np.empty(0, bool)))
+            reasons += [(int(row), f"NaN or infinity from teacher {name}") for row in hidden]
         if not reasons:
             continue
         reasons.sort()

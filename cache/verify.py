@@ -13,10 +13,12 @@ from cache.codecs import Grid
 from cache.errors import CorruptError, NotACacheError
 from cache.foreign import foreign_beside_shard, foreign_files
 from cache.locations import open_storage
-from cache.plans import image_layouts, read_plan
+from cache.plans import check_image_arrays, image_layouts, read_plan
 from cache.problems import NOT_COMMITTED, Collector, Problem, VerifyReport
-from cache.published import TeacherFiles, output_layout, read_teacher, teacher_folders
+from cache.published import TeacherFiles, load_teacher, output_layout, read_teacher, teacher_folders
 from cache.records import (
+    Mask,
+    committed_units,
     load_images_record,
     load_record,
     mask_digest,
@@ -61,14 +63,16 @@ def verify(
         report.add(layout.PLAN, "is missing: without it nothing says what should stand")
         return report.finish()
     report.count(storage.size(layout.PLAN) or 0)
-    for file, expected in plan.metadata.items():
-        report.check_file(file, expected)
-    teachers = _check_teachers(report)
+    metadata = {file: report.check_file(file, expected) for file, expected in plan.metadata.items()}
+    read = {file: raw for file, raw in metadata.items() if raw is not None}
+    if len(read) == len(metadata):
+        report.attempt(layout.PLAN, partial(check_image_arrays, plan, read))
+    teachers = _check_teachers(report, plan)
     units = _Units(report, plan, {name: teacher for name, teacher in teachers.items() if teacher})
     with ThreadPoolExecutor(threads, thread_name_prefix="kpu-verify") as pool:
-        for first, digests in _row_digests(report, plan):
-            numbers = range(first, first + len(digests))
-            list(pool.map(units.check, numbers, digests))
+        for numbers, digests in _row_digests(report, plan, units.any_committed):
+            list(pool.map(units.check, digests, digests.values()))
+            units.note_absent(numbers)
             if progress:
                 progress(numbers.stop, plan.units)
     for file in foreign_files(storage, plan, teachers):
@@ -76,33 +80,35 @@ def verify(
     return report.finish()
 
 
-def _check_teachers(report: Collector) -> dict[str, TeacherFiles | None]:
+def _check_teachers(report: Collector, plan: Plan) -> dict[str, TeacherFiles | None]:
     """Every teacher that a run began, its files checked; None where nothing says what they should be."""
     teachers: dict[str, TeacherFiles | None] = {}
     for name in teacher_folders(report.storage):
         folder = layout.teacher(name)
         teacher = report.attempt(layout.group(folder), partial(read_teacher, report.storage, name), teacher=name)
         teachers[name] = teacher
-        for file, expected in teacher.files.items() if teacher else ():
-            report.check_file(f"{folder}/{file}", expected, teacher=name)
+        if teacher is None:
+            continue
+        found = [report.check_file(f"{folder}/{file}", sum_, teacher=name) for file, sum_ in teacher.files.items()]
+        if None not in found:  # what they say must fit together, too
+            report.attempt(layout.group(folder), partial(load_teacher, report.storage, plan, name), teacher=name)
     if not teachers:
         report.add(layout.TEACHERS, "there is no teacher: nothing has been extracted")
     return teachers
 
 
-def _row_digests(report: Collector, plan: Plan) -> Iterator[tuple[int, list[str | None]]]:
-    """For each part of the sample table its first unit and the row digest of each of its units, None if damaged."""
+def _row_digests(report: Collector, plan: Plan, wanted: Mask) -> Iterator[tuple[range, dict[int, str | None]]]:
+    """For each part of the sample table its units and, of the `wanted` ones, the row digest, None if damaged."""
     samples = Samples(report.storage, plan, cached_parts=1)
     for part in range(samples.parts):
         first = part * layout.UNITS_PER_PART
         units = range(first, min(first + layout.UNITS_PER_PART, plan.units))
         file = layout.samples_part(part)
         table = report.attempt(file, partial(samples.part, part))
-        if table is None:
-            yield first, [None] * len(units)
-        else:
+        if table is not None:
             report.count(report.storage.size(file) or 0)
-            yield first, [row_digest(samples.unit(unit)) for unit in units]
+        chosen = [unit for unit in units if wanted[unit]]
+        yield units, {unit: None if table is None else row_digest(samples.unit(unit)) for unit in chosen}
 
 
 class _Units:
@@ -121,6 +127,18 @@ class _Units:
             }
             for name, teacher in teachers.items()
         }
+        folders: dict[str | None, str] = {None: layout.IMAGES, **{name: layout.teacher(name) for name in teachers}}
+        self._committed = {name: committed_units(self._storage, folder, plan.units) for name, folder in folders.items()}
+        self.any_committed: Mask = np.logical_or.reduce(list(self._committed.values()))
+        """Units that are committed of the images or of a teacher, as listed when the check began, bool [units]."""
+
+    def note_absent(self, units: range) -> None:
+        """Report those of `units` of which nothing is committed."""
+        for unit in units:
+            if not self.any_committed[unit]:
+                for name in self._committed:
+                    file = layout.commit(layout.IMAGES if name is None else layout.teacher(name), unit)
+                    self._report.add(file, NOT_COMMITTED, unit=unit, teacher=name, kind="absent")
 
     def check(self, unit: int, rows: str | None) -> None:
         """`rows` is the row digest by the sample table, None if that is damaged."""
@@ -137,9 +155,6 @@ class _Units:
         if rows not in (None, record.row_digest):
             self._report.add(file, f"is of other rows: expected digest {rows}, found {record.row_digest}", unit=unit)
         for name, array in self._images.items():
-            if name not in record.arrays:
-                self._report.add(file, f"has no array {name!r}", unit=unit)
-                continue
             reader = self._check_shard(f"{layout.IMAGES}/{name}", array, record.arrays[name], unit, None)
             if reader is not None and name == "status":
                 status = np.empty(reader.rows, np.uint8)

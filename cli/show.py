@@ -15,8 +15,6 @@ from cli.units import human_bytes, human_seconds, plural
 if TYPE_CHECKING:  # `status` should not wait for torch
     from collections.abc import Sequence
 
-    import pyarrow as pa
-
     from cache.leftout import LeftOut
     from cache.problems import Problem
     from cache.reader import Cache
@@ -121,7 +119,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "rows": plan.rows,
         "samples": plan.samples,
-        "labels": sum(count_labels(part["label"]) for part in cache.samples.iter_batches(["label"])),
+        "labels": cache.samples.count_labels(),
         "views": plan.views,
         "unit_rows": plan.unit_rows,
         "units": plan.units,
@@ -139,13 +137,6 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
             for name, teacher in cache.teachers.items()
         },
     }
-
-
-def count_labels(labels: pa.ChunkedArray) -> int:
-    """How many are class numbers: not null, and not below 0."""
-    import pyarrow.compute as pc
-
-    return pc.sum(pc.greater_equal(labels, 0)).as_py() or 0
 
 
 def show_info(console: Console, described: dict[str, Any]) -> None:

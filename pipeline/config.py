@@ -10,11 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from cache import layout
 from cache.errors import ConfigError
 from cache.setting_paths import anchor_paths
-from cache.settings import Section, read_yaml, section, split, validate, validate_overridden
+from cache.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
 from cache.spec import CodecSpec, CropSpec, ShardFormat
 
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
 Auto = Literal["auto"]
 
 # A field's description is what a message says was expected.

@@ -6,14 +6,14 @@ holds the digest of each other file, so that one that was damaged since is passe
 
 import io
 import json
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -21,10 +21,22 @@ from torch import Tensor, nn
 from cache.digests import digest
 from cache.errors import CorruptError
 from cache.failpoints import failpoint
+from cache.strict_json import parse_json_object
 from trainer.files import publish_folder
 
 KEPT: Final = 2
 _MODEL, _AVERAGE, _STATE, _SEAL = "model.safetensors", "average.safetensors", "state.pt", "seal.json"
+
+
+class _State(BaseModel):
+    """What `state.pt` holds."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True)
+
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    position: Annotated[int, Field(ge=0, lt=2**63)]
+    optimizer: dict[str, Any]
+    generators: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,19 +128,19 @@ def _all(folder: Path) -> list[Path]:
 
 def _load(path: Path) -> Checkpoint:
     try:
-        seal = json.loads((path / _SEAL).read_bytes())
+        seal = parse_json_object((path / _SEAL).read_bytes())
+        if not {_MODEL, _STATE} <= seal.keys() <= {_MODEL, _STATE, _AVERAGE}:
+            raise ValueError(f"{_SEAL}: expected digests of {_MODEL}, {_STATE} and maybe {_AVERAGE}, found {[*seal]}")
         files = {name: (path / name).read_bytes() for name in seal}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CorruptError(str(path), f"cannot be read ({error})") from None
     for name, data in files.items():
         if digest(data) != seal[name]:
             raise CorruptError(str(path / name), "is not what was saved")
     try:
-        state = torch.load(io.BytesIO(files[_STATE]), weights_only=True)
+        state = _State.model_validate(torch.load(io.BytesIO(files[_STATE]), weights_only=True))
         average = load_tensors(files[_AVERAGE]) if _AVERAGE in files else None
-        return Checkpoint(
-            state["step"], state["position"], load_tensors(files[_MODEL]), average, state["optimizer"],
-            state["generators"],
-        )  # fmt: skip
-    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CorruptError(str(path), f"holds no checkpoint ({error})") from None
+        model = load_tensors(files[_MODEL])
+    except Exception as error:  # torch's reader raises nearly anything where the bytes are not its own
+        raise CorruptError(str(path), f"holds no checkpoint ({type(error).__name__}: {error})") from None
+    return Checkpoint(state.step, state.position, model, average, state.optimizer, state.generators)

@@ -11,17 +11,18 @@ from pydantic import Field, field_validator, model_validator
 from cache import open_cache
 from cache.errors import KpuError
 from cache.setting_paths import anchor_paths
-from cache.settings import Section, read_yaml, validate, validate_overridden
+from cache.settings import Positive, Section, read_yaml, validate, validate_overridden
 
 Text = Annotated[str, Field(min_length=1)]
 Target = Annotated[str, Field(pattern="^(global|patch)$")]
-Positive = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 
 # A field's description is what a message says was expected.
 _COUNT = "a whole number above 0"
+_WIDTH = "a whole number from 1 to 65536"
 _WEIGHT = "a number from 0"
 _SHARE = "a number from 0 to 1"
 _NAMES = "a list of names"
@@ -48,8 +49,8 @@ class StudentConfig(Section):
     weights: Text | None = Field(default=None, description="the path of a weights file, random, or null")
     merge: Literal["auto", "add", "concat"] = Field(default="auto", description="auto, add or concat")
     layers: tuple[Text, ...] = Field(default=(), description=_NAMES)
-    width: Positive = Field(default=160, description=_COUNT)
-    depth: Positive = Field(default=3, description=_COUNT)
+    width: Width = Field(default=160, description=_WIDTH)
+    depth: Width = Field(default=3, description=_WIDTH)
 
     @property
     def concat(self) -> bool:
@@ -80,7 +81,7 @@ class TargetsConfig(Section):
 class ProjectorConfig(Section):
     """The heads from the student to each teacher; `hidden` is their width, `norm` a leading LayerNorm."""
 
-    hidden: Positive = Field(default=256, description=_COUNT)
+    hidden: Width = Field(default=256, description=_WIDTH)
     norm: bool = Field(default=False, description="true or false")
 
 
@@ -109,7 +110,7 @@ class UnifyConfig(Section):
         default="off", description="off, pretrained, joint, pca or untrained"
     )
     weight: NotNegative = Field(default=0.3, description=_WEIGHT)
-    hidden: Positive = Field(default=256, description=_COUNT)
+    hidden: Width = Field(default=256, description=_WIDTH)
     steps: Positive = Field(default=500, description=_COUNT)
     pca_rows: Positive = Field(default=4096, description=_COUNT)
     reconstruction: NotNegative = Field(default=1.0, description=_WEIGHT)

@@ -33,6 +33,7 @@ from cache import Cache
 from cache.digests import digest
 from cache.errors import ConfigError, CorruptError, MismatchError
 from cache.spec import TeacherSpec
+from cache.strict_json import parse_json, parse_json_object
 from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
 from trainer.environment import environment
@@ -43,6 +44,7 @@ from trainer.sealed import (
     ADVICE,
     DIGEST,
     DIGESTS,
+    digests_in,
     dump_json,
     open_json,
     open_yaml,
@@ -198,7 +200,7 @@ class RunFolder:
 
     def unchecked(self) -> list[str]:
         """Files of which no digest was kept, as in runs of older releases: damage to them may not show."""
-        kept = {**open_sources(self.path).get(DIGESTS, {}), **self._digests()}
+        kept = {**digests_in(open_sources(self.path), self.path), **self._digests()}
         return [name for name in (*SOURCE_FILES[:2], MODEL) if name not in kept]
 
     def write_environment(self, values: Mapping[str, Any]) -> None:
@@ -209,8 +211,10 @@ class RunFolder:
         """
         file = self.path / "environment.json"
         try:
-            former = list(json.loads(file.read_bytes())) if file.exists() else []
-        except (ValueError, TypeError) as error:
+            former = parse_json(file.read_bytes()) if file.exists() else []
+            if not isinstance(former, list):
+                raise ValueError(f"found {type(former).__name__}")
+        except ValueError as error:
             raise CorruptError(str(file), f"is no list in JSON ({error}); remove it to go on without") from None
         self._write(file.name, dump_json([*former, {**environment(), **values}]))
 
@@ -220,12 +224,14 @@ class RunFolder:
         Raises:
             CorruptError: another line is damaged.
         """
-        file, found = self.path / _METRICS, []
+        file, found = self.path / _METRICS, list[dict[str, Any]]()
         for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], start=1):
             try:
-                found.append(json.loads(line))
-                found[-1]["step"]
-            except (ValueError, KeyError, TypeError):
+                logged = parse_json_object(line)
+                if type(logged["step"]) is not int:
+                    raise ValueError("step")
+                found.append(logged)
+            except (ValueError, KeyError):
                 raise CorruptError(
                     str(file), f"line {number}: expected an object in JSON with a step, found another; remove the line"
                 ) from None
@@ -278,8 +284,7 @@ class RunFolder:
 
     def _digests(self) -> dict[str, str]:
         """Of the files that were written last, by name; none where the run has not ended, or had none."""
-        found: dict[str, str] = self._summary().get(DIGESTS, {}) if (self.path / _SUMMARY).exists() else {}
-        return found
+        return digests_in(self._summary(), self.path / _SUMMARY) if (self.path / _SUMMARY).exists() else {}
 
     def _write(self, name: str, data: bytes) -> None:
         replace_file(self.path / name, data)

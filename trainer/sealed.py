@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +11,10 @@ import yaml
 
 from cache.digests import digest, digest_of
 from cache.errors import CorruptError
+from cache.strict_json import parse_json_object
+from cache.strict_yaml import parse_yaml
 
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DIGEST: Final = "digest"
 """The key of a document's digest of itself."""
 DIGESTS: Final = "digests"
@@ -54,11 +58,9 @@ def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str
         CorruptError: it cannot be read, or is not what was written.
     """
     try:
-        document = json.loads(read_sealed(path, None))
+        document = parse_json_object(read_sealed(path, None))
     except ValueError as error:
         raise CorruptError(str(path), f"is not JSON ({error}); {advice}") from None
-    if not isinstance(document, dict):
-        raise CorruptError(str(path), f"expected a mapping of keys, found {type(document).__name__}; {advice}")
     if DIGEST in document:
         body = {key: value for key, value in document.items() if key != DIGEST}
         _check(path, digest_of(plain(body)), document[DIGEST])
@@ -67,6 +69,20 @@ def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str
         if missing:
             raise CorruptError(str(path), f"expected the keys {', '.join(keys)}, found no {missing[0]}; {advice}")
     return document
+
+
+def digests_in(document: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The digests, by name, of files beside `path` that a document keeps; none in those of older releases.
+
+    Raises:
+        CorruptError: they are none, or of files elsewhere.
+    """
+    found = document.get(DIGESTS, {})
+    if not isinstance(found, dict) or not all(
+        _PLAIN_NAME.fullmatch(name) and isinstance(value, str) for name, value in found.items()
+    ):
+        raise CorruptError(str(path), f"{DIGESTS}: expected digests by the names of files, found {found!r}; {ADVICE}")
+    return found
 
 
 def seal_yaml(values: Mapping[str, Any], free: Collection[str]) -> bytes:
@@ -83,10 +99,10 @@ def open_yaml(path: Path, data: bytes, free: Collection[str]) -> dict[str, Any]:
     """
     head = data.partition(b"\n")[0]
     try:
-        values = yaml.safe_load(data)
+        values = parse_yaml(data)
         found = _digest_without(values, free) if isinstance(values, dict) else ""
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # the last where a value is of YAML's own, such as a date
-        raise CorruptError(str(path), f"is not YAML ({error}); {ADVICE}") from None
+    except (ValueError, TypeError) as error:  # the last where a value is of YAML's own, such as a date
+        raise CorruptError(str(path), f"cannot be understood ({error}); {ADVICE}") from None
     if not isinstance(values, dict):
         raise CorruptError(str(path), f"expected a mapping of keys, found {type(values).__name__}; {ADVICE}")
     if head.startswith(_HEAD):

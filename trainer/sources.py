@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
@@ -17,10 +18,24 @@ from cache.spec import TeacherSpec
 from cache.statistics import Statistics, dump_statistics, load_statistics
 from trainer.corpus import Corpus, Source
 from trainer.place import HEADS, SOURCES, STATISTICS
-from trainer.sealed import ADVICE, DIGESTS, open_json, read_sealed, seal_json
+from trainer.sealed import ADVICE, DIGESTS, digests_in, open_json, read_sealed, seal_json
 from trainer.shapes import shape_of
 
 _KEYS: Final = ("teachers", "seeds", "caches")
+
+
+class _CacheEntry(BaseModel):
+    path: str
+    plan: str
+
+
+class _Document(BaseModel):
+    """What of `sources.json` is read as it stands; later releases may add to it."""
+
+    teachers: dict[str, Any]
+    seeds: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
+    caches: list[_CacheEntry]
+    images: list[list[str]] = []
 
 
 def pack_sources(corpus: Corpus) -> dict[str, bytes]:
@@ -48,7 +63,13 @@ def open_sources(folder: Path) -> dict[str, Any]:
     Raises:
         CorruptError: it is damaged or missing.
     """
-    return open_json(folder / SOURCES, _KEYS)
+    document, file = open_json(folder / SOURCES, _KEYS), folder / SOURCES
+    try:
+        _Document.model_validate(document)
+    except ValidationError as error:
+        raise CorruptError(str(file), f"does not describe the caches ({error}); {ADVICE}") from None
+    digests_in(document, file)
+    return document
 
 
 def load_specs(folder: Path) -> dict[str, TeacherSpec]:
@@ -72,15 +93,15 @@ def load_sources(folder: Path) -> dict[str, Source]:
     statistics, _ = load_statistics(read_sealed(statistics_file, digests.get(STATISTICS)), str(statistics_file))
     try:
         heads = load_arrays(read_sealed(heads_file, digests.get(HEADS)))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise CorruptError(str(heads_file), f"holds no heads ({error}); {ADVICE}") from None
     try:
         return {
             name: _source(name, spec, document["seeds"][name], statistics, heads)
             for name, spec in _specs(document, folder / SOURCES).items()
         }
-    except (KeyError, TypeError) as error:
-        raise CorruptError(str(folder / SOURCES), f"does not fit {HEADS} ({error}); {ADVICE}") from None
+    except (KeyError, ValueError) as error:
+        raise CorruptError(str(folder / SOURCES), f"does not fit the files beside it ({error}); {ADVICE}") from None
 
 
 def images_of(cache: Cache) -> list[str]:
@@ -91,7 +112,7 @@ def images_of(cache: Cache) -> list[str]:
 def _specs(document: Mapping[str, Any], file: Path) -> dict[str, TeacherSpec]:
     try:
         return {name: TeacherSpec.model_validate(spec) for name, spec in document["teachers"].items()}
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise CorruptError(str(file), f"does not describe the teachers ({error}); {ADVICE}") from None
 
 
@@ -105,5 +126,10 @@ def _source(
     """A teacher of the document, with its part of the statistics and heads of all."""
     own = {key.partition("/")[2]: value for key, value in statistics.items() if key.partition("/")[0] == name}
     shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in own}
+    for output, shape in shapes.items():
+        if len(own[output].mean) != shape.channels:
+            raise ValueError(f"{name}/{output}: expected statistics of {shape.channels} channels")
     head = (heads[f"{name}.weight"], heads[f"{name}.bias"]) if f"{name}.weight" in heads else None
+    if head is not None and (head[0].ndim != 2 or head[1].shape != head[0].shape[:1]):
+        raise ValueError(f"{name}: expected a head [C, D] with a bias [C], found {head[0].shape}, {head[1].shape}")
     return Source(spec, shapes, own, head, seed)

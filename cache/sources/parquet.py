@@ -1,6 +1,5 @@
 """Parquet files with a column of encoded images: Hugging Face's struct<bytes, path>, or plain binary."""
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -16,6 +15,7 @@ from cache.sources.files import Files, Piece, to_bytes
 from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
+from cache.strict_json import parse_json
 
 _INTEGERS: Final = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
 
@@ -216,7 +216,7 @@ def _classes(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
     if b"class_names" in metadata:
         return tuple(name.strip() for name in metadata[b"class_names"].decode("utf-8", "replace").split(","))
     try:
-        features: Any = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        features: Any = parse_json(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         names = features[label]["names"]
     except (ValueError, KeyError, TypeError):
         return None

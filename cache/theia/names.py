@@ -5,11 +5,11 @@
 <root>/<dataset>/<model>/<dataset>_<split>-000000-<split>.tar              <key>.<model>.safetensors
 """
 
-import json
 import re
 from typing import Any, Final
 
 from cache.errors import ConfigError, CorruptError
+from cache.strict_json import parse_json_object
 
 SPLITS: Final = "splits.json"
 IMAGES: Final = "images"
@@ -63,9 +63,6 @@ def parse_splits(raw: bytes, file: str) -> dict[str, Any]:
         CorruptError: it is no JSON object.
     """
     try:
-        found = json.loads(raw)
+        return parse_json_object(raw)
     except ValueError as error:
         raise CorruptError(file, f"is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CorruptError(file, f"expected a JSON object, found {type(found).__name__}")
-    return found

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache.chunks import CRC_BYTES, crc
-from cache.digests import DIGEST_BYTES, digest, digest_of, seal_document
+from cache.digests import DIGEST_BYTES, digest, digest_of
 from cache.shards import ArrayLayout
 
 _PLACEHOLDER = "." * (2 * DIGEST_BYTES)
@@ -48,22 +50,60 @@ def forge_document(file: Path, edit: Callable[[Document], object]) -> None:
     document = json.loads(file.read_bytes())
     del document["digest"]
     edit(document)
-    file.write_bytes(seal_document(document))
+    write_document(file, document)
 
 
-def plan_digest(root: Path) -> str:
-    """What commit records say of the plan as it is written in the cache."""
-    return digest_of(json.loads((root / "plan.json").read_bytes())["plan"])
+def write_document(file: Path, document: Document) -> None:
+    """As `seal_document`, of what that refuses as well: NaN, infinity, half a surrogate pair."""
+    text = partial(json.dumps, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    sealed = {**document, "digest": digest(text(document).encode(errors="surrogatepass"))}
+    file.write_bytes(text(sealed).encode(errors="surrogatepass"))
 
 
 def forge_group(file: Path, edit: Callable[[Document], object]) -> None:
     """Change the attribute `kpu` of a teacher's `zarr.json`, which carries a digest of its bytes."""
     document = json.loads(file.read_bytes())
-    edit(document["attributes"]["kpu"])
-    document["attributes"]["kpu"]["digest"] = _PLACEHOLDER
-    seal_group(file, json.dumps(document).encode())
-
-
-def seal_group(file: Path, raw: bytes) -> None:
-    """Write a teacher's `zarr.json` from bytes with dots in the place of its digest."""
+    attributes = document["attributes"]["kpu"]
+    edit(attributes)
+    attributes["digest"] = _PLACEHOLDER
+    raw = json.dumps(document).encode()
     file.write_bytes(raw.replace(_PLACEHOLDER.encode(), digest(raw).encode()))
+
+
+def reseal(root: Path) -> None:
+    """Recompute, from the leaves up, every digest in a cache that a changed file has made wrong.
+
+    What makes no sense any more stays as it is.
+    """
+    for folder in sorted(path for path in (root / "teachers").iterdir() if path.is_dir()):
+        with suppress(*_SENSELESS):
+            forge_group(folder / "zarr.json", lambda kpu, folder=folder: _renew(kpu["files"], folder))
+    with suppress(*_SENSELESS):
+        forge_document(root / "plan.json", lambda document: _renew_plan(document["plan"], root))
+    for owner in (root / "images", *sorted((root / "teachers").iterdir())):
+        for record in sorted(owner.glob("commits/*.json")):
+            with suppress(*_SENSELESS):
+                forge_document(record, partial(_renew_record, root=root, owner=owner))
+
+
+_SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError)
+
+
+def _renew(digests: dict[str, str], folder: Path) -> None:
+    for name in digests:
+        digests[name] = digest((folder / name).read_bytes())
+
+
+def _renew_plan(plan: Document, root: Path) -> None:
+    _renew(plan["metadata"], root)
+    for part in range(len(plan["samples_digests"])):
+        plan["samples_digests"][part] = digest((root / f"samples/part-{part:06d}.parquet").read_bytes())
+
+
+def _renew_record(record: Document, root: Path, owner: Path) -> None:
+    record["plan"] = digest_of(json.loads((root / "plan.json").read_bytes())["plan"])
+    if "files" in record:
+        raw = (owner / "zarr.json").read_bytes()
+        kpu = json.loads(raw)["attributes"]["kpu"]
+        record["fingerprint"] = digest_of([kpu["model_fingerprint"], kpu["encoding_fingerprint"]])
+        record["files"] = {"zarr.json": digest(raw)}

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from cache.errors import ConfigError
-from cache.settings import Section, override, read_yaml, section, split, validate
+from cache.settings import Positive, Section, override, read_yaml, section, split, validate
 
 
 class Inner(Section):
@@ -105,3 +105,22 @@ def test_sections_are_made_where_they_are_missing() -> None:
 def test_assignments_need_two_sides(assignment: str) -> None:
     with pytest.raises(ConfigError, match=r"--set .*: expected KEY=VALUE"):
         split(assignment, "--set", "KEY=VALUE")
+
+
+def test_rejects_numbers_that_no_count_has() -> None:
+    class Counted(Section):
+        rows: Positive = Field(default=1, description="a whole number above 0")
+        rate: float = 0.5
+
+    with pytest.raises(ConfigError, match=r"rows: expected up to 2147483647, found 10000000000$"):
+        validate(Counted, {"rows": 10**10}, "here")
+    with pytest.raises(ConfigError, match=r"rows: expected a whole number above 0, found 0$"):
+        validate(Counted, {"rows": 0}, "here")
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"rate: expected a finite number"):
+            validate(Counted, {"rate": value}, "here")
+
+
+def test_an_assignment_is_read_as_strictly() -> None:
+    with pytest.raises(ConfigError, match=r"--set a=\[+: expected up to 32 levels, found more"):
+        override({}, [f"a={'[' * 500}"])

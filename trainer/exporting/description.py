@@ -1,6 +1,5 @@
 """`config.json` of an exported student, and the files beside it."""
 
-import json
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cache.digests import digest
 from cache.errors import ConfigError, CorruptError
 from cache.spec import Decoding, InputSpec, TeacherSpec
+from cache.strict_json import parse_json_object
 from trainer.config import ProjectorConfig, StudentConfig
 from trainer.shapes import OutputShape
 
@@ -53,7 +53,7 @@ class Description(BaseModel):
 
 def read_description(place: Path) -> Description:
     try:
-        document = json.loads((place / CONFIG).read_bytes())
+        document = parse_json_object((place / CONFIG).read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{place}: expected a folder of `kpu-train export`, found no {CONFIG} ({error.strerror}); check the path"
