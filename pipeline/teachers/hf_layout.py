@@ -42,10 +42,9 @@ class Layout(NamedTuple):
         return found | ({"interpolation": filter_name} if filter_name in EXPRESSIBLE else {})
 
     def __str__(self) -> str:
-        what = {"center": "scaled to cover {}", "squash": "scaled to {}", "pad": "scaled to fit and filled up"}
-        (height, width), cover = self.geometry.size, self.geometry.cover
-        scaled = what[self.crop_mode].format(f"{cover[0]} x {cover[1]}")
-        return f"{scaled} ({self.geometry.interpolation}), the centre {height} x {width} cut"
+        how = {"center": "to cover", "squash": "to", "pad": "to fit into"}[self.crop_mode]
+        height, width = self.geometry.cover
+        return f"{self.geometry.interpolation} scaling {how} {height} x {width} pixels"
 
 
 def find_layout(
@@ -71,7 +70,7 @@ def find_layout(
         if nearest is None or apart < nearest[0]:
             nearest = (apart, layout)
     assert nearest is not None
-    return None, f"the nearest here is {nearest[1]}, up to {nearest[0]:.0f} levels of 255 apart"
+    return None, f"the nearest here, {nearest[1]}, is {nearest[0]:.0f} or more of 255 levels apart"
 
 
 def interpolation_of(fields: Mapping[str, Any]) -> str:

@@ -34,9 +34,9 @@ _LONGEST_SIDE = 4096  # pixels that a processor is let scale to
 
 
 class Doubt(NamedTuple):
-    """A step of a processor that an InputSpec cannot follow. What the user gives under all of `keys` settles it.
+    """A step of a processor that an InputSpec cannot follow, and values to give `instead`.
 
-    `instead` suggests values for them.
+    What the user gives under all of their `keys` settles it.
     """
 
     step: str
@@ -64,7 +64,7 @@ _studied: dict[str, Studied] = {}
 
 def study(processor: Any) -> Studied:
     """Run a processor on the fixed images; once in a process for equal ones."""
-    key = f"{type(processor).__qualname__} {json.dumps(_plain_fields(vars(processor)), sort_keys=True, default=str)}"
+    key = f"{type(processor)} {json.dumps(vars(processor), sort_keys=True, default=str)}"
     if key not in _studied:
         _studied[key] = _study(processor)
     return _studied[key]

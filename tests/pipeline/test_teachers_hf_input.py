@@ -298,7 +298,7 @@ def test_processor_that_does_other_than_its_fields_is_found_out() -> None:
     doubt = study(Twice()).doubt
     assert doubt is not None
     assert doubt.step == "resizing"
-    assert "levels of 255 apart" in doubt.found
+    assert "of 255 levels apart" in doubt.found
     assert study(Nearest()).own["interpolation"] == "nearest"
     doubt = study(Squared()).doubt
     assert doubt is not None
