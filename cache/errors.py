@@ -45,6 +45,10 @@ class MismatchError(KpuError):
     """What stands in the cache was made from other data, another teacher or another configuration."""
 
 
+class TrustError(KpuError):
+    """A file names code that the user neither named nor trusts; nothing of it was run."""
+
+
 class TrainingError(KpuError):
     """Training went wrong: the loss is not finite, or a part of the model collapsed."""
 

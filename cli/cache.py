@@ -9,11 +9,14 @@ from rich.console import Console
 
 from cli.console import console
 from cli.failures import reported
-from cli.options import CachePath, Json, print_result
+from cli.options import CachePath, Json, TrustCode, print_result
 from cli.start import start
 from cli.upkeep import bench, gc, info, repair, status, verify
 
-if TYPE_CHECKING:  # these load torch and pyarrow, which takes seconds: help and usage errors should not wait for them
+if TYPE_CHECKING:
+    from cache.trust import Trust
+
+    # these load torch and pyarrow, which takes seconds: help and usage errors should not wait for them
     from pipeline.config import ExtractConfig
     from pipeline.runs import RunSummary
 
@@ -23,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Executor = Annotated[str | None, typer.Option("--executor", metavar="inline|ray", help="Who computes.")]
+RayAddress = Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")]
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file; flags are laid over it.")]
 _RESUMES: Final = "committed units are safe; the same command resumes"
 _AGAIN: Final = "what was committed is safe; run the same command again"
@@ -49,8 +54,8 @@ def extract(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, as YAML: codec.step=0.1."),
     ] = None,
-    executor: Annotated[str | None, typer.Option("--executor", metavar="inline|ray", help="Who computes.")] = None,
-    ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
+    executor: Executor = None,
+    ray_address: RayAddress = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and estimate; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -86,19 +91,37 @@ def extract(
 
 @app.command("retry-failed", epilog="Example: kpu-cache retry-failed my.kpu")
 @reported(_RESUMES)
-def retry_failed(cache: CachePath, as_json: Json = False) -> None:
-    """Try again the units that failed, each with the configuration of the latest run in which it failed."""
-    from cli.show import show_summary, summary_json
-    from pipeline.config import validate_config
-    from pipeline.paths import absolute
-    from pipeline.retry import failed_runs
+def retry_failed(
+    cache: CachePath,
+    config: Annotated[
+        Path | None,
+        typer.Option("-c", "--config", help="YAML file that stands in for the cache's own records."),
+    ] = None,
+    executor: Executor = None,
+    ray_address: RayAddress = None,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Try again the units that failed, with the teachers as the cache records them, or as a configuration says.
 
-    out = absolute(cache)
+    It runs here; --executor ray spreads it.
+    """
+    from cache.trust import load_trust
+    from cli.show import show_summary, summary_json
+    from pipeline.config import load_config
+    from pipeline.retry import failed_runs, retry_configs, with_executor
+
     runs = failed_runs(cache)
     summaries = []
-    for run, units in runs:
-        config = validate_config({**run.config, "out": out}, f"{cache}/runs/{run.id}.json")
-        summaries.append(_extract(config, units, as_json))
+    if config is not None and runs:
+        named = load_config(config, out=cache, executor=executor, ray_address=ray_address)
+        summaries.append(_extract(named, frozenset[int]().union(*(units for _, units in runs)), as_json))
+    else:
+        trust = load_trust(everything=trust_code)
+        for run, units in runs:
+            for found in retry_configs(cache, run):
+                again = with_executor(found, executor, ray_address)
+                summaries.append(_extract(again, units, as_json, trust))
     document = {"retried_units": sum(len(units) for _, units in runs), "runs": [summary_json(s) for s in summaries]}
 
     def show(console: Console) -> None:
@@ -183,9 +206,11 @@ def import_command(
     print_result(asdict(done), as_json, lambda console: show_import(console, done))
 
 
-def _extract(config: "ExtractConfig", units: frozenset[int] | None, as_json: bool) -> "RunSummary":
+def _extract(
+    config: "ExtractConfig", units: frozenset[int] | None, as_json: bool, trust: "Trust | None" = None
+) -> "RunSummary":
     from cli.progress import open_observer
     from pipeline.extract import extract as run_extract
 
     with open_observer(console(stderr=as_json)) as observer:
-        return run_extract(config, observer, units)
+        return run_extract(config, observer, units, trust=trust)

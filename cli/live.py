@@ -14,8 +14,9 @@ from torch import Tensor
 from cache import Cache
 from cache.pixels.resize import Geometry, geometry
 from cache.teachers import check_same
-from pipeline.deep import teacher_config
-from pipeline.teachers import Teacher, build_teacher
+from cache.trust import Trust
+from pipeline.deep import ship_again
+from pipeline.teachers import Teacher, load_shipped
 from trainer.config import TrainConfig
 from trainer.corpus import Corpus, HostBatch
 from trainer.data import Fetch
@@ -23,19 +24,21 @@ from trainer.images import ImageReader
 from trainer.resident import Rows
 
 
-def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch) -> Fetch:
+def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch, trust: Trust | None = None) -> Fetch:
     """A `fetch` that runs the teachers of `corpus` on the images of the rows, with the views that were extracted.
 
-    Which rows are masked is the caches' word. What it stores is raw, float32 on the teachers' device.
+    Which rows are masked is the caches' word. What it stores is raw, float32 on the teachers' device. Of the code that
+    the caches name, `trust` says which may run; by default what the user's list has.
 
     Raises:
         ConfigError: the images are not where a cache, or `images.root`, says.
         TeacherError: a teacher does not load.
+        TrustError: a teacher's code may not run.
         MismatchError: a teacher is not the one that was extracted.
     """
     cuda = torch.cuda.is_available() and config.device != "cpu"
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
-    parts = [_Live(corpus, number, config, device) for number in range(len(corpus.caches))]
+    parts = [_Live(corpus, number, config, device, trust) for number in range(len(corpus.caches))]
     threads = torch.get_num_threads()  # a new thread would take its own number, and the first GPU
 
     def run(rows: Rows, epochs: Rows) -> HostBatch:
@@ -55,10 +58,10 @@ def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch) -> Fetch:
 class _Live:
     """The teachers of one cache, and its images. One batch at a time is computed."""
 
-    def __init__(self, corpus: Corpus, number: int, config: TrainConfig, device: str) -> None:
+    def __init__(self, corpus: Corpus, number: int, config: TrainConfig, device: str, trust: Trust | None) -> None:
         self._cache: Cache = corpus.caches[number]
         self._wanted = {name: corpus.wanted[name] for name in corpus.teachers_of(self._cache)}
-        self._teachers = {name: _load(self._cache, name, device) for name in self._wanted}
+        self._teachers = {name: _load(self._cache, name, device, trust) for name in self._wanted}
         self._readers: dict[Geometry, ImageReader] = {}
         for teacher in self._teachers.values():
             if geometry(teacher.input) not in self._readers:
@@ -80,8 +83,8 @@ class _Live:
         return found
 
 
-def _load(cache: Cache, name: str, device: str) -> Teacher:
+def _load(cache: Cache, name: str, device: str, trust: Trust | None) -> Teacher:
     spec = cache.teachers[name].spec
-    teacher = build_teacher(name, teacher_config(spec), device=device, seed=cache.plan.seed)
+    teacher = load_shipped(name, ship_again(spec, trust), device=device, seed=cache.plan.seed)
     check_same(spec, teacher.spec(spec.codec, spec.format))
     return teacher

@@ -16,6 +16,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print tables as CSV.")]
 Latex = Annotated[bool, typer.Option("--latex", help="Print tables as LaTeX (booktabs).")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run Python that the cache, run or export names, whoever it is from.")
+]
 
 
 def table_format(*, as_json: bool, markdown: bool, csv: bool, latex: bool) -> str:

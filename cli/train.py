@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,13 @@ import typer
 from cache.errors import IncompleteError
 from cli.console import console, progress_bar, progress_note
 from cli.failures import reported
-from cli.options import Csv, Json, Latex, Markdown, print_tables, table_format
+from cli.options import Csv, Json, Latex, Markdown, TrustCode, print_tables, table_format
 from cli.start import start
 
-if TYPE_CHECKING:  # these load torch, which takes seconds: help and usage errors should not wait for it
+if TYPE_CHECKING:
+    from cache.trust import Trust
+
+    # these load torch, which takes seconds: help and usage errors should not wait for it
     from trainer.batches import Live
     from trainer.config import TrainConfig
 
@@ -55,6 +59,7 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Training processes, by Ray Train.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train a student. With --resume the same command goes on from the last checkpoint, sample for sample.
 
@@ -71,7 +76,7 @@ def fit(
         config, resolved = out / CONFIG, True  # a run knows how it was begun
     assigned = [*(overrides or ()), *extra]
     loaded = load_config(config, caches=cache or (), overrides=assigned, resolved=resolved)
-    summary = _fit(loaded, out.absolute(), resume, ray_address)
+    summary = _fit(loaded, out.absolute(), resume, ray_address, _trust(loaded, trust_code, named=not resolved))
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
         from cli.training import show_summary
 
@@ -84,6 +89,7 @@ def ablate(
     sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Stands in for `out` of the file.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     markdown: Markdown = False,
     csv: Csv = False,
@@ -93,6 +99,8 @@ def ablate(
 
     Ends with a table of paired differences from the first cell.
     """
+    from cache.code import naming_models
+    from cache.trust import load_trust
     from cli.training import ablation_table
     from trainer.ablate import ablate as run_sweep
     from trainer.sweeps import load_sweep
@@ -100,7 +108,9 @@ def ablate(
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     loaded = load_sweep(sweep, out)
     say = console(stderr=True)
-    found = run_sweep(loaded, address=ray_address, tell=lambda line: say.print(line, markup=False, soft_wrap=True))
+    trust = naming_models(load_trust(everything=trust_code), *(trial.config.student.model for trial in loaded.trials))
+    tell = partial(say.print, markup=False, soft_wrap=True)
+    found = run_sweep(loaded, address=ray_address, tell=tell, trust=trust)
     if form == "json":
         typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
         return
@@ -121,6 +131,7 @@ def evaluate(
     run: RunPath,
     cache: Caches = None,
     images: Images = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     markdown: Markdown = False,
     csv: Csv = False,
@@ -131,6 +142,7 @@ def evaluate(
     The result is kept with the run, for `compare`.
     """
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
+    from cache.trust import load_trust
     from trainer.place import require_run
 
     require_run(run)
@@ -138,7 +150,8 @@ def evaluate(
     from trainer.evaluation.evaluate import evaluate as measure
 
     with progress_bar("rows") as progress:
-        found = measure(run, cache or (), images=images, progress=progress)
+        trust = load_trust(everything=trust_code)
+        found = measure(run, cache or (), images=images, progress=progress, trust=trust)
     if form == "json":
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
@@ -162,6 +175,7 @@ def export(
     ] = None,
     images: Images = None,
     program: Annotated[bool, typer.Option("--program/--no-program", help="Write student.pt2, by torch.export.")] = True,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write the student as its user runs it, on images; first its features are compared with those from the cache."""
     from trainer.place import require_nothing, require_run
@@ -169,11 +183,13 @@ def export(
     require_run(run)
     require_nothing(out)
     progress_note(f"open: {run}")
+    from cache.trust import load_trust
     from cli.evaluation import show_export
     from trainer.exporting.export import export as write
 
     progress_note("check: the student on images against the cache; then write it")
-    show_export(console(), write(run, out, bundle=bundle, images=images, program=program))
+    trust = load_trust(everything=trust_code)
+    show_export(console(), write(run, out, bundle=bundle, images=images, program=program, trust=trust))
 
 
 @app.command(epilog="Example: kpu-train compare runs/* --plot runs.svg --markdown")
@@ -219,7 +235,16 @@ def _say(line: str, *, stderr: bool = False) -> None:
     console(stderr=stderr).print(line, markup=False, soft_wrap=True)
 
 
-def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None) -> dict[str, Any]:
+def _trust(config: "TrainConfig", everything: bool, *, named: bool) -> "Trust":
+    """Which code may run: of the student's, too, where the user `named` it, and not a run."""
+    from cache.code import naming_models
+    from cache.trust import load_trust
+
+    trust = load_trust(everything=everything)
+    return naming_models(trust, config.student.model) if named else trust
+
+
+def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None, trust: "Trust") -> dict[str, Any]:
     from cli.training import watching
 
     if os.environ.get("RANK", "0") == "0":
@@ -234,14 +259,14 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
         if config.targets.source == "live":
             from cli.live import run_teachers  # the only way by which teachers come into a training
 
-            live = run_teachers
+            live = partial(run_teachers, trust=trust)
         if (config.workers > 1 or ray_address) and not under_launcher():
             from trainer.ray_train import fit_with_ray
 
-            return fit_with_ray(config, out, resume=resume, address=ray_address, watch=watch, live=live)
+            return fit_with_ray(config, out, resume=resume, address=ray_address, watch=watch, live=live, trust=trust)
         from trainer.loop import fit as run_fit
 
-        return run_fit(config, out, resume=resume, watch=watch, live=live).summary
+        return run_fit(config, out, resume=resume, watch=watch, live=live, trust=trust).summary
 
 
 if __name__ == "__main__":  # torchrun -m cli.train

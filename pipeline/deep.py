@@ -13,9 +13,11 @@ from cache.runs import latest_run
 from cache.sources import open_source
 from cache.spec import DEFAULT_STEP, CropSpec, SourceSpec, TeacherSpec
 from cache.teachers import check_same
+from cache.trust import Trust, load_trust
 from cache.verify import Problem, VerifyReport
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
-from pipeline.teachers import ship
+from pipeline.teachers import ShippedTeacher, ship
+from pipeline.teachers.backbone import describe
 from pipeline.worker import Worker, WorkerSetup
 
 BATCH = 64
@@ -24,25 +26,26 @@ RESOLUTION = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # from one n
 
 
 def verify_deep(
-    path: str, report: VerifyReport, *, rows: int, seed: int, images: str | None = None
+    path: str, report: VerifyReport, *, rows: int, seed: int, images: str | None = None, trust: Trust | None = None
 ) -> tuple[VerifyReport, int]:
     """Add to `report` every sampled row whose features, computed again, differ by more than one grid step.
 
     At most `rows` rows are sampled; their number is returned too. `images` stands in for the root that the cache
-    remembers.
+    remembers. `trust` says which code may run of what the cache names; by default what the user's list has.
 
     Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
     standard deviations, and one step of their number format: another CPU or thread count may round differently.
 
     Raises:
         ConfigError: there is no folder `images`.
+        TrustError: a teacher's code may not run.
         KpuError: the source or a teacher cannot be loaded again.
     """
     cache = open_cache(path)
     problems = list(report.problems)
     source = _source(cache) if images is None else source_at(cache, images, _IMAGES)
     config = _config(cache, path)
-    shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
+    shipped = {name: ship_again(cache.teachers[name].spec, trust) for name in config.teachers}
     worker = Worker(WorkerSetup(config, shipped, source, "verify"), cache.plan.threads)
     try:
         for description in worker.describe():
@@ -125,6 +128,15 @@ def _config(cache: Cache, path: str) -> ExtractConfig:
         allow_nonfinite=True,
         teachers={name: teacher_config(teacher.spec) for name, teacher in cache.teachers.items()},
     )
+
+
+def ship_again(spec: TeacherSpec, trust: Trust | None = None) -> ShippedTeacher:
+    """Pack the teacher that a cache describes; its code runs as `trust` says, by default as the user's list does.
+
+    Raises as `ship`.
+    """
+    config = teacher_config(spec)
+    return ship(config, trust or load_trust(), spec.source_digest, describe(spec.name, config))
 
 
 def teacher_config(spec: TeacherSpec) -> TeacherConfig:

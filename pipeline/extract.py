@@ -19,6 +19,7 @@ from cache.records import Mask, count_rows, lost_images, units_left
 from cache.samples import Samples
 from cache.spec import Plan
 from cache.storage import Storage
+from cache.trust import Trust, remember
 from pipeline.config import ExtractConfig
 from pipeline.observers import Observer, Silent
 from pipeline.paths import resolve_paths
@@ -33,10 +34,24 @@ if TYPE_CHECKING:
 FAILURES_IN_A_ROW = 20
 
 
-def extract(config: ExtractConfig, observer: Observer | None = None, units: frozenset[int] | None = None) -> RunSummary:
+def extract(
+    config: ExtractConfig,
+    observer: Observer | None = None,
+    units: frozenset[int] | None = None,
+    *,
+    trust: Trust | None = None,
+) -> RunSummary:
     """Bring the cache at `config.out` to completion for the configured teachers.
 
-    `units` restricts the work to some units. The summary says whether every unit is committed.
+    Args:
+        config: what to extract.
+        observer: is told how it goes.
+        units: restricts the work to some units.
+        trust: which code may run, where a file and not the user named the teachers; None where the user did: then their
+            code is trusted from now on.
+
+    Returns:
+        The summary, which says whether every unit is committed.
 
     Raises:
         KpuError: the configuration, the source, a teacher or the cache's location does not allow it; nothing that was
@@ -58,13 +73,17 @@ def extract(config: ExtractConfig, observer: Observer | None = None, units: froz
     from pipeline.teachers import ship
     from pipeline.worker import WorkerSetup
 
-    shipped = {name: ship(teacher) for name, teacher in config.teachers.items()}
+    shipped = {name: ship(teacher, trust) for name, teacher in config.teachers.items()}
     threads = choose_threads(config.executor, standing, observer)
 
     setup = WorkerSetup(config, shipped, source.spec, run_id)
     with left_as_it_was(config.out) as created, open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
         check_teachers(config, [teacher.spec for teacher in teachers], source.classes)
+        if (
+            unkept := remember({key: place for teacher in teachers for key, place in teacher.code.items()})
+        ) is not None:
+            observer.warn(unkept)
         loaded = perf_counter()
 
         storage = open_storage(config.out, create=True, created=created)

@@ -1,10 +1,29 @@
-"""Finding the units that `retry-failed` is to try again, and how they were tried before."""
+"""Finding the units that `retry-failed` is to try again, and the configuration to try them with.
+
+A record of a run is not sealed: whoever passes a cache on can write anything there. So it says which units failed, for
+which teachers, and a few numbers. Teachers come from their own sealed records, rows from the plan.
+"""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+from pydantic import ValidationError
+
+from cache.errors import ConfigError, KpuError
 from cache.locations import open_storage
+from cache.reader import Cache, open_cache
 from cache.runs import RunRecord, load_runs
+from cache.settings import validate
+from cache.sources import open_source
+from cache.sources.files import is_local
+from cache.spec import CropSpec, SourceSpec
 from cache.status import status
+from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
+from pipeline.deep import teacher_config
+from pipeline.paths import absolute
+
+_LARGEST_BATCH: Final = 2**16
 
 
 def failed_runs(path: str) -> list[tuple[RunRecord, frozenset[int]]]:
@@ -20,3 +39,101 @@ def failed_runs(path: str) -> list[tuple[RunRecord, frozenset[int]]]:
     for failure in failed:
         units[latest[failure.teacher, failure.unit]].add(failure.unit)
     return [(run, frozenset(units[name])) for name, run in runs.items() if name in units]
+
+
+def retry_configs(path: str, run: RunRecord) -> list[ExtractConfig]:
+    """How to try a run's failed units again, one configuration for each format of its teachers' shards.
+
+    Of the record, only the names of the teachers, the batch size, whether NaN masks a row and whether models are
+    compiled are taken; and where the images are, if they are no longer where the plan says and the listing is the same.
+
+    Raises:
+        ConfigError: a unit failed for a teacher that the cache lacks.
+    """
+    cache = open_cache(path)
+    failed = {failure.teacher for failure in run.failed if failure.teacher is not None}
+    if lacking := sorted(failed - cache.teachers.keys()):
+        raise ConfigError(
+            f"{path}/runs/{run.id}.json: expected failures of teachers that the cache has, found {lacking[0]!r}; give "
+            "its configuration with -c, or run `kpu-cache extract` again"
+        )
+    names = [name for name in cache.teachers if name in {*failed, *run.teachers}] or list(cache.teachers)
+    formats = dict.fromkeys(cache.teachers[name].spec.format for name in names)
+    by_format = {each: [name for name in names if cache.teachers[name].spec.format == each] for each in formats}
+    return [_config(cache, path, run, chosen).model_copy(update={"format": each}) for each, chosen in by_format.items()]
+
+
+def with_executor(config: ExtractConfig, kind: str | None, address: str | None) -> ExtractConfig:
+    """The configuration with the executor that the user chose.
+
+    Raises:
+        ConfigError: there is no such executor, or an address without Ray.
+    """
+    given = {"kind": kind, "address": address}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    values = {**config.executor.model_dump(), **chosen}
+    executor = validate(ExecutorConfig, values, "--executor", {})
+    if executor.address is not None and executor.kind != "ray":
+        raise ConfigError(f"--ray-address {address}: expected with --executor ray, found {executor.kind}; add it")
+    return config.model_copy(update={"executor": executor})
+
+
+def _config(cache: Cache, path: str, run: RunRecord, names: Sequence[str]) -> ExtractConfig:
+    plan, teachers = cache.plan, {}
+    for name in names:
+        compiled = _section(run.config, "teachers", name).get("compile") is True
+        teachers[name] = teacher_config(cache.teachers[name].spec).model_copy(update={"compile": compiled})
+    size = _section(run.config, "executor").get("batch_size")
+    valid = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= _LARGEST_BATCH
+    return ExtractConfig(
+        data=_data(plan.source, plan.samples, _section(run.config, "data")),
+        out=absolute(path),
+        views=plan.views,
+        crop=plan.crop or CropSpec(),
+        seed=plan.seed,
+        allow_nonfinite=run.config.get("allow_nonfinite") is True,
+        teachers=teachers,
+        executor=ExecutorConfig.model_validate({"batch_size": size} if valid else {}),
+    )
+
+
+def _data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any]) -> DataConfig:
+    """The source: as the record names it, where that is what was planned, or where local images moved to."""
+    options = {name: value for name, value in planned.options.items() if value is not None}
+    own = DataConfig.model_validate({"source": planned.root, "limit": samples, **options})
+    try:
+        named = DataConfig.model_validate(recorded)
+    except ValidationError:
+        return own
+    patterns = [named.source] if isinstance(named.source, str) else list(named.source)
+    inside = all(_is_inside(pattern, planned.root) for pattern in patterns)
+    moved = all(map(is_local, (planned.root, *patterns))) and _is_gone(own)
+    if not inside and not moved:
+        return own
+    try:
+        found = open_source(named).spec
+    except KpuError:
+        return own
+    return named if found == planned.model_copy(update={"root": found.root if moved else planned.root}) else own
+
+
+def _is_inside(pattern: str, root: str) -> bool:
+    return "::" not in pattern and f"{pattern}/".startswith(f"{root.rstrip('/')}/")
+
+
+def _is_gone(data: DataConfig) -> bool:
+    try:
+        open_source(data)
+    except KpuError:
+        return True
+    return False
+
+
+def _section(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """A section of plain values; empty where there is none."""
+    for key in path:
+        found = values.get(key)
+        if not isinstance(found, dict):
+            return {}
+        values = found
+    return values

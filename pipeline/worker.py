@@ -4,9 +4,9 @@ Computing happens on the worker's device thread, one unit after the other; encod
 beside the next unit's computing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from socket import gethostname
 from time import perf_counter
@@ -56,10 +56,14 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class Description:
-    """A loaded teacher, as the driver needs to know it: `head` is (weight [C, D], bias [C]) in float32."""
+    """A loaded teacher, as the driver needs to know it: `head` is (weight [C, D], bias [C]) in float32.
+
+    `code` are the places, by digest, of code that the user named and that was run.
+    """
 
     spec: TeacherSpec
     head: tuple[np.ndarray, np.ndarray] | None
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -108,7 +112,7 @@ class Worker:
     def describe(self) -> list[Description]:
         """Say what was loaded, in the order of the configuration."""
         return [
-            Description(teacher.spec(self._config.codec_of(name), self._config.format), teacher.head)
+            Description(teacher.spec(self._config.codec_of(name), self._config.format), teacher.head, teacher.code)
             for name, teacher in self._engine.teachers.items()
         ]
 

@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trusted_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of trusted code for the session's tests and their processes, instead of the user's own."""
+    place = tmp_path_factory.mktemp("trust") / "trusted-code"
+    os.environ["KPU_TRUSTED_CODE"] = str(place)
+    return place
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images and teachers beside the repository (see CONTRIBUTING.md); skips where it is absent."""

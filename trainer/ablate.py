@@ -16,7 +16,9 @@ from typing import Any, Final
 import numpy as np
 from scipy.stats import t as student_t
 
+from cache.code import naming_models
 from cache.errors import ConfigError, IncompleteError, KpuError, MismatchError
+from cache.trust import Trust, load_trust
 from trainer.corpus import Corpus
 from trainer.files import replace_file, write_error
 from trainer.loop import fit, settle_teachers
@@ -28,6 +30,9 @@ from trainer.targets import choose_outputs
 
 LEVEL: Final = 0.95
 _TABLE, _RAY = "ablation.json", ".ray"
+
+_Work = Callable[..., str | None]
+"""Does the training of a number."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,16 @@ class Ablation:
         return {"out": str(self.out), "runs": list(self.trials), "rows": rows}
 
 
-def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], None] | None = None) -> Ablation:
+def ablate(
+    sweep: Sweep,
+    *,
+    address: str | None = None,
+    tell: Callable[[str], None] | None = None,
+    trust: Trust | None = None,
+) -> Ablation:
     """Do every training that has not ended yet, and compare the cells; the table is kept as `ablation.json`, too.
+
+    `trust` says which code may run; by default what the user's list has, and what the sweep names.
 
     Raises:
         ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster; or other files than
@@ -86,7 +99,10 @@ def ablate(sweep: Sweep, *, address: str | None = None, tell: Callable[[str], No
     waiting = [trial for trial in sweep.trials if not _ended(sweep, trial)]
     say = tell or (lambda _: None)
     say(f"{len(sweep.trials)} trainings: {len(sweep.cells)} cells, {len(sweep.seeds)} seeds, {len(waiting)} to do")
-    failures = _by_ray(sweep, waiting, address) if sweep.executor == "ray" else _inline(sweep, waiting, say)
+    if trust is None:
+        trust = naming_models(load_trust(), *(trial.config.student.model for trial in sweep.trials))
+    work = partial(run_trial, [(trial, sweep.out / trial.name) for trial in waiting], trust=trust)
+    failures = _by_ray(sweep, waiting, work, address) if sweep.executor == "ray" else _inline(waiting, work, say)
     reasons = "; ".join(f"{trial.name} ({name_of(sweep.cells[trial.cell])}): {why}" for trial, why in failures)
     what = f"{len(failures)} of {len(sweep.trials)} trainings failed: {reasons}; the same command goes on with these"
     if len(failures) == len(sweep.trials):
@@ -135,10 +151,10 @@ def reach(differences: "np.ndarray[Any, Any]") -> float:
     return float(student_t.ppf((1 + LEVEL) / 2, count - 1) * differences.std(ddof=1) / math.sqrt(count))
 
 
-def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1) -> str | None:
+def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1, trust: Trust | None = None) -> str | None:
     """Begin a training, or go on with it; why it failed, None where it did not.
 
-    `beside` trainings, this one included, share the memory of this machine.
+    `beside` trainings, this one included, share the memory of this machine; `trust` is as for `fit`.
     """
     trial, path = trials[number]
     config = trial.config
@@ -146,7 +162,7 @@ def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1) ->
         loader = config.loader.model_copy(update={"memory": free_memory(beside)})
         config = config.model_copy(update={"loader": loader})
     try:
-        fit(config, path, resume=RunFolder(path).begun)
+        fit(config, path, resume=RunFolder(path).begun, trust=trust)
     except KpuError as error:
         return str(error)
     except RuntimeError as error:  # PyTorch's own, as where memory is full: other trainings may still end
@@ -155,26 +171,24 @@ def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1) ->
     return None
 
 
-def _inline(sweep: Sweep, waiting: list[Trial], say: Callable[[str], None]) -> list[tuple[Trial, str]]:
+def _inline(waiting: list[Trial], work: _Work, say: Callable[[str], None]) -> list[tuple[Trial, str]]:
     failures = []
-    trials = [(trial, sweep.out / trial.name) for trial in waiting]
     for number, trial in enumerate(waiting):
-        failure = run_trial(trials, number)
+        failure = work(number)
         say(f"{trial.name}: {failure or 'done'}")
         if failure is not None:
             failures.append((trial, failure))
     return failures
 
 
-def _by_ray(sweep: Sweep, waiting: list[Trial], address: str | None) -> list[tuple[Trial, str]]:
+def _by_ray(sweep: Sweep, waiting: list[Trial], work: _Work, address: str | None) -> list[tuple[Trial, str]]:
     if not waiting:
         return []
     from trainer.ray_train import run_trials  # the one module that knows Ray
 
     threads = max(int(trial.config.threads) for trial in waiting)
-    trials = [(trial, sweep.out / trial.name) for trial in waiting]
     storage = sweep.out / _RAY
-    found = run_trials(partial(run_trial, trials), len(trials), storage=storage, address=address, threads=threads)
+    found = run_trials(work, len(waiting), storage=storage, address=address, threads=threads)
     shutil.rmtree(storage, ignore_errors=True)
     return [(trial, why) for trial, why in zip(waiting, found, strict=True) if why is not None]
 

@@ -1,6 +1,6 @@
 """`kpu-train fit`, from top to bottom: open the caches, build the model, train, keep what was learned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +11,10 @@ from typing import Any, Final
 
 import torch
 
+from cache.code import CodeLoader, naming_models
 from cache.errors import ConfigError, KpuError
 from cache.failpoints import failpoint
+from cache.trust import Trust, load_trust, remember
 from trainer.batches import Live, draw_batches, first_epoch, open_corpus, open_loader, open_stream
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
@@ -48,13 +50,21 @@ class Fitted:
 
 
 def fit(
-    config: TrainConfig, out: Path, *, resume: bool = False, watch: Watch | None = None, live: Live | None = None
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    live: Live | None = None,
+    trust: Trust | None = None,
 ) -> Fitted:
     """Train the student that `config` describes, and keep it with everything it depends on in the folder `out`.
 
     With `resume` a run that was interrupted goes on from its last checkpoint, to the same end, sample for sample.
+    `trust` says which code may run; by default what the user's list has, and what `config` names, which joins it.
 
     Raises:
+        TrustError: the student's code, or the base's, may not run.
         ConfigError: the caches lack something, do not fit, or a run stands at `out`; nothing there was changed.
         MismatchError: the run was begun with another configuration or other caches, or images changed.
         TrainingError: the loss is not finite, or a part of the model collapsed.
@@ -64,7 +74,9 @@ def fit(
     config = settle_teachers(config, out, resume=resume)
     corpus = open_corpus(config, world)
     torch.manual_seed(config.seed)
-    model = Inheritance(config, corpus.sources).to(world.device)
+    trust = naming_models(load_trust(), config.student.model) if trust is None else trust
+    codes = CodeLoader(trust, RunFolder(out).code() if resume else None)
+    model = Inheritance(config, corpus.sources, codes).to(world.device)
     stream = open_stream(config, corpus)
     steps = count_steps(config, stream.rows)
 
@@ -72,8 +84,9 @@ def fit(
         loader = stack.enter_context(open_loader(config, corpus, model, live))
         upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
         check_student(model, corpus.sources[config.base].spec, first_epoch(config, stream, loader, upload, images=True))
-        run = open_run(config, out, corpus, world, resume=resume)
-        for note in shared_images(corpus.caches):
+        run = open_run(config, out, corpus, world, resume=resume, code=codes.digests)
+        unkept = remember(codes.ran) if world.leads else None
+        for note in [*shared_images(corpus.caches), *([unkept] if unkept else [])]:
             if watch is not None:
                 watch({"note": note})
         finished = run.summary()
@@ -210,11 +223,13 @@ def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainCon
     return config.model_copy(update={"teachers": names or tuple(choose_outputs(config))})
 
 
-def open_run(config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool) -> RunFolder:
-    """The run's folder, which the leading process makes."""
+def open_run(
+    config: TrainConfig, out: Path, corpus: Corpus, world: World, *, resume: bool, code: Mapping[str, str]
+) -> RunFolder:
+    """The run's folder, which the leading process makes; `code` are digests, by model, of code that was run."""
 
     def begin() -> None:
-        run = RunFolder.resume(out, config, corpus) if resume else RunFolder.create(out, config, corpus)
+        run = RunFolder.resume(out, config, corpus) if resume else RunFolder.create(out, config, corpus, code)
         run.write_environment(
             {"device": str(world.device), "threads": torch.get_num_threads(), "precision": world.precision}
         )

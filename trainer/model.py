@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache.code import CodeLoader
 from trainer.config import TrainConfig
 from trainer.corpus import Source
 from trainer.data import Batch, move
@@ -56,18 +57,20 @@ class Losses:
 class Inheritance(nn.Module):
     """A student, the projectors from it to every teacher, and the shared space that teachers are brought to.
 
+    `codes` runs the code of a student that has some; by default where the user's list has it.
+
     The buffers of `normalizers` (centres, scales, PHI-S matrices) belong to the state, so that a run keeps those it
     was trained with.
     """
 
-    def __init__(self, config: TrainConfig, sources: Mapping[str, Source]) -> None:
+    def __init__(self, config: TrainConfig, sources: Mapping[str, Source], codes: CodeLoader | None = None) -> None:
         super().__init__()
         self.config, self.base = config, config.base
         self.teachers = tuple(sources)
         base = sources[config.base]
         self.base_shapes = {output: base.shapes[output] for output in config.outputs}
         self.student: Student = make_student(
-            config.student, BaseInfo(base.spec, base.shapes, base.statistics, base.seed), config.outputs
+            config.student, BaseInfo(base.spec, base.shapes, base.statistics, base.seed), config.outputs, codes
         )
         shapes = {name: {o: source.shapes[o] for o in config.outputs} for name, source in sources.items()}
         self.projectors = Projectors(self.student.shapes, shapes, config.projector)

@@ -22,8 +22,10 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
+from cache.code import naming_models
 from cache.cores import usable_cores
 from cache.errors import ConfigError, IncompleteError, KpuError
+from cache.trust import Trust, load_trust
 from trainer.batches import Live
 from trainer.config import TrainConfig
 from trainer.files import write_error
@@ -45,19 +47,24 @@ def fit_with_ray(
     address: str | None = None,
     watch: Watch | None = None,
     live: Live | None = None,
+    trust: Trust | None = None,
 ) -> dict[str, Any]:
     """`trainer.loop.fit` in `config.workers` processes; the run's summary. `out` must be the same place for all.
+
+    `trust` is as for `fit`, by default what is trusted where this is called.
 
     Raises:
         ConfigError: there is no such cluster, or it has too few CPUs or GPUs.
         KpuError: what a process raised.
         IncompleteError: a process died.
     """
+    trust = naming_models(load_trust(), config.student.model) if trust is None else trust
     with ExitStack() as stack:
         folder = stack.enter_context(connected(address, config.workers))
         gpus = _gpus(config)
         told = Queue(actor_options={"num_cpus": 0})
-        settings = {"config": config, "out": out, "resume": resume, "live": live, "told": told, "folder": folder}
+        settings = {"config": config, "out": out, "resume": resume, "live": live, "trust": trust}
+        settings |= {"told": told, "folder": folder}
         trainer = TorchTrainer(
             _train,
             train_loop_config=settings,
@@ -214,6 +221,7 @@ def _train(settings: dict[str, Any]) -> None:
             resume=settings["resume"],
             watch=told.put if leads else None,
             live=settings["live"],
+            trust=settings["trust"],
         )
     except KpuError as error:
         told.put(error)

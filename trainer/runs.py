@@ -53,7 +53,7 @@ from trainer.sealed import (
     seal_json,
     seal_yaml,
 )
-from trainer.sources import images_of, load_sources, load_specs, open_sources, pack_sources
+from trainer.sources import images_of, load_code, load_sources, load_specs, open_sources, pack_sources
 
 MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 """Keys that a run may be resumed with other values of: none of them decides what is learned."""
@@ -77,8 +77,10 @@ class RunFolder:
         return (self.path / CONFIG).exists()
 
     @staticmethod
-    def create(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
+    def create(path: Path, config: TrainConfig, corpus: Corpus, code: Mapping[str, str] | None = None) -> "RunFolder":
         """Begin a run. Paths of caches are kept absolute: what is done with the run may be called from elsewhere.
+
+        `code` are the digests, by model, of the code that the student was built with.
 
         Raises:
             ConfigError: something stands at `path` already, or two of the caches are one.
@@ -91,7 +93,7 @@ class RunFolder:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, path) from error
-        for name, data in pack_sources(corpus).items():
+        for name, data in pack_sources(corpus, code or {}).items():
             run._write(name, data)
         run._write_config(config, corpus)
         return run
@@ -168,6 +170,13 @@ class RunFolder:
         found: list[dict[str, Any]] = open_sources(self.path)["caches"]
         return found
 
+    def code(self) -> dict[str, str]:
+        """The digest by model of the code that the student was built with; empty where it has none, or none was kept.
+
+        Raises as `sources`.
+        """
+        return load_code(self.path)
+
     def sources(self) -> dict[str, Source]:
         """The teachers of the run, base included, with the statistics that it was trained with.
 
@@ -200,8 +209,10 @@ class RunFolder:
 
     def unchecked(self) -> list[str]:
         """Files of which no digest was kept, as in runs of older releases: damage to them may not show."""
-        kept = {**digests_in(open_sources(self.path), self.path), **self._digests()}
-        return [name for name in (*SOURCE_FILES[:2], MODEL) if name not in kept]
+        kept = {**digests_in(open_sources(self.path), self.path), **self._digests(), **self.code()}
+        model = self.config().student.model or ""
+        names = (*SOURCE_FILES[:2], MODEL, *([model] if model.startswith("torch:") else []))
+        return [name for name in names if name not in kept]
 
     def write_environment(self, values: Mapping[str, Any]) -> None:
         """Keep what the run runs on; a resumed run appends to what stands.

@@ -22,6 +22,7 @@ from trainer.sealed import ADVICE, DIGESTS, digests_in, open_json, read_sealed, 
 from trainer.shapes import shape_of
 
 _KEYS: Final = ("teachers", "seeds", "caches")
+_CODE: Final = "code"
 
 
 class _CacheEntry(BaseModel):
@@ -36,10 +37,11 @@ class _Document(BaseModel):
     seeds: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
     caches: list[_CacheEntry]
     images: list[list[str]] = []
+    code: dict[str, str] = {}
 
 
-def pack_sources(corpus: Corpus) -> dict[str, bytes]:
-    """The files to keep, in this order: the last one has digests of the others."""
+def pack_sources(corpus: Corpus, code: Mapping[str, str]) -> dict[str, bytes]:
+    """The files to keep, in this order: the last one has digests of the others, and `code`, the student's by model."""
     sources = corpus.sources
     statistics = {f"{name}/{o}": s for name, source in sources.items() for o, s in source.statistics.items()}
     heads: dict[str, npt.NDArray[Any]] = {}
@@ -52,6 +54,7 @@ def pack_sources(corpus: Corpus) -> dict[str, bytes]:
         "seeds": {name: source.seed for name, source in sources.items()},
         "caches": corpus.fingerprints(),
         "images": [images_of(cache) for cache in corpus.caches],
+        **({_CODE: dict(code)} if code else {}),
         DIGESTS: {name: digest(data) for name, data in files.items()},
     }
     return {**files, SOURCES: seal_json(document)}
@@ -70,6 +73,16 @@ def open_sources(folder: Path) -> dict[str, Any]:
         raise CorruptError(str(file), f"does not describe the caches ({error}); {ADVICE}") from None
     digests_in(document, file)
     return document
+
+
+def load_code(folder: Path) -> dict[str, str]:
+    """Digests by model of the student's code; runs of older releases kept none.
+
+    Raises:
+        CorruptError: the last of these files is damaged or missing.
+    """
+    found: dict[str, str] = open_sources(folder).get(_CODE, {})
+    return found
 
 
 def load_specs(folder: Path) -> dict[str, TeacherSpec]:

@@ -1,8 +1,10 @@
 """Frozen teachers: from timm, from Hugging Face, or anyone's own code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cache.code import CodeLoader, naming
 from cache.errors import ConfigError
+from cache.trust import Trust, load_trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers.base import Teacher
 from pipeline.teachers.custom import load_custom, read_source
@@ -15,20 +17,37 @@ class ShippedTeacher:
     """A teacher's configuration with what a worker elsewhere needs to load it; small and picklable.
 
     `source` is the content of the Python file that defines a `torch:` model: a worker that lacks the file, or has
-    another version of it, imports this.
+    another version of it, imports this. `trust` says whether it may.
     """
 
     config: TeacherConfig
     source: bytes | None = None
+    trust: Trust = field(default_factory=Trust)
 
 
-def ship(config: TeacherConfig) -> ShippedTeacher:
+def ship(
+    config: TeacherConfig, trust: Trust | None = None, recorded: str | None = None, who: str | None = None
+) -> ShippedTeacher:
     """Pack a teacher for a worker.
+
+    Args:
+        config: the teacher.
+        trust: which code may run, where a file names the teacher; None where the user does.
+        recorded: the digest that this file says the code has.
+        who: how messages call the teacher.
 
     Raises:
         TeacherError: the file that defines it is not there.
+        TrustError: `trust` does not let its code run.
+        MismatchError: nor is it the recorded code.
     """
-    return ShippedTeacher(config, read_source(config.model) if config.model.startswith("torch:") else None)
+    if not config.model.startswith("torch:"):
+        return ShippedTeacher(config)
+    code = read_source(config.model)
+    if trust is None:
+        trust = naming(load_trust(), code)
+    CodeLoader(trust).require(code, who or f"teacher {config.model}", recorded)
+    return ShippedTeacher(config, code.source if code.is_file else None, trust)
 
 
 def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", seed: int = 0) -> Teacher:
@@ -40,7 +59,7 @@ def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", see
     config = shipped.config
     kind = config.model.partition(":")[0]
     if kind == "torch":
-        backbone = load_custom(name, config, shipped.source, seed)
+        backbone = load_custom(name, config, shipped.source, shipped.trust, seed)
     elif kind == "timm":
         from pipeline.teachers.timm_models import load_timm  # timm takes seconds to import
 
@@ -55,5 +74,5 @@ def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", see
 
 
 def build_teacher(name: str, config: TeacherConfig, *, device: str = "cpu", seed: int = 0) -> Teacher:
-    """`load_shipped` of a teacher that stays here."""
+    """`load_shipped` of a teacher that the caller names, and that stays here."""
     return load_shipped(name, ship(config), device=device, seed=seed)

@@ -5,7 +5,7 @@ Letters: B images, N tokens with prefix, T tokens, D channels, H and W the image
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Backbone:
     grid is square, [B, T, D] for maps. `wanted` gives, for each output in stored order, the names that `features` may
     use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
     logits, it is kept only if the two agree. `extra_digest` is of what computes besides the module's state_dict;
-    `compiled` says that a program is among it, whose mode of training cannot be changed.
+    `compiled` says that a program is among it, whose mode of training cannot be changed. `code` are the places, by
+    digest, of the user's own code that was run.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Backbone:
     source_digest: str | None = None
     extra_digest: str | None = None
     compiled: bool = False
+    code: dict[str, str] = field(default_factory=dict)
 
 
 def describe(name: str, config: TeacherConfig) -> str:

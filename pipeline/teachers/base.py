@@ -28,7 +28,7 @@ class Teacher:
     """A frozen model on a device.
 
     `outputs` are in stored order. `head` is (weight float32 [classes, D], bias float32 [classes]) of a linear
-    classifier on `global`, where there is one.
+    classifier on `global`, where there is one. `code` are the places, by digest, of the user's own code that was run.
     """
 
     def __init__(self, name: str, config: TeacherConfig, backbone: Backbone, device: str) -> None:
@@ -36,7 +36,7 @@ class Teacher:
         self.input = backbone.input
         self.device = torch.device(device)
         self.precision: Precision = _choose_precision(config.precision, self.device)
-        self.source_digest = backbone.source_digest
+        self.source_digest, self.code = backbone.source_digest, backbone.code
         self.weights_digest, self.extra_digest = weights_digest(backbone.module), backbone.extra_digest
         self._who = describe(name, config)
         self._backbone = backbone

@@ -13,65 +13,60 @@ A file may import its neighbours, at its top or while the factory runs. It is se
 """
 
 import difflib
-import importlib
-import importlib.abc
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from cache.code import Code, CodeLoader, read_code, split_model
 from cache.digests import digest
-from cache.errors import TeacherError
+from cache.errors import TeacherError, TrustError
+from cache.trust import Trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason
 from pipeline.teachers.identity import hidden_digests, identify
 from pipeline.teachers.programs import as_module, freeze, linear_of, programs
 from pipeline.teachers.weights import RANDOM, build_twice, initialise, load_strictly, read_weights, seeded
 
-_OWN_NAME = "kpu_teacher_"
 _NAMED_AT_MOST = 5
 
 
-def split_model(model: str) -> tuple[str, str]:
-    """The module or file, and the factory, of `torch:<module or file>:<factory>`."""
-    place, _, factory = model.removeprefix("torch:").rpartition(":")
-    return place, factory
-
-
-def read_source(model: str) -> bytes | None:
-    """The bytes of the file that defines a `torch:` model; None where it is an importable module.
+def read_source(model: str) -> Code:
+    """The code that defines a `torch:` model, read but not run.
 
     Raises:
         TeacherError: there is no such file.
     """
     place, _ = split_model(model)
-    if not place.endswith(".py"):
-        return None
     try:
-        return Path(place).read_bytes()
+        code = read_code(model)
     except OSError as error:
         raise TeacherError(f"{model}: expected a Python file at {place}: {error.strerror}") from None
+    assert code is not None
+    return code
 
 
-def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: int) -> Backbone:
-    """Call the factory and load the weights into what it returns.
+def load_custom(name: str, config: TeacherConfig, source: bytes | None, trust: Trust, seed: int) -> Backbone:
+    """Call the factory and load the weights into what it returns. `source` is the file's content, None of a module.
 
     Raises:
         TeacherError: the file or module does not import, has no such factory, the factory fails or returns something
             else, the weights do not fit, or none are given and the factory loads none.
+        TrustError: `trust` does not let it run.
     """
     who = describe(name, config)
     place, factory_name = split_model(config.model)
+    code = read_source(config.model) if source is None else Code(place, factory_name, Path(place), source)
+    loader = CodeLoader(trust)
+    loader.require(code, who)
     path = config.weights if config.weights not in (None, RANDOM) else None
     state = read_weights(path, who) if path is not None else None
-    with _imported(place, source, who) as python_module:
+    with _imported(code, loader, who) as python_module:
         factory = _find_factory(python_module, factory_name, who)
         build = partial(_build, factory, state, who)
         if config.weights == RANDOM:
@@ -99,6 +94,7 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, seed: in
         source_digest=_source_digest(python_module, source),
         extra_digest=extra,
         compiled=next(programs(module), None) is not None,
+        code=loader.ran,
     )
 
 
@@ -153,6 +149,8 @@ def _build(factory: Callable[..., Any], state: Mapping[str, Tensor] | None, who:
         )
     try:
         module = as_module(factory(**arguments))
+    except TrustError:
+        raise
     except (Exception, SystemExit) as error:
         raise TeacherError(f"{who}: the factory raised {reason(error)}") from error
     if not isinstance(module, nn.Module):
@@ -196,88 +194,25 @@ def _check_hidden(build: Callable[[], nn.Module], module: nn.Module, who: str) -
 
 
 @contextmanager
-def _imported(place: str, source: bytes | None, who: str) -> Iterator[ModuleType]:
-    """The module named `place`, or the one that `source`, the content of the file `place`, makes."""
-    if source is None:
-        yield _import_module(place, who)
-        return
-    path = Path(place)
-    with _siblings(path.parent):
+def _imported(code: Code, loader: CodeLoader, who: str) -> Iterator[ModuleType]:
+    """The module that the code makes, which may import its neighbours meanwhile."""
+    with ExitStack() as stack:
         try:
-            module = _execute(path, source)
+            module = stack.enter_context(loader.imported(code, who))
+        except TrustError:
+            raise
         except (Exception, SystemExit) as error:
-            hint = "" if path.is_file() else "; the file alone was sent here: install here what it imports"
-            raise TeacherError(f"{who}: {place} does not import: {reason(error)}{hint}") from error
+            raise TeacherError(f"{who}: {_not_imported(code, error)}") from error
         yield module
 
 
-def _import_module(place: str, who: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except (Exception, SystemExit) as error:
-        file = place.replace(".", "/") + ".py"
-        advice = f"; to import the file, write torch:{file}:<factory>" if Path(file).is_file() else ""
-        raise TeacherError(f"{who}: module {place} does not import: {reason(error)}{advice}") from error
-
-
-class _BytesLoader(importlib.abc.InspectLoader):
-    """Runs exactly these bytes, never a stale compiled file, whether or not the file is on this machine."""
-
-    def __init__(self, path: str, source: bytes) -> None:
-        self._path, self._source = path, source
-
-    def get_source(self, fullname: str) -> str:  # noqa: ARG002
-        """The text, for tracebacks and tools."""
-        return importlib.util.decode_source(self._source)
-
-    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
-        """The compiled bytes."""
-        return self.source_to_code(self._source, self._path)
-
-
-def _execute(path: Path, source: bytes) -> ModuleType:
-    """Run a file as a module of a name of its own. It stays in sys.modules: dataclasses, for one, look there."""
-    name = f"{_OWN_NAME}{digest(str(path).encode(), source)}"
-    loader = _BytesLoader(str(path), source)
-    spec = importlib.util.spec_from_loader(name, loader, origin=str(path))
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _siblings(folder: Path) -> Iterator[None]:
-    """Let a file import its neighbours, without letting them shadow anything or stay in another teacher's way.
-
-    The folder stands last on the path, and only here; neighbours that were imported leave sys.modules again, so that
-    a teacher from another folder with a neighbour of the same name gets its own.
-    """
-    folder = folder.absolute()
-    if str(folder) in sys.path:
-        yield
-        return
-    before = {name.partition(".")[0] for name in sys.modules}
-    sys.path.append(str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        new = {name for name in sys.modules if name.partition(".")[0] not in before}
-        neighbours = {name for name in new if "." not in name and _stands_in(sys.modules[name], folder)}
-        for name in new:
-            if name.partition(".")[0] in neighbours:
-                del sys.modules[name]
-
-
-def _stands_in(module: ModuleType, folder: Path) -> bool:
-    """Whether a module, or package, is a file, or folder, of `folder`."""
-    file = getattr(module, "__file__", None)
-    places = [*getattr(module, "__path__", ())] or ([file] if file is not None else [])
-    return not module.__name__.startswith(_OWN_NAME) and any(Path(place).parent == folder for place in places)
+def _not_imported(code: Code, error: BaseException) -> str:
+    if code.is_file:
+        hint = "" if Path(code.place).is_file() else "; the file alone was sent here: install here what it imports"
+        return f"{code.place} does not import: {reason(error)}{hint}"
+    file = code.place.replace(".", "/") + ".py"
+    advice = f"; to import the file, write torch:{file}:<factory>" if Path(file).is_file() else ""
+    return f"module {code.place} does not import: {reason(error)}{advice}"
 
 
 def _source_digest(python_module: ModuleType, source: bytes | None) -> str | None:

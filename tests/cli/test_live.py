@@ -14,7 +14,7 @@ from cache import open_cache
 from cache.errors import MismatchError
 from cli import live
 from cli.live import run_teachers
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import Teacher, load_shipped
 from tests.toys import TOY, kpu, write_images, write_teacher
 from trainer.batches import open_loader
 from trainer.config import validate_config
@@ -116,9 +116,9 @@ def test_teachers_run_on_the_gpu_of_this_process(
 
     def build(*arguments: Any, device: str, **options: Any) -> Teacher:
         built.append(device)
-        return build_teacher(*arguments, device="cpu", **options)
+        return load_shipped(*arguments, device="cpu", **options)
 
-    monkeypatch.setattr(live, "build_teacher", build)
+    monkeypatch.setattr(live, "load_shipped", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

@@ -132,7 +132,7 @@ def test_a_training_that_fails_leaves_the_others(toys: Path, tmp_path: Path, mon
     sweep = load_sweep(write_sweep(tmp_path, toys))
     run = ablation.run_trial
     with monkeypatch.context() as patch:
-        patch.setattr(ablation, "run_trial", lambda trials, n: "broke" if n == 1 else run(trials, n))
+        patch.setattr(ablation, "run_trial", lambda trials, n, **_: "broke" if n == 1 else run(trials, n))
         with pytest.raises(
             IncompleteError, match=r"1 of 4 trainings failed: 000-mode-off-seed4 \(unify.mode=off\): broke"
         ):

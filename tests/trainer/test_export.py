@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cache import open_cache
-from cache.errors import ConfigError, CorruptError, MismatchError
+from cache.errors import ConfigError, CorruptError, MismatchError, SourceError
 from tests.trained import blocks_cache, labelled_cache, labelled_images, small_run, timm_cache
 from trainer import load_student
 from trainer.evaluation.trained import load_trained
@@ -106,6 +106,50 @@ def test_any_form_of_an_image(exported: Path, place: Path) -> None:
         student(torch.zeros(1, 9, 8, 3, dtype=torch.uint8))
     with pytest.raises(MismatchError, match="NOT_AN_IMAGE"):
         student([b"no image"])
+
+
+def test_one_image_or_several_however_they_come(exported: Path, place: Path) -> None:
+    student, files = load_student(exported), files_of(place, 2)
+    both = student(files)["global"]
+    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    one: list[Any] = [files[0], str(files[0]), files[0].read_bytes(), Image.open(files[0]), arrays[0]]
+    for image in [*one, torch.from_numpy(arrays[0].copy())]:
+        for given in (image, [image], (image,)):
+            found = student(given)
+            assert found["global"].shape == (1, both.shape[1])
+            assert torch.equal(found["global"], student(files[:1])["global"])
+    for several in (iter(files), arrays, np.stack(arrays), [files[0], arrays[1]], student.pixels(files)):
+        assert torch.equal(student(several)["global"], both)
+    tall = np.random.default_rng(0).integers(0, 256, (40, 13, 3), dtype=np.uint8)
+    assert torch.equal(student(tall)["global"], student(Image.fromarray(tall))["global"])
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "fragments"),
+    [
+        ("{place}", SourceError, ["images: {place}: expected an image file, found a folder", ".rglob("]),
+        ("{place}/none.png", SourceError, ["images: {place}/none.png", "No such file", "check the path"]),
+        ([], MismatchError, ["expected an image", "or several in a list, found none"]),
+        (None, MismatchError, ["expected an image", "found NoneType"]),
+        ({"a": 1}, MismatchError, ["expected an image", "found dict"]),
+        ([3.5], MismatchError, ["images[0]: expected an image", "found float"]),
+        (np.zeros((8, 8, 3)), MismatchError, ["images: expected uint8 [H, W, 3]", "found float64 [8, 8, 3]"]),
+        ([np.zeros((3, 8, 8), np.uint8)], MismatchError, ["images[0]: expected", "found uint8 [3, 8, 8]"]),
+        (np.zeros((8, 8), np.uint8), MismatchError, ["found uint8 [8, 8]"]),
+        (np.zeros((0, 8, 8, 3), np.uint8), MismatchError, ["found none"]),
+        (torch.zeros(2, 3, 8, 8), MismatchError, ["expected uint8 [B, 8, 8, 3]", "runs at 8 x 8 alone"]),
+        ([b"", b"x"], MismatchError, ["images[0]: expected an image, found one that is EMPTY"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_told(
+    given: Any, kind: type[Exception], fragments: list[str], exported: Path, tmp_path: Path
+) -> None:
+    if isinstance(given, str):
+        given = given.format(place=tmp_path)
+    with pytest.raises(kind) as refused:
+        load_student(exported)(given)
+    for fragment in fragments:
+        assert fragment.format(place=tmp_path) in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["alpha", "palette", "16 bits", "turned"])

@@ -8,7 +8,9 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
+from cache.code import CodeLoader, naming_models
 from cache.errors import ConfigError, MismatchError
+from cache.trust import Trust
 from trainer.config import StudentConfig
 from trainer.objective.losses import resize_map
 from trainer.shapes import OutputShape
@@ -23,7 +25,8 @@ def full(model: str, channels: int, side: int, weights: str | None = "random") -
     shapes = {"global": OutputShape(channels), "patch": OutputShape(channels, (side, side))}
     base = BaseInfo(None, shapes, {})  # type: ignore[arg-type]
     torch.manual_seed(0)
-    return make_student(StudentConfig(kind="full", model=model, weights=weights), base, BOTH)
+    config = StudentConfig(kind="full", model=model, weights=weights)
+    return make_student(config, base, BOTH, CodeLoader(naming_models(Trust(), model)))
 
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 8), (10, 4)])

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cache.code import CodeLoader, naming_models
 from cache.errors import ConfigError, MismatchError
 from cache.spec import CodecSpec
 from cache.statistics import Accumulator, Statistics
+from cache.trust import Trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers import build_teacher
 from trainer.config import StudentConfig
@@ -54,7 +56,8 @@ def measured(x: torch.Tensor) -> Statistics:
 
 
 def student_of(base: BaseInfo, **options: object) -> ParallelStudent:
-    return ParallelStudent(StudentConfig(kind="parallel", width=4, **options), base, BOTH)  # type: ignore[arg-type]
+    config = StudentConfig(kind="parallel", width=4, **options)  # type: ignore[arg-type]
+    return ParallelStudent(config, base, BOTH, CodeLoader(naming_models(Trust(), base.spec.model)))
 
 
 def test_starts_at_the_cached_features(made: tuple[BaseInfo, dict[str, torch.Tensor], torch.Tensor]) -> None:

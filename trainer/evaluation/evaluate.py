@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import StorageError
+from cache.trust import Trust
 from trainer.allocator import keep_freed_memory
 from trainer.corpus import Corpus
 from trainer.data import Batch, Fetch, Loader, Upload
@@ -48,6 +49,7 @@ def evaluate(
     controls: bool = True,
     images: str | None = None,
     progress: Progress | None = None,
+    trust: Trust | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run on caches, by default on the validation rows of its own; the result is kept with the run.
 
@@ -57,6 +59,7 @@ def evaluate(
         controls: whether to measure the frozen base and each teacher alone, too, which takes most of the time.
         images: stands in for the root that the caches remember, for students that need images.
         progress: is told of rows, (done, total).
+        trust: which code may run of what the run names; by default what the user's list has.
 
     Returns:
         `{"teachers": {name: {agreement, kappa, majority, accuracy, r2_<output>}}, "base": {r2, r2_<output>, agreement,
@@ -67,10 +70,11 @@ def evaluate(
     Raises:
         ConfigError: there is no finished run, or a cache is given twice or lacks what is needed, or no row is there to
             measure on.
+        TrustError: the student's code may not run.
         CorruptError: a file of the run is damaged.
         MismatchError: a cache was made with another base or other teachers.
     """
-    trained = load_trained(path)
+    trained = load_trained(path, trust)
     notes = list(trained.notes)
     device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
     trained.model.to(device)

@@ -6,7 +6,9 @@ from typing import Final
 
 from torch import Tensor
 
+from cache.code import CodeLoader
 from cache.errors import MismatchError
+from cache.trust import Trust
 from trainer.config import TrainConfig
 from trainer.corpus import Source
 from trainer.model import Inheritance
@@ -18,42 +20,51 @@ _NAMED_AT_MOST: Final = 5
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run learned; `model` is in evaluation mode, on the CPU; `notes` say what could not be checked."""
+    """What a run learned; `model` is in evaluation mode, on the CPU; `notes` say what could not be checked.
+
+    `codes` has read the code of the student, and runs that of the base.
+    """
 
     run: RunFolder
     config: TrainConfig
     sources: dict[str, Source]
     model: Inheritance
     notes: list[str]
+    codes: CodeLoader
 
 
-def load_trained(path: Path) -> Trained:
+def load_trained(path: Path, trust: Trust | None = None) -> Trained:
     """Load a run from its folder alone; neither its caches nor the files that its weights came from are needed.
 
-    A `torch:` student needs the file that defines it.
+    A `torch:` student needs the file that defines it, which is run if `trust` lets it; by default if the user's list
+    has it.
 
     Raises:
+        TrustError: the student's code may not run.
         ConfigError: there is no run, or it has not ended.
         CorruptError: a file of it is damaged.
-        MismatchError: the kept model does not fit the configuration beside it.
+        MismatchError: the kept model does not fit the configuration beside it, or the code is another than it was.
     """
     run = RunFolder(path)
     config, sources, state = run.config(), run.sources(), run.model()
     unchecked = run.unchecked()
     notes = [f"{', '.join(unchecked)}: the run keeps no digest, so that damage would not show"] if unchecked else []
-    model = _rebuild(config, sources, state)
+    codes = CodeLoader(trust, run.code())
+    model = _rebuild(config, sources, state, codes)
     model.load_state_dict(state)
-    return Trained(run, config, sources, model.eval(), notes)
+    return Trained(run, config, sources, model.eval(), notes, codes)
 
 
-def _rebuild(config: TrainConfig, sources: dict[str, Source], state: dict[str, Tensor]) -> Inheritance:
+def _rebuild(
+    config: TrainConfig, sources: dict[str, Source], state: dict[str, Tensor], codes: CodeLoader
+) -> Inheritance:
     """A model that `state` fits."""
     found: list[str] = []
     # Every weight is in the run: those that training began with matter only where they decide a shape.
     own = config.student.weights
     for weights in dict.fromkeys([RANDOM, own] if config.student.kind in ("parallel", "full") else [own]):
         student = config.student.model_copy(update={"weights": weights})
-        model = Inheritance(config.model_copy(update={"student": student}), sources)
+        model = Inheritance(config.model_copy(update={"student": student}), sources, codes)
         found = differences(model, state)
         if not found:
             return model

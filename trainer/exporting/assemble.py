@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from cache.checkpoints import split_entry
+from cache.code import CodeLoader, split_model
 from cache.spec import TeacherSpec
 from trainer.checkpoint import pack_tensors
 from trainer.evaluation.measured import wanted_outputs
 from trainer.evaluation.trained import Trained
-from trainer.exporting.description import BASE, Description
+from trainer.exporting.description import BASE, BASE_CODE, STUDENT_CODE, Description
 from trainer.exporting.exported import Affine, ExportedStudent
 from trainer.objective.normalize import PhiNormalizer
 from trainer.objective.projectors import slot
-from trainer.students.factories import source_of, split_place
+from trainer.students.factories import code_of
 from trainer.students.full import FullStudent
 from trainer.students.models import build_base
 from trainer.students.timm_models import TimmOutputs
@@ -32,13 +33,14 @@ def assemble(trained: Trained, *, bundle: bool | None) -> tuple[ExportedStudent,
     Raises:
         ConfigError: the base, or a file that defines a model, is not there.
         MismatchError: the base is not the one that the cache was extracted with.
+        TrustError: the code of the base may not run.
     """
     config, source = trained.config, trained.sources[trained.config.base]
     student = trained.model.student
     inputs = tuple(wanted_outputs(trained)[config.base])
     base, files, bundled = None, {}, True
     if not student.needs_images:
-        base = build_base(source.spec, inputs, source.seed)
+        base = build_base(source.spec, inputs, source.seed, codes=trained.codes)
         size = sum(tensor.numel() * tensor.element_size() for tensor in base.module.state_dict().values())
         bundled = size < BUNDLED_BYTES if bundle is None else bundle
         if bundled:
@@ -48,8 +50,9 @@ def assemble(trained: Trained, *, bundle: bool | None) -> tuple[ExportedStudent,
     if config.student.kind == "parallel":
         kept = kept.model_copy(update={"model": config.student.model or spec.model})
     if bundled:
-        spec = spec.model_copy(update={"model": _bundle_code(spec.model, "base_model.py", files)}) if base else spec
-        kept = kept.model_copy(update={"model": _bundle_code(kept.model, "student_model.py", files)})
+        if base is not None:
+            spec = spec.model_copy(update={"model": _bundle_code(spec.model, BASE_CODE, files, trained.codes)})
+        kept = kept.model_copy(update={"model": _bundle_code(kept.model, STUDENT_CODE, files, trained.codes)})
     else:
         spec = _absolute(spec)
     description = Description(
@@ -103,19 +106,19 @@ def _float(values: Any) -> Tensor:
     return torch.from_numpy(np.array(values, np.float32))
 
 
-def _bundle_code(model: str | None, name: str, files: dict[str, bytes]) -> Any:
-    """`model` with its Python file, if it has one, put beside the weights."""
-    source = source_of(model) if model is not None else None
-    if model is None or source is None:
+def _bundle_code(model: str | None, name: str, files: dict[str, bytes], codes: CodeLoader) -> Any:
+    """`model` with its Python file, if it has one, put beside the weights: the very bytes that were run."""
+    code = code_of(model, codes, "student") if model is not None else None
+    if code is None or not code.is_file or code.source is None:
         return model
-    files[name] = source
-    return f"torch:{name}:{split_place(model)[1]}"
+    files[name] = code.source
+    return f"torch:{name}:{code.factory}"
 
 
 def _absolute(spec: TeacherSpec) -> TeacherSpec:
     """A spec that can be followed from any folder."""
     update: dict[str, Any] = {}
-    place, factory = split_place(spec.model)
+    place, factory = split_model(spec.model)
     if spec.model.startswith("torch:") and place.endswith(".py"):
         update["model"] = f"torch:{Path(place).absolute()}:{factory}"
     if spec.weights is not None and Path(split_entry(spec.weights)[0]).is_file():

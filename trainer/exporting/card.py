@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cache.code import split_model
 from trainer.evaluation.trained import Trained
 from trainer.exporting.assemble import TIMM
 from trainer.exporting.checked import Checked
@@ -20,9 +21,9 @@ from PIL import Image
 from trainer import load_student
 
 student = load_student("path/to/this/folder")
-found = student([Image.open("some.png")])  # or uint8 pixels [B, {height}, {width}, 3]
+found = student([Image.open("some.png")])  # or files, arrays [H, W, 3], or uint8 pixels [B, {height}, {width}, 3]
 ```
-
+{code}
 {outputs}
 
 `config.json` holds the preprocessing: {preprocessing}. `student.pixels(images)` does it alone.
@@ -39,8 +40,13 @@ them, and whoever passes this folder on must.
 {notes}"""
 
 
-def write_card(trained: Trained, description: Description, checked: Checked, notes: list[str]) -> str:
-    """Markdown: what it is, how to run it, how it was checked, how close it is to its teachers, whose weights."""
+def write_card(
+    trained: Trained, description: Description, checked: Checked, notes: list[str], code: Mapping[str, str]
+) -> str:
+    """Markdown: what it is, how to run it, how it was checked, how close it is to its teachers, whose weights.
+
+    `code` are the names of Python files by their SHA-256 digest.
+    """
     spec, size = description.base, description.input.size
     return _CARD.format(
         names=" and ".join(trained.sources),
@@ -49,6 +55,7 @@ def write_card(trained: Trained, description: Description, checked: Checked, not
         base=spec.name,
         height=size[0],
         width=size[1],
+        code=_code(description, code),
         outputs=_outputs(description),
         preprocessing=_preprocessing(description),
         extra=_extra(description),
@@ -64,6 +71,22 @@ def _model(model: str) -> str:
     """A model's name; of a Python file its own name alone."""
     kind, _, rest = model.partition(":")
     return f"{kind}:{rest.rpartition('/')[2]}" if kind == "torch" else model
+
+
+def _code(description: Description, code: Mapping[str, str]) -> str:
+    """A warning of the Python that `load_student` runs."""
+    base = description.base.model if description.student.kind in ("side", "frozen") else ""
+    models = (base, description.student.model or "")
+    elsewhere = [split_model(model)[0] for model in models if model.startswith("torch:")]
+    named = [f"`{place.rpartition('/')[2]}`" for place in dict.fromkeys(elsewhere) if place not in code.values()]
+    if not code and not named:
+        return ""
+    files = "".join(f"\n    {key}  {name}" for key, name in code.items())
+    lines = ["\n**This student comes with code**, which `load_student` runs only for whoever trusts it: read it, then"]
+    lines += ["pass `trust_code=True`, or add its SHA-256 digest to your list (`SECURITY.md` of KPU).\n"]
+    lines += [f"{files}\n"] if code else []
+    lines += [f"\nIt also names {', '.join(named)}, which is not in this folder.\n"] if named else []
+    return "\n".join(lines[:2]) + "".join(lines[2:])
 
 
 def _outputs(description: Description) -> str:

@@ -7,7 +7,7 @@ Letters: B rows.
 """
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.code import sha256
 from cache.digests import digest
 from cache.errors import ConfigError
+from cache.trust import Trust, remember
 from trainer.checkpoint import pack_tensors
 from trainer.corpus import Corpus
 from trainer.evaluation.measured import wanted_outputs
@@ -24,8 +26,9 @@ from trainer.evaluation.trained import Trained, load_trained
 from trainer.exporting.assemble import assemble
 from trainer.exporting.card import write_card
 from trainer.exporting.checked import Checked, check_paths, require_near
-from trainer.exporting.description import CONFIG, STUDENT
-from trainer.exporting.exported import ExportedStudent, load_student
+from trainer.exporting.description import BASE_CODE, CONFIG, STUDENT, STUDENT_CODE, dump_description
+from trainer.exporting.exported import ExportedStudent
+from trainer.exporting.load import load_exported
 from trainer.exporting.program import PROGRAM, SAME, make_program, relative_rmse
 from trainer.files import publish_folder, write_error
 from trainer.images import ImageReader
@@ -48,9 +51,17 @@ class Export:
 
 
 def export(
-    run: Path, out: Path, *, bundle: bool | None = None, images: str | None = None, program: bool = True
+    run: Path,
+    out: Path,
+    *,
+    bundle: bool | None = None,
+    images: str | None = None,
+    program: bool = True,
+    trust: Trust | None = None,
 ) -> Export:
     """Write the student of a run as its user runs it, on images, to the folder `out`.
+
+    Python files that go along join the user's list of trusted code, so that one's own export loads as it is.
 
     Args:
         run: the folder of a run that ended.
@@ -59,15 +70,17 @@ def export(
             named by model, weights and digest.
         images: stands in for the root that the caches remember.
         program: whether a torch.export program is written, too.
+        trust: which code may run of what the run names; by default what the user's list has.
 
     Raises:
         ConfigError: there is no finished run, something exists at `out`, or the base cannot be built here.
         CorruptError: a file of the run is damaged.
         MismatchError: the image path gives other features than the cached path, or the base is not the cache's.
         SourceError: the images cannot be read.
+        TrustError: the code of the student, or of the base, may not run.
     """
     require_nothing(out)
-    trained = load_trained(run)
+    trained = load_trained(run, trust)
     module, files = assemble(trained, bundle=bundle)
     corpus, rows = _rows(trained)
     module.description = module.description.model_copy(update={"decoding": corpus.caches[0].plan.source.decoding})
@@ -83,9 +96,12 @@ def export(
     description = module.description.model_copy(
         update={"digests": {name: digest(data) for name, data in files.items()}}
     )
-    files[CONFIG] = (description.model_dump_json(indent=1) + "\n").encode()
-    files[CARD] = write_card(trained, description, checked, notes).encode()
-    _publish(out, files, module, pixels)
+    code = {sha256(files[name]): name for name in (BASE_CODE, STUDENT_CODE) if name in files}
+    files[CONFIG] = dump_description(description)
+    files[CARD] = write_card(trained, description, checked, notes, code).encode()
+    _publish(out, files, module, pixels, replace(trained.codes.trust, listed=trained.codes.trust.listed | code.keys()))
+    unkept = remember({key: str((out / name).absolute()) for key, name in code.items()})
+    notes += [unkept] if unkept is not None else []
     return Export(out, {name: len(data) for name, data in files.items()}, checked, notes)
 
 
@@ -114,14 +130,14 @@ def _pixels(corpus: Corpus, rows: Rows, module: ExportedStudent, root: str | Non
     return torch.from_numpy(pixels)
 
 
-def _publish(out: Path, files: dict[str, bytes], module: ExportedStudent, pixels: Tensor) -> None:
+def _publish(out: Path, files: dict[str, bytes], module: ExportedStudent, pixels: Tensor, trust: Trust) -> None:
     """Write beside, load that as a user would, compare, rename."""
     beside = out.with_name(f".{out.name}.unchecked")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         publish_folder(beside, files)
         with torch.no_grad():
-            loaded, own = load_student(beside)(pixels), module(pixels)
+            loaded, own = load_exported(beside, trust)(pixels), module(pixels)
         for output in module.description.outputs:
             require_near({output: relative_rmse(loaded[output], own[output])}, SAME, "the student as loaded again")
         beside.rename(out)

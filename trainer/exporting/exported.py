@@ -3,34 +3,23 @@
 Letters: B images, H and W pixels, T tokens of a map, C channels, K classes.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from cache.errors import CorruptError, MismatchError
-from cache.pixels.decode import decode_image, image_to_rgb
+from cache.errors import MismatchError
 from cache.pixels.resize import geometry, resize_image
-from cache.reasons import reason, remedy
-from cache.spec import Decoding, ImageStatus
-from cache.statistics import Statistics
-from trainer.exporting.description import BASE, STUDENT, Description, read_bytes, read_description
+from trainer.exporting.description import Description
+from trainer.exporting.inputs import Images, load_images
 from trainer.objective.normalize import Normalizer
 from trainer.objective.projectors import Projectors, slot
-from trainer.students import BaseInfo, Student, make_student
-from trainer.students.models import BaseModel, build_base
-from trainer.students.weights import RANDOM, load_strictly
+from trainer.students.base import Student
+from trainer.students.models import BaseModel
 
-_BASE_PREFIX: Final = "base."
-
-Images = Tensor | Sequence[Image.Image | bytes | Path]
-"""uint8 [B, H, W, 3] pixels of the input's size, or any images: of Pillow, encoded bytes, or files."""
+BASE_PREFIX: Final = "base."
 
 
 class Affine(nn.Module):
@@ -65,7 +54,8 @@ class Affine(nn.Module):
 class ExportedStudent(nn.Module):
     """A student on images, with its projectors and the teachers' own classifiers.
 
-    `student(images)` gives a dictionary:
+    `student(images)` takes a file, an image of Pillow, a uint8 array [H, W, 3] or the bytes of a file, of any size, or
+    several of these; or a uint8 tensor [B, H, W, 3] of the student's own size. It gives a dictionary:
         `global` [B, D] and `patch` [B, T, D]: the features, in standard deviations of the base's own outputs;
         `logits` [B, K]: the base's own classifier on them, where it has one;
         `teachers`: by name, `global` and `patch` as that teacher would give them, in its own units and on its own grid,
@@ -99,17 +89,19 @@ class ExportedStudent(nn.Module):
         self.std: Tensor
 
     def forward(self, images: Images) -> dict[str, Any]:
-        """Images to features and predictions, all float32. See the class.
+        """Images to features and predictions, all float32; B is 1 for one image. See the class.
 
         Raises:
-            MismatchError: pixels of another size or type, or an image that cannot be decoded.
+            MismatchError: pixels of another size or type, something that is no image, or cannot be decoded.
+            SourceError: a file cannot be read.
         """
-        pixels_BHWC = images if isinstance(images, Tensor) else self.pixels(images)
+        pixels_BHWC = images if isinstance(images, Tensor) and images.ndim != 3 else self.pixels(images)
         size = self.description.input.size
         if pixels_BHWC.dtype != torch.uint8 or tuple(pixels_BHWC.shape[1:]) != (*size, 3):
             raise MismatchError(
                 f"images: expected uint8 [B, {size[0]}, {size[1]}, 3], found {pixels_BHWC.dtype} "
-                f"{list(pixels_BHWC.shape)}; give a list of images, or what `pixels` makes of them"
+                f"{list(pixels_BHWC.shape)}; the student runs at {size[0]} x {size[1]} alone: give images in a list, "
+                "of any size, or what `pixels` makes of them"
             )
         x_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         return self.predict(self.encode(x_BCHW))
@@ -141,10 +133,10 @@ class ExportedStudent(nn.Module):
             result["teachers"][teacher] = said
         return result
 
-    def pixels(self, images: Sequence[Image.Image | bytes | Path]) -> Tensor:
-        """Images as the extraction saw them: uint8 [B, H, W, 3] on the module's device."""
+    def pixels(self, images: Images) -> Tensor:
+        """Images as the extraction saw them: uint8 [B, H, W, 3] on the module's device. Raises as `forward`."""
         how = geometry(self.description.input)
-        found = np.stack([resize_image(_rgb(image, self.description.decoding), how) for image in images])
+        found = np.stack([resize_image(image, how) for image in load_images(images, self.description.decoding)])
         return torch.from_numpy(found).to(self.mean.device)
 
     def unit(self, output: str) -> Affine:
@@ -155,69 +147,7 @@ class ExportedStudent(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """Every tensor but the base's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(_BASE_PREFIX)}
-
-
-def load_student(folder: str | Path) -> ExportedStudent:
-    """Load what `kpu-train export` wrote, on the CPU and in evaluation mode.
-
-    A `torch:` model's Python file in the folder, or where `config.json` names it, is run: load only what you trust.
-
-    Raises:
-        ConfigError: there is no exported student, or what it refers to is not there.
-        CorruptError: a file is damaged.
-        MismatchError: the base that it refers to has other weights or other code.
-    """
-    place = Path(folder)
-    description = read_description(place)
-    here = description.model_copy(
-        update={
-            "base": description.base.model_copy(update={"model": _in(place, description.base.model)}),
-            "student": description.student.model_copy(
-                update={"model": _in(place, description.student.model), "weights": RANDOM}
-            ),
-        }
-    )
-    shapes = here.base_shapes
-    blank = {o: _blank(shape.channels) for o, shape in shapes.items()}
-    student = make_student(here.student, BaseInfo(here.base, shapes, blank, here.seed), here.outputs)
-    base = None
-    if not student.needs_images:
-        weights = load_tensors(read_bytes(place, BASE, description)) if here.bundled else None
-        base = build_base(here.base, here.inputs, here.seed, weights)
-    exported = ExportedStudent(here, student, base)
-    try:
-        state = load_tensors(read_bytes(place, STUDENT, description))
-    except SafetensorError as error:
-        raise CorruptError(str(place / STUDENT), f"holds no tensors ({error})") from None
-    kept = {name: value for name, value in exported.state_dict().items() if name.startswith(_BASE_PREFIX)}
-    load_strictly(exported, {**state, **kept}, str(place / STUDENT))
-    return exported.eval()
-
-
-def _in(place: Path, model: str | None) -> str | None:
-    """A model's name with the path of its Python file made absolute."""
-    if model is None or not model.startswith("torch:"):
-        return model
-    path, _, factory = model.removeprefix("torch:").rpartition(":")
-    return f"torch:{(place / path).absolute()}:{factory}" if path.endswith(".py") else model
-
-
-def _blank(channels: int) -> Statistics:
-    """In place of statistics that the weights hold."""
-    zeros = np.zeros(channels)
-    return Statistics(1, zeros, zeros, np.ones(channels), np.zeros((0, 0)))
-
-
-def _rgb(image: Image.Image | bytes | Path, how: Decoding) -> Image.Image:
-    if isinstance(image, Image.Image):
-        found = image_to_rgb(image, how)
-    else:
-        found = decode_image(image if isinstance(image, bytes) else Path(image).read_bytes(), how)
-    if isinstance(found, ImageStatus):
-        advice = remedy(reason(found)) or "leave it out"
-        raise MismatchError(f"images: expected an image, found one that is {found.name} ({reason(found)}); {advice}")
-    return found
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(BASE_PREFIX)}
 
 
 def _key(output: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cache.code import CodeLoader
 from cache.errors import ConfigError
 from trainer.config import StudentConfig
 from trainer.students.base import BaseInfo, Student
@@ -11,17 +12,21 @@ from trainer.students.side import SideStudent
 __all__ = ["BaseInfo", "Student", "make_student"]
 
 
-def make_student(config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) -> Student:
+def make_student(
+    config: StudentConfig, base: BaseInfo, outputs: Sequence[str], codes: CodeLoader | None = None
+) -> Student:
     """The student that a configuration describes.
 
     Args:
         config: the section `student`.
         base: the base whose standardised outputs are the student's units.
         outputs: `global`, `patch` or both.
+        codes: what runs the code of a `torch:` model; by default where the user's list has it.
 
     Raises:
         ConfigError: a layer, model or weights file is not there, or a key does not go with the kind.
-        MismatchError: weights do not fit the model.
+        MismatchError: weights do not fit the model, or its code is another than was recorded.
+        TrustError: its code may not run.
     """
     if config.concat and config.kind != "side":
         raise ConfigError(f"student.merge: expected add with kind {config.kind}, found concat; concat goes with side")
@@ -32,7 +37,7 @@ def make_student(config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) 
     if config.kind == "parallel":
         from trainer.students.parallel import ParallelStudent  # timm takes seconds to import
 
-        return ParallelStudent(config, base, outputs)
+        return ParallelStudent(config, base, outputs, codes)
     from trainer.students.full import FullStudent
 
-    return FullStudent(config, base, outputs)
+    return FullStudent(config, base, outputs, codes)

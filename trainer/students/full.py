@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from cache.code import CodeLoader
 from trainer.config import StudentConfig
 from trainer.objective.losses import resize_map
 from trainer.students.base import BaseInfo, Student
@@ -18,12 +19,15 @@ class FullStudent(Student):
 
     Raises:
         ConfigError: the model is unknown, or does not give the outputs.
-        MismatchError: the weights do not fit it.
+        MismatchError: the weights do not fit it, or its code is another than was recorded.
+        TrustError: its code may not run.
     """
 
-    def __init__(self, config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) -> None:
+    def __init__(
+        self, config: StudentConfig, base: BaseInfo, outputs: Sequence[str], codes: CodeLoader | None = None
+    ) -> None:
         assert config.model is not None
-        model, own = build_model(config.model, config.weights, outputs)
+        model, own = build_model(config.model, config.weights, outputs, codes=codes)
         super().__init__({output: base.shapes[output] for output in outputs}, own)
         self.model = model
         self.given = probe(model, own.size, outputs, config.model)

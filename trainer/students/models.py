@@ -11,18 +11,25 @@ from pydantic import ValidationError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from cache.digests import digest
+from cache.code import CodeLoader
 from cache.errors import ConfigError, MismatchError
 from cache.spec import InputSpec, TeacherSpec
 from trainer.shapes import Grid, OutputShape, shape_of
 from trainer.students.adapters import tokens_of
-from trainer.students.factories import data_config, from_factory, source_of
+from trainer.students.factories import data_config, from_factory
 from trainer.students.timm_models import TimmOutputs, from_timm
 from trainer.students.weights import Weights, weights_digest
 
 
 def build_model(
-    model: str, weights: Weights, outputs: Sequence[str], *, size: Grid | None = None, seed: int | None = None
+    model: str,
+    weights: Weights,
+    outputs: Sequence[str],
+    *,
+    size: Grid | None = None,
+    seed: int | None = None,
+    codes: CodeLoader | None = None,
+    recorded: str | None = None,
 ) -> tuple[nn.Module, InputSpec]:
     """A model that maps normalised images to named outputs, and its own preprocessing.
 
@@ -32,14 +39,17 @@ def build_model(
         outputs: what is wanted of it.
         size: the image's (H, W), where it is not to be the model's own.
         seed: with it `random` weights are those of an extraction; else they are the model's own initialisation.
+        codes: what runs a `torch:` model's code; by default where the user's list has it.
+        recorded: the digest of that code, where it is known.
 
     Raises:
         ConfigError: the model is unknown or cannot be built.
-        MismatchError: the weights do not fit it.
+        MismatchError: the weights do not fit it, or its code is another than was recorded.
+        TrustError: its code may not run.
     """
     kind, _, rest = model.partition(":")
     if kind == "torch":
-        module = from_factory(model, weights, seed, "student")
+        module = from_factory(model, weights, seed, "student", codes or CodeLoader(), recorded)
         _set_aside(getattr(module, "head", None))
         return module, _input_of(data_config(module), model)
     if kind != "timm":
@@ -74,7 +84,9 @@ class BaseModel(nn.Module):
         return {o: as_tokens(found[o] if o in found else found[o.removesuffix(".patch")]).float() for o in self.shapes}
 
 
-def build_base(spec: TeacherSpec, outputs: Sequence[str], seed: int, weights: Weights = None) -> BaseModel:
+def build_base(
+    spec: TeacherSpec, outputs: Sequence[str], seed: int, weights: Weights = None, codes: CodeLoader | None = None
+) -> BaseModel:
     """The base that a cache was extracted with.
 
     Args:
@@ -82,23 +94,19 @@ def build_base(spec: TeacherSpec, outputs: Sequence[str], seed: int, weights: We
         outputs: which of its outputs are wanted.
         seed: its cache's plan's, with which `random` weights were drawn.
         weights: tensors by name, where they are at hand; else they are read from where the spec says.
+        codes: what runs a `torch:` model's code; by default where the user's list has it.
 
     Raises:
         ConfigError: it cannot be built here, or was imported.
         MismatchError: its code, its weights or the shapes of its outputs are not those of the extraction.
+        TrustError: its code may not run.
     """
     kind, _, rest = spec.model.partition(":")
     weights = weights if weights is not None else spec.weights
     shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in outputs}
     size = spec.known_input.size
     if kind == "torch":
-        source = source_of(spec.model)
-        if source is not None and digest(source) != spec.source_digest:
-            raise MismatchError(
-                f"base.model: {spec.model}: expected the file that the cache was extracted with (digest "
-                f"{spec.source_digest}), found another ({digest(source)}); restore it"
-            )
-        module = from_factory(spec.model, weights, seed, "base")
+        module = from_factory(spec.model, weights, seed, "base", codes or CodeLoader(), spec.source_digest)
         features = module
     elif kind == "timm":
         module = _timm(rest, weights, seed, size, "base", classifier=True)

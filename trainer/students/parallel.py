@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cache.code import CodeLoader
 from cache.errors import ConfigError, MismatchError
 from trainer.config import StudentConfig
 from trainer.shapes import Grid
@@ -31,16 +32,20 @@ class ParallelStudent(Student):
     Raises:
         ConfigError: the model is unknown, has no blocks that an adapter can stand beside, lacks an output, or its
             base was imported.
-        MismatchError: the weights, or the shapes of the outputs, are not the base's.
+        MismatchError: the code, the weights or the shapes of the outputs are not the base's.
+        TrustError: its code may not run.
     """
 
-    def __init__(self, config: StudentConfig, base: BaseInfo, outputs: Sequence[str]) -> None:
+    def __init__(
+        self, config: StudentConfig, base: BaseInfo, outputs: Sequence[str], codes: CodeLoader | None = None
+    ) -> None:
         super().__init__({output: base.shapes[output] for output in outputs}, base.spec.known_input)
         name, weights = config.model or base.spec.model, config.weights
         if config.model is None and weights is None:
             weights = base.spec.weights
         size = base.spec.known_input.size
-        model, _ = build_model(name, weights, outputs, size=size, seed=base.seed)
+        recorded = base.spec.source_digest if config.model is None else None
+        model, _ = build_model(name, weights, outputs, size=size, seed=base.seed, codes=codes, recorded=recorded)
         found = probe(model, size, outputs, name)
         if found != self.shapes:
             raise MismatchError(
