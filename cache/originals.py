@@ -1,5 +1,6 @@
 """The images that a cache was extracted from, each compared with the digest that the cache keeps."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from cache.pixels.decode import decoded
 from cache.reader import Cache
 from cache.reasons import reason
 from cache.sources import source_reader
-from cache.sources.files import file_system, is_local
+from cache.sources.files import file_system, is_local, to_bytes, to_text
 from cache.spec import ImageStatus, SourceSpec
 
 
@@ -91,10 +92,10 @@ def source_at(cache: Cache, root: str | None, option: str) -> SourceSpec:
     """
     spec = cache.plan.source
     if root is not None:
-        place = str(Path(root).expanduser().absolute()) if is_local(root) else root
+        place = to_text(str(Path(root).expanduser().absolute())) if is_local(root) else root
         spec = spec.model_copy(update={"root": place})
     if is_local(spec.root):
-        if not Path(spec.root).is_dir():
+        if not os.path.isdir(to_bytes(spec.root)):  # noqa: PTH112
             raise ConfigError(
                 f"{option}: expected the folder of the images that {cache.path} was extracted from, found no folder "
                 f"{spec.root}; set {option} to where they are now"

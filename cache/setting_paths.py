@@ -67,7 +67,7 @@ def _anchored_model(value: str, key: str, folder: Path, file: Path) -> str:
 
 
 def _is_relative(path: str) -> bool:
-    return bool(path) and not path.startswith(("/", "~")) and "://" not in path and "::" not in path
+    return bool(path) and not path.startswith(("/", "~")) and "://" not in path
 
 
 def _absolute(path: str, key: str, folder: Path, file: Path) -> str:

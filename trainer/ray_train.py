@@ -166,16 +166,25 @@ def connected(address: str | None, cpus: int) -> Iterator[Path]:
                 **extra,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"--ray-address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start "
-                "--head`, give the right address, or leave it out to run on this machine"
-            ) from None
+            raise ConfigError(_not_reached(address, error)) from None
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
         found = int(ray.cluster_resources().get("CPU", 0))
         if found < cpus:
             raise ConfigError(f"workers: expected at most as many as the Ray cluster has CPUs, {found}, found {cpus}")
         yield folder
+
+
+def _not_reached(address: str | None, error: Exception) -> str:
+    """The message for an address, or for none, where `error` came of it."""
+    if address is not None:
+        return (
+            f"--ray-address: cannot reach a Ray cluster at {address!r} ({error}); start one with `ray start --head`, "
+            "give the right address, or leave it out to run on this machine"
+        )
+    too_long = "AF_UNIX path" in str(error)  # Ray's sockets lie below the folder for temporary files
+    remedy = "set RAY_TMPDIR to a short folder, such as /tmp" if too_long else "try again when it is less busy"
+    return f"workers: Ray did not start on this machine ({error}); {remedy}, or train with one worker"
 
 
 def _gpus(config: TrainConfig) -> bool:

@@ -4,6 +4,7 @@ import socket
 from typing import Final
 
 CONNECT_SECONDS: Final = 10
+_TOO_LONG: Final = "AF_UNIX path"  # Ray's words, and Python's, for a socket whose path has more than 107 bytes
 
 
 def check_listening(address: str) -> None:
@@ -15,6 +16,12 @@ def check_listening(address: str) -> None:
 
 def not_reached(address: str | None, error: Exception) -> str:
     """The message for an address, or for none, where `error` came of it."""
+    if address is None and _TOO_LONG in str(error):
+        return (
+            f"executor.kind: Ray did not start on this machine: its sockets lie below the folder for temporary files, "
+            f"whose path is too long for them ({error}); set RAY_TMPDIR to a short folder, such as /tmp, or use "
+            "--executor inline"
+        )
     if address is None:
         return (
             f"executor.kind: Ray did not start on this machine ({error}); try again when it is less busy, or use "
