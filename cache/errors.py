@@ -93,6 +93,13 @@ class CorruptError(CacheError):
         super().__init__(f"{file}: {reason}")
         self.file, self.reason, self.unit, self.teacher = file, reason, unit, teacher
 
+    def within(self, cache: str) -> "CorruptError":
+        """The same error for somebody who reads several caches: it names this one, and what mends it."""
+        found = CorruptError(self.file, self.reason, unit=self.unit, teacher=self.teacher)
+        advice = f"`kpu-cache repair {cache}`, then the extract command that made the cache, mends it"
+        found.args = (f"{cache}: {self}; {advice}",)
+        return found
+
 
 class MissingUnitError(CacheError):
     """A row was asked for whose unit is not committed for that teacher."""

@@ -234,7 +234,9 @@ class LocalStorage:
                 "again once it works"
             )
         advice = ""
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT and action == "create":
+            advice = "; that place takes no new folders: choose another `out`"
+        elif error.errno == errno.ENOENT:
             advice = "; this run's temporary files or the cache itself were removed; start the command again"
         if error.errno == errno.EMFILE:
             advice = "; allow this process more of them with `ulimit -n`"

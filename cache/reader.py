@@ -2,7 +2,8 @@
 
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 from weakref import WeakSet
@@ -58,6 +59,14 @@ class _Unit:
     status: npt.NDArray[np.uint8] | None
 
 
+@contextmanager
+def _damage_in(cache: str) -> Iterator[None]:
+    try:
+        yield
+    except CorruptError as error:
+        raise error.within(cache) from error
+
+
 class Cache:
     """An open cache. Safe to use from several threads, and to send to other processes.
 
@@ -92,12 +101,13 @@ class Cache:
         """
         numbers = row_numbers(slice(None) if rows is None else rows, self.rows)
         valid = np.empty(len(numbers), dtype=bool)
-        for unit, places, within in by_unit(numbers, self.plan.unit_rows):
-            if teacher is not None:
-                masked = self._unit(self._teacher(teacher), unit).masked
-                valid[places] = True if masked is None else ~masked[within]
-            else:
-                valid[places] = self._status.get(unit, self._load_status)[within] == 0
+        with _damage_in(self.path):
+            for unit, places, within in by_unit(numbers, self.plan.unit_rows):
+                if teacher is not None:
+                    masked = self._unit(self._teacher(teacher), unit).masked
+                    valid[places] = True if masked is None else ~masked[within]
+                else:
+                    valid[places] = self._status.get(unit, self._load_status)[within] == 0
         return valid
 
     def read(
@@ -122,7 +132,8 @@ class Cache:
             raise ConfigError(f"masked: expected 'raise' or 'nan', found {masked!r}")
         published = self._teacher(teacher)
         numbers = row_numbers(rows, self.rows)
-        stored, hidden = self._stored(published, output, numbers)
+        with _damage_in(self.path):
+            stored, hidden = self._stored(published, output, numbers)
         if masked == "raise" and hidden.any():
             row = int(numbers[np.flatnonzero(hidden)[0]])
             raise MaskedRowError(
@@ -139,7 +150,8 @@ class Cache:
         They are decoded straight into `out`, where it is given; it must be of their shape and dtype, in C order.
         """
         published = self._teacher(teacher)
-        stored, _ = self._stored(published, output, row_numbers(rows, self.rows), out)
+        with _damage_in(self.path):
+            stored, _ = self._stored(published, output, row_numbers(rows, self.rows), out)
         grid = published.grids[output]
         return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
 
@@ -148,7 +160,8 @@ class Cache:
         numbers = row_numbers(rows, self.rows)
         digests = np.empty((len(numbers), 16), np.uint8)
         for unit, places, within in by_unit(numbers, self.plan.unit_rows):
-            images = load_images(self._storage, self.plan, unit)
+            with _damage_in(self.path):
+                images = load_images(self._storage, self.plan, unit)
             if images is None:
                 raise MissingUnitError(layout.IMAGES, unit)
             digests[places] = images[1].digest[within]

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _PLAIN_WIDTH: Final = 160
+PLAIN_EVERY_SECONDS: Final = 10.0
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -35,9 +37,24 @@ def progress_note(line: str) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where that is a terminal, that is gone at the end; moved by calls of (done, total)."""
+    """A bar on standard error, moved by calls of (done, total) and gone at the end; lines where that is no terminal."""
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     error = console(stderr=True)
-    with Progress(*columns, console=error, transient=True, disable=not error.is_terminal) as bar:
+    if not error.is_terminal:
+        yield _now_and_then(what)
+        return
+    with Progress(*columns, console=error, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _now_and_then(what: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_EVERY_SECONDS:
+            last = time.monotonic()
+            progress_note(f"{what}: {done:,}/{total:,}")
+
+    return tell

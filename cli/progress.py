@@ -12,12 +12,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from cli.console import PLAIN_EVERY_SECONDS
 from cli.console import console as open_console
 from cli.units import human_bytes, human_seconds, plural
 from pipeline.reports import UnitReport
 from pipeline.runs import RunSummary
 
-PLAIN_EVERY_SECONDS = 10.0
 RATE_WINDOW = 32
 BAR_WIDTH = 30
 
@@ -64,7 +64,7 @@ class PlainObserver:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._meter = Meter(0)
-        self._last = time.monotonic()
+        self._begun = self._last = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +74,19 @@ class PlainObserver:
     ) -> None: ...
 
     def phase(self, name: str, detail: str) -> None:
+        self._begun = self._last = time.monotonic()
         if detail:
             self._say(f"{name}: {detail}")
+
+    def progress(self, phase: str, total: int, done: int) -> None:
+        if time.monotonic() - self._last >= PLAIN_EVERY_SECONDS:
+            self._last = time.monotonic()
+            self._say(f"{phase}: {self._count(total, done)}")
+
+    def _count(self, total: int, done: int) -> str:
+        passed = time.monotonic() - self._begun
+        left = f", {human_seconds(passed * (total - done) / done)} left" if done else ""
+        return f"{done:,}/{total:,} rows{left}"
 
     def warn(self, message: str) -> None:
         errors = self._console if self._console.is_terminal else open_console(stderr=True)
@@ -127,6 +138,9 @@ class LiveObserver(PlainObserver):
     def phase(self, name: str, detail: str) -> None:
         super().phase(name, detail)
         self._spinner = Spinner("dots", name)
+
+    def progress(self, phase: str, total: int, done: int) -> None:
+        self._spinner = Spinner("dots", f"{phase}: {self._count(total, done)}")
 
     def begin(self, *, total: int, pending: int, workers: int) -> None:
         super().begin(total=total, pending=pending, workers=workers)

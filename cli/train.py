@@ -151,7 +151,7 @@ def evaluate(
 
     with progress_bar("rows") as progress:
         trust = load_trust(everything=trust_code)
-        found = measure(run, cache or (), images=images, progress=progress, trust=trust)
+        found = measure(run, cache or (), images=images, progress=progress, trust=trust, phase=progress_note)
     if form == "json":
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:

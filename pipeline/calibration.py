@@ -1,6 +1,7 @@
 """Calibrating teachers before their first unit. Drivers agree, because each uses what was published first."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -83,7 +84,8 @@ def _calibrations(
             why = f", {ROWS_PER_CHANNEL} for each channel, as codec rotated needs" if wanted > USUAL_ROWS else ""
             why = why if config.calibration_rows == "auto" else ""
             observer.phase("calibrate", f"{', '.join(names)} on {len(rows):,} rows{why}")
-            computed = executor.call("calibrate", names, rows)
+            tell = partial(observer.progress, "calibrate", len(rows))
+            computed = executor.call("calibrate", names, rows, progress=tell)
             found |= {name: Calibration(statistics) for name, statistics in computed.items()}
     return found
 

@@ -4,7 +4,7 @@ Every method must run on one and the same thread: results on the CPU are bit-ide
 and torch keeps the count per thread.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from threading import Event
 
@@ -75,8 +75,13 @@ class Engine:
         teacher = self.teachers[name]
         return teacher(self._device.upload(batch.pixels[geometry(teacher.input)]))
 
-    def accumulate(self, table: pa.Table, names: Sequence[str]) -> dict[str, dict[str, Accumulator]]:
-        """Moments of every output over the rows of `table`, without masked rows and those with NaN or infinity."""
+    def accumulate(
+        self, table: pa.Table, names: Sequence[str], done: Callable[[int], None] = lambda _: None
+    ) -> dict[str, dict[str, Accumulator]]:
+        """Moments of every output over the rows of `table`, without masked rows and those with NaN or infinity.
+
+        `done` is told, after each batch, of how many rows so far.
+        """
         totals = {
             name: {output.name: Accumulator(output.channels) for output in self.teachers[name].outputs}
             for name in names
@@ -89,6 +94,7 @@ class Engine:
                     kept = kept[kept.isfinite().flatten(1).all(1)]
                     if len(kept):
                         totals[name][output].add(*moments(kept))
+            done(batch.start + len(batch))
         return totals
 
     def compute(

@@ -1,9 +1,15 @@
 """Who is told how an extraction goes."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from pipeline.reports import UnitReport
 from pipeline.runs import RunSummary
+
+Progress = Callable[[int], None]
+"""Told of rows so far."""
+
+TELL_EVERY_SECONDS: Final = 0.5
 
 
 class Observer(Protocol):
@@ -11,6 +17,9 @@ class Observer(Protocol):
 
     def phase(self, name: str, detail: str) -> None:
         """One of load, plan, calibrate begins."""
+
+    def progress(self, phase: str, total: int, done: int) -> None:
+        """Within a phase: `done` of `total` rows."""
 
     def warn(self, message: str) -> None:
         """Something that the user should know and that does not stop the run."""
@@ -29,6 +38,8 @@ class Silent:
     """Tells nobody."""
 
     def phase(self, name: str, detail: str) -> None: ...
+
+    def progress(self, phase: str, total: int, done: int) -> None: ...
 
     def warn(self, message: str) -> None: ...
 

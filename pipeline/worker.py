@@ -85,6 +85,7 @@ class Worker:
                 pool=self._pool,
             )
         )
+        self._calibrated = 0
         self._published: dict[str, PublishedTeacher] = {}
         self._grids: dict[str, dict[str, DeviceGrid]] = {}
         self._plan: Plan | None = None
@@ -119,9 +120,17 @@ class Worker:
     def calibrate(self, names: Sequence[str], rows: np.ndarray) -> dict[str, dict[str, Statistics]]:
         """Statistics of every output of the named teachers over `rows` (int64), masked rows left out."""
         self._open()
+        self._calibrated = 0
         table = self._samples.take(rows)
-        totals = self._on_device(partial(self._engine.accumulate, table, names))
+        totals = self._on_device(partial(self._engine.accumulate, table, names, self._note_calibrated))
         return {name: self._finish(name, outputs) for name, outputs in totals.items()}
+
+    def progress(self) -> int:
+        """How many rows the calibration that runs, in another thread, has seen."""
+        return self._calibrated
+
+    def _note_calibrated(self, rows: int) -> None:
+        self._calibrated = rows
 
     def extract(self, task: Task) -> UnitReport:
         """Compute and commit one unit for those of the task's teachers that nobody has committed meanwhile.

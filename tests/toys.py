@@ -97,7 +97,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
 def assert_refused(result: Result, *fragments: str, code: int = 2) -> None:
     """One message on standard error that says all of `fragments`, and the exit code."""
     assert result.exit_code == code, result.output
-    others = ("warning: ", "open: ", "check: ")
+    others = ("warning: ", "open: ", "check: ", "read: ", "probe: ")
     errors = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     assert len(errors) == 1, result.stderr
     missing = [fragment for fragment in ("error: ", *fragments) if fragment not in errors[0]]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from pipeline.observers import Observer
+from pipeline.observers import Observer, Progress
 from pipeline.reports import Task, UnitReport
 from pipeline.worker import WorkerSetup
 
@@ -16,8 +16,8 @@ class Executor(Protocol):
     threads: int
     gpus_per_worker: float
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Run one method on one worker and wait for its result."""
+    def call(self, method: str, *arguments: Any, progress: Progress | None = None) -> Any:
+        """Run one method on one worker and wait for its result; `progress` hears now and then of its rows so far."""
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         """Run `Worker.extract` over `tasks`, at most two units in flight per worker; yield reports as they come.

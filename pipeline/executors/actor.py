@@ -41,6 +41,9 @@ class ActorWorker:
         with _machine_named():
             return self._worker.calibrate(names, rows)
 
+    def progress(self) -> int:
+        return self._worker.progress()
+
     def measure(self, table: pa.Table, warm_rows: int) -> Measurement:
         with _machine_named():
             return self._worker.measure(table, warm_rows)

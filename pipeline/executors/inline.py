@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from cache.cores import usable_cores
 from pipeline.device import choose_device
-from pipeline.observers import Observer
+from pipeline.observers import TELL_EVERY_SECONDS, Observer, Progress
 from pipeline.reports import Task, UnitReport
 from pipeline.worker import Worker, WorkerSetup
 
@@ -36,8 +37,19 @@ class InlineExecutor:
     ) -> None:
         self._worker.close()
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._worker, method)(*arguments)
+    def call(self, method: str, *arguments: Any, progress: Progress | None = None) -> Any:
+        work = partial(getattr(self._worker, method), *arguments)
+        if progress is None:
+            return work()
+        with ThreadPoolExecutor(1, thread_name_prefix="call") as thread:
+            result = thread.submit(work)
+            try:
+                while not wait([result], TELL_EVERY_SECONDS).done:
+                    progress(self._worker.progress())
+            except BaseException:
+                self._worker.stop()
+                raise
+        return result.result()
 
     def run(self, tasks: Iterable[Task]) -> Iterator[UnitReport]:
         waiting = iter(tasks)

@@ -28,7 +28,7 @@ from pipeline.executors.room import (
 )
 from pipeline.executors.seats import Seat, TaskQueue
 from pipeline.executors.signals import stop_signals_kept
-from pipeline.observers import Observer
+from pipeline.observers import TELL_EVERY_SECONDS, Observer, Progress
 from pipeline.reports import Failure, Task, UnitReport
 from pipeline.worker import WorkerSetup
 
@@ -119,12 +119,15 @@ class RayExecutor:
         actor = self._actor_class.remote(self._setup, self.threads)
         return Seat(actor, actor.ping.remote(), actor.load.remote(), attempt)
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, progress: Progress | None = None) -> Any:
         deaths = 0
         while True:
             seat = self._first_to_run()
             try:
-                return ray.get(getattr(seat.actor, method).remote(*arguments))
+                result = getattr(seat.actor, method).remote(*arguments)
+                while progress is not None and not ray.wait([result], timeout=TELL_EVERY_SECONDS)[0]:
+                    progress(ray.get(seat.actor.progress.remote()))
+                return ray.get(result)
             except DEATHS as error:
                 deaths += 1
                 if deaths == DEATHS_ALLOWED:

@@ -55,6 +55,25 @@ def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
+def test_calibration_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("cli.progress.time.monotonic", lambda: now)
+    out = io.StringIO()
+    observer = PlainObserver(Console(file=out))
+    observer.phase("calibrate", "t on 2,048 rows")
+    for _ in range(3):
+        now += 6.0
+        observer.progress("calibrate", 2048, int(now - 100) * 64)
+    assert out.getvalue().splitlines() == ["calibrate: t on 2,048 rows", "calibrate: 768/2,048 rows, 20.0 s left"]
+    live = LiveObserver(Console(file=io.StringIO(), force_terminal=True, width=100))
+    live.phase("calibrate", "t on 2,048 rows")
+    now += 4.0
+    live.progress("calibrate", 2048, 1024)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(live._render())
+    assert "calibrate: 1,024/2,048 rows, 4.0 s left" in shown.getvalue()
+
+
 def test_nothing_left_to_do() -> None:
     out = io.StringIO()
     with PlainObserver(Console(file=out)) as observer:

@@ -1,6 +1,7 @@
 """Which rows calibration looks at."""
 
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from cache.statistics import Accumulator
 from pipeline import calibration
 from pipeline.calibration import check_range, choose_rows, thin_calibration, wanted_rows
 from pipeline.config import ExtractConfig
+from pipeline.engine import Engine
 from pipeline.extract import extract
 from pipeline.observers import Silent
 from tests.toys import write_images, write_teacher
@@ -146,3 +148,39 @@ def test_teachers_are_calibrated_on_the_rows_that_each_needs(tmp_path: Path, mon
     assert extract(fresh, seen).complete
     assert seen.phases[1:] == ["b on 30 rows", "a on 60 rows, 10 for each channel, as codec rotated needs"]
     assert {o: s.count for o, s in open_cache(tmp_path / "p.kpu").teachers["a"].statistics.items()}["global"] == 60
+
+
+def test_a_slow_calibration_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the worker's own count, while it works."""
+    images = write_images(tmp_path / "images", 6)
+    told: list[tuple[str, int, int]] = []
+    more = Event()
+
+    class Listening(Silent):
+        def progress(self, phase: str, total: int, done: int) -> None:
+            told.append((phase, total, done))
+            more.set()
+
+    accumulate = Engine.accumulate
+
+    def slow(self: Engine, table: Any, names: Any, done: Any) -> Any:
+        def hold(rows: int) -> None:
+            done(rows)
+            more.clear()
+            assert more.wait(60)
+
+        return accumulate(self, table, names, hold)
+
+    monkeypatch.setattr(Engine, "accumulate", slow)
+    monkeypatch.setattr("pipeline.executors.inline.TELL_EVERY_SECONDS", 0.01)
+    teacher = {"model": f"{write_teacher(tmp_path)}:toy"}
+    small = ExtractConfig.model_validate(
+        {
+            "data": {"source": str(images)},
+            "out": str(tmp_path / "o.kpu"),
+            "teachers": {"t": teacher},
+            "executor": {"batch_size": 4},
+        }
+    )
+    assert extract(small, Listening()).complete
+    assert {("calibrate", 6, 4), ("calibrate", 6, 6)} <= set(told)

@@ -50,6 +50,7 @@ def evaluate(
     images: str | None = None,
     progress: Progress | None = None,
     trust: Trust | None = None,
+    phase: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure a finished run on caches, by default on the validation rows of its own; the result is kept with the run.
 
@@ -60,6 +61,7 @@ def evaluate(
         images: stands in for the root that the caches remember, for students that need images.
         progress: is told of rows, (done, total).
         trust: which code may run of what the run names; by default what the user's list has.
+        phase: is told what begins.
 
     Returns:
         `{"teachers": {name: {agreement, kappa, majority, accuracy, r2_<output>}}, "base": {r2, r2_<output>, agreement,
@@ -92,6 +94,7 @@ def evaluate(
     to_fit = np.empty(0, np.int64) if split is None else split.fitted
     maps = LinearMaps(trained.config.base, shapes, to_fit, trained.config.seed) if controls else None
     fitted, chosen = Vectors(device), Vectors(device)
+    phase(f"read: {len(to_fit):,} rows to fit probes on, {len(rows):,} rows to measure")
     with torch.no_grad():
         if split is not None:
             fitted = _gather(reading, split.corpus, split.fitted, labels, maps)
@@ -101,6 +104,7 @@ def evaluate(
         found, tested = _measure(reading, corpus, rows, labels, maps)
     names = tuple(corpus.sources) if controls else ()
     why_not = "the training caches cannot be read" if training is None else labels.why_not
+    phase("probe: linear probes and k-NN")
     student, alone = probe_all(names, why_not, fitted, chosen, tested, notes)
     found |= student
     if controls:
