@@ -2,6 +2,7 @@ import base64
 import os
 import pickle
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -390,3 +391,18 @@ def test_an_open_cache_can_be_sent_to_another_process(built_cache) -> None:
     copy = pickle.loads(pickle.dumps(cache))
     assert np.array_equal(copy.read("beta", "global", [0, 19]), cache.read("beta", "global", [0, 19]))
     assert copy.samples.take([3])["key"].to_pylist() == [key_of(3)]
+
+
+def test_damage_names_the_cache_and_what_mends_it(built_cache, tmp_path: Path) -> None:
+    path = shutil.copytree(built_cache("uniform").path, tmp_path / "my.kpu")
+    shard = next((path / "teachers/alpha/patch/c/0").rglob("*0"))
+    data = bytearray((shard if shard.is_file() else shard / "0").read_bytes())
+    data[10] ^= 255
+    (shard if shard.is_file() else shard / "0").write_bytes(data)
+    cache = open_cache(path)
+    for read in (cache.read, cache.read_encoded):
+        with pytest.raises(CorruptError) as error:
+            read("alpha", "patch", [0])
+        assert str(error.value).startswith(f"{path}: teachers/alpha/patch/c/0")
+        assert f"`kpu-cache repair {path}`, then the extract command" in str(error.value)
+        assert (error.value.teacher, error.value.file.startswith("teachers/alpha")) == ("alpha", True)
