@@ -40,7 +40,7 @@ def lease(storage: Storage, run: str) -> Iterator[None]:
         yield
     finally:
         # Closed first: network file systems keep a file that is removed while it is open, under another name.
-        _close(descriptor)
+        close_lock(descriptor)
         with suppress(OSError, LinkError), storage.folder(layout.TEMPORARY) as temporary:
             with storage.folder(folder) as own:
                 os.unlink(_LEASE, dir_fd=own)
@@ -60,7 +60,7 @@ def mutex(storage: Storage) -> Iterator[None]:
     try:
         yield
     finally:
-        _close(descriptor)
+        close_lock(descriptor)
 
 
 def dead_runs(storage: Storage) -> list[str]:
@@ -106,7 +106,7 @@ def _lock(storage: LocalStorage) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:  # else it was removed while we waited, and another one may be held
                 break
-            _close(descriptor)
+            close_lock(descriptor)
     except OSError as error:
         raise write_error(error, storage.root / MUTEX) from error
     return descriptor
@@ -154,11 +154,11 @@ def _is_dead(storage: LocalStorage, run: str) -> bool:
     except OSError:  # held, or a file system without locks, where nobody can be declared dead
         return False
     finally:
-        _close(descriptor)
+        close_lock(descriptor)
     return True
 
 
-def _close(descriptor: int) -> None:
+def close_lock(descriptor: int) -> None:
     """Close a lock file: nothing was written to it that could be lost."""
     with suppress(OSError):
         os.close(descriptor)

@@ -1,6 +1,5 @@
 """What the commands have in common: arguments, and how a result is printed."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 from rich.console import Console
 
 from cache.errors import ConfigError
-from cli.console import console
+from cli.console import console, dump_json, printable
 from cli.tables import FORMATS, Table
 
 CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Path or URL of a cache, such as my.kpu.")]
@@ -39,12 +38,12 @@ def print_tables(tables: Sequence[Table], form: str) -> None:
         if form == "text":
             table.show(console())
         else:
-            typer.echo("\n" * bool(number) + table.write(form), nl=False)
+            typer.echo("\n" * bool(number) + printable(table.write(form)), nl=False)
 
 
 def print_result(document: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     """Print the document as JSON, or what `show` makes of it for people."""
     if as_json:
-        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        typer.echo(dump_json(document, indent=1))
     else:
         show(console())

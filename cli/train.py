@@ -1,6 +1,5 @@
 """`kpu-train`: train students from feature caches, measure and export them."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import IncompleteError
-from cli.console import console, progress_bar, progress_note
+from cli.console import console, dump_json, progress_bar, progress_note
 from cli.failures import reported
 from cli.options import Csv, Json, Latex, Markdown, TrustCode, print_tables, table_format
 from cli.start import start
@@ -112,7 +111,7 @@ def ablate(
     tell = partial(say.print, markup=False, soft_wrap=True)
     found = run_sweep(loaded, address=ray_address, tell=tell, trust=trust)
     if form == "json":
-        typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+        typer.echo(dump_json(found.as_json()))
         return
     print_tables([ablation_table(found)], form)
     if form == "text":
@@ -153,7 +152,7 @@ def evaluate(
         trust = load_trust(everything=trust_code)
         found = measure(run, cache or (), images=images, progress=progress, trust=trust, phase=progress_note)
     if form == "json":
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(dump_json(found))
     else:
         from cli.evaluation import evaluated_rows, evaluation_tables
 
@@ -214,7 +213,7 @@ def compare(
 
     found = read(runs, cache or ())
     if form == "json":
-        typer.echo(json.dumps([each.as_json() for each in found], ensure_ascii=False))
+        typer.echo(dump_json([each.as_json() for each in found]))
     else:
         from cli.evaluation import comparison_notes, comparison_table
 

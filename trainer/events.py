@@ -1,29 +1,44 @@
 """What a training says of itself: one object a logged step, in `metrics.jsonl` and as TensorBoard events."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.files import write_error
 from trainer.model import Losses
 from trainer.objective.losses import over_workers, worker_count
 from trainer.runs import RunFolder
 from trainer.training import Training
 from trainer.world import World
 
+_TENSORBOARD: Final = "tensorboard"
+_WRITER: Final = "_AsyncWriterThread"
+
 
 class Events:
-    """Writes what is logged, in the leading process; what a former process logged after `step` is forgotten."""
+    """Writes what is logged, in the leading process; what a former process logged after `step` is forgotten.
+
+    TensorBoard writes in a thread of its own: where that fails, it shows with a later event, or at the end.
+
+    Raises (all methods, and leaving the context):
+        FullDiskError: no space is left.
+        StorageError: it cannot be written.
+    """
 
     def __init__(self, run: RunFolder, world: World, step: int, watch: Callable[[dict[str, Any]], None] | None) -> None:
         self._run, self._leads, self._watch = run, world.leads, watch
         self._writer: SummaryWriter | None = None
         if self._leads:
             run.keep_metrics(step)
-            self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+            with self._written():
+                self._writer = SummaryWriter(str(run.path / _TENSORBOARD), purge_step=step + 1)
+            self._hook, threading.excepthook = threading.excepthook, self._pass_over
         self._begin(step, 0.0)
 
     def __enter__(self) -> "Events":
@@ -32,8 +47,18 @@ class Events:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return
+        try:
+            if error is not None:
+                with suppress(OSError):  # the first error says more
+                    self._writer.close()
+                return
+            with self._written():
+                self._writer.flush()  # closing alone forgets what the thread failed with
+                self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
     def log(self, training: Training, losses: Losses, waited: float) -> None:
         """Write the losses of this step, and the speed since the last one that was logged.
@@ -59,6 +84,19 @@ class Events:
         """Write what validation rows say after `step`."""
         self._write({"step": step, "validation": scores})
 
+    def _pass_over(self, failure: "threading.ExceptHookArgs") -> None:
+        """Print no traceback of TensorBoard's thread: what it failed with is raised here later."""
+        if type(failure.thread).__name__ != _WRITER:
+            self._hook(failure)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        folder = self._run.path / _TENSORBOARD
+        try:
+            yield
+        except OSError as error:
+            raise write_error(error, folder) from error
+
     def _begin(self, step: int, waited: float) -> None:
         self._step, self._waited, self._clock = step, waited, perf_counter()
 
@@ -66,9 +104,10 @@ class Events:
         if self._writer is None:
             return
         self._run.log(line)
-        for name, value in _flat(line):
-            if name != "step":
-                self._writer.add_scalar(name, value, line["step"])
+        with self._written():
+            for name, value in _flat(line):
+                if name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
         if self._watch is not None:
             self._watch(line)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache.errors import ConfigError, FullDiskError, StorageError
+from cache.leases import close_lock
 from cache.localstore import FULL, sync_folder
 
 
@@ -63,7 +64,7 @@ def held(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
+        close_lock(descriptor)
         raise ConfigError(
             f"{path.parent}: expected nobody else at work there, found another process; wait for its end, or choose "
             "another folder"
@@ -73,7 +74,7 @@ def held(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(descriptor)
+        close_lock(descriptor)
 
 
 def write_error(error: OSError, path: Path) -> StorageError:

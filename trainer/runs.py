@@ -222,7 +222,7 @@ class RunFolder:
         """
         file = self.path / "environment.json"
         try:
-            former = parse_json(file.read_bytes()) if file.exists() else []
+            former = parse_json(read_sealed(file, None)) if file.exists() else []
             if not isinstance(former, list):
                 raise ValueError(f"found {type(former).__name__}")
         except ValueError as error:
@@ -236,7 +236,7 @@ class RunFolder:
             CorruptError: another line is damaged.
         """
         file, found = self.path / _METRICS, list[dict[str, Any]]()
-        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], start=1):
+        for number, line in enumerate(read_sealed(file, None).split(b"\n")[:-1] if file.exists() else [], start=1):
             try:
                 logged = parse_json_object(line)
                 if type(logged["step"]) is not int:

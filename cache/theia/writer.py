@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from cache.errors import ConfigError, StorageError
+from cache.leases import close_lock
 from cache.localstore import sync_folder, write_error
 from cache.members import TAR_BLOCK, TAR_END, tar_header
 from cache.theia.names import SAMPLES_PER_TAR, SPLITS, is_tar_of, parse_splits, tar_name
@@ -92,7 +93,7 @@ def beside(folder: Path, split: str) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        os.close(descriptor)
+        close_lock(descriptor)
 
 
 def read_splits(folder: Path) -> dict[str, Any]:
@@ -174,4 +175,4 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        close_lock(descriptor)

@@ -145,11 +145,10 @@ def forge_tensors(path: Path, rng: random.Random) -> str:
     elif kind == 1:
         tensors[name] = np.concatenate([value.reshape(-1), value.reshape(-1)])
     elif kind == 2:
-        tensors[name] = value.astype(rng.choice(("int8", "float16", "uint64", "bool")))
+        tensors[name] = np.asarray(value.astype(rng.choice(("int8", "float16", "uint64", "bool"))))
     elif kind == 3:
-        tensors[name] = np.full_like(
-            value, rng.choice((float("nan"), float("inf"), -1, 0, 1e300)) if value.dtype.kind == "f" else -1
-        )
+        odd = (float("nan"), float("inf"), -1, 0, 1e300) if value.dtype.kind == "f" else (-1, 0)
+        tensors[name] = np.full(value.shape, rng.choice(odd), value.dtype)
     elif kind == 4:
         tensors["../x"] = value
     elif kind == 5:
