@@ -188,6 +188,8 @@ def list_differences(published: TeacherSpec, spec: TeacherSpec) -> list[str]:
 
     def fields(value: TeacherSpec) -> dict[str, Any]:
         flat = {**value.model_dump(mode="json", exclude={"weights"}), "model": value.model_part["model"]}
+        if value.input is not None:
+            flat["input"] = dict(value.input)  # with what documents leave out
         flat["outputs"] = {output.pop("name"): output for output in flat["outputs"]}
         if published.extra_digest is None:  # an earlier release did not look
             flat.pop("extra_digest", None)
