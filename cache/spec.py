@@ -16,9 +16,10 @@ DEFAULT_MAX_PIXELS = 2**27  # of a new plan: a frame of 100 megapixels, or a who
 LABEL_OF_NOTHING = -1  # among a teacher's labels
 LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
+Pool = Literal["cls", "mean", "cls+mean", "pooler"]
 _ON_GRID = ("uniform", "rotated")
 _EXTRA = "extra_digest"
-_LEFT_OUT_IF_NONE = (_EXTRA,)  # fields of a teacher that earlier releases did not have
+_LEFT_OUT_IF_NONE = (_EXTRA, "pool", "pooling", "unproven")  # fields of a teacher that earlier releases did not have
 
 
 # Bounds of what a stranger's file may claim, far beyond anything real: nothing is allocated by larger numbers.
@@ -152,6 +153,11 @@ class TeacherSpec(Frozen):
     not look. `labels` says which data label each output of the head stands for, by number or by the name of its class
     (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value. `input` is
     None for a teacher whose features were imported: it is not known, and the teacher cannot be run.
+
+    `pool` is what the user chose `global` to be pooled by, None for the model's own way; `pooling` says in words what
+    it is. `unproven` names the maps whose order was taken on the word of the model's library, or of the user, for no
+    change of an image shows it. These three are left out of documents where they are None; the last two do not count
+    for the fingerprint.
     """
 
     name: str
@@ -167,6 +173,9 @@ class TeacherSpec(Frozen):
     has_head: bool = False
     codec: CodecSpec
     format: ShardFormat = "zarr"
+    pool: Pool | None = None
+    pooling: str | None = None
+    unproven: tuple[str, ...] | None = None
 
     @model_serializer(mode="wrap")
     def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -196,7 +205,8 @@ class TeacherSpec(Frozen):
     @property
     def model_part(self) -> dict[str, Any]:
         """What decides the features, without how they are stored nor where the weights were read from."""
-        parts = self.model_dump(mode="json", exclude={"name", "weights", "codec", "labels", "has_head", "format"})
+        stored = {"name", "weights", "codec", "labels", "has_head", "format", "pooling", "unproven"}
+        parts = self.model_dump(mode="json", exclude=stored)
         kind, _, rest = self.model.partition(":")
         if kind == "torch":  # the file may move; its content is in source_digest
             parts["model"] = f"torch:{rest.rpartition(':')[2]}"

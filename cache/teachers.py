@@ -184,10 +184,13 @@ def check_same(published: TeacherSpec, spec: TeacherSpec) -> None:
 
 
 def list_differences(published: TeacherSpec, spec: TeacherSpec) -> list[str]:
-    """Each field in which two teachers differ, with both values; where weights lie may differ."""
+    """Each field in which two teachers differ, with both values. Where weights lie, and mere words, may differ."""
 
     def fields(value: TeacherSpec) -> dict[str, Any]:
-        flat = {**value.model_dump(mode="json", exclude={"weights"}), "model": value.model_part["model"]}
+        flat = {
+            **value.model_dump(mode="json", exclude={"weights", "pooling", "unproven"}),
+            "model": value.model_part["model"],
+        }
         if value.input is not None:
             flat["input"] = dict(value.input)  # with what documents leave out
         flat["outputs"] = {output.pop("name"): output for output in flat["outputs"]}

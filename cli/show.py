@@ -162,7 +162,15 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
             grid = " (grid {} x {})".format(*output["grid"]) if output["grid"] else ""
             shape = " x ".join(map(str, output["shape"]))
             count = teacher["calibration_count"][output["name"]]
-            _say(console, f"output   {output['name']}: {shape}{grid}, calibrated on {count:,} vectors")
+            known = _known(teacher, output["name"])
+            _say(console, f"output   {output['name']}: {shape}{grid}{known}, calibrated on {count:,} vectors")
+
+
+def _known(teacher: dict[str, Any], output: str) -> str:
+    """What `global` is pooled by, or that nothing but a word says how a map is ordered."""
+    if output == "global":
+        return f", {teacher['pooling']}" if teacher.get("pooling") else ""
+    return ", order not shown by changing an image" if output in (teacher.get("unproven") or ()) else ""
 
 
 def _input(spec: dict[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ from cache import layout
 from cache.errors import ConfigError
 from cache.setting_paths import anchor_paths
 from cache.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
-from cache.spec import CodecSpec, CropSpec, ShardFormat
+from cache.spec import CodecSpec, CropSpec, Pool, ShardFormat
 
 Text = Annotated[str, Field(min_length=1)]
 Auto = Literal["auto"]
@@ -81,6 +81,8 @@ class TeacherConfig(Section):
         default=("global", "patch"), description="a list of global and patch, or of one of them"
     )
     layers: tuple[int | str, ...] = Field(default=(), description="a list of numbers or names of layers")
+    pool: Pool | Auto = Field(default="auto", description="auto, cls, mean, cls+mean or pooler")
+    unproven: Literal["refuse", "accept"] = Field(default="refuse", description="refuse or accept")
     labels: tuple[int | str | None, ...] | None = Field(
         default=None, description="a list of names or numbers of classes and nulls, or null"
     )
@@ -110,6 +112,8 @@ class TeacherConfig(Section):
     def _emits_something(self) -> "TeacherConfig":
         if not self.outputs and not self.layers:
             raise ValueError("expected at least one of outputs and layers, found neither")
+        if self.pool != "auto" and "global" not in self.outputs:
+            raise ValueError(f"pool: expected global among outputs with it, found pool {self.pool} without")
         return self
 
 

@@ -147,6 +147,8 @@ def teacher_config(spec: TeacherSpec) -> TeacherConfig:
         weights=spec.weights,
         outputs=tuple(name for name in ("global", "patch") if name in names),
         layers=tuple(_layers(spec)),
+        pool=spec.pool or "auto",
+        unproven="accept",  # what is stored is compared, not judged again
         labels=spec.labels,
         input=InputConfig(**{key: getattr(spec.known_input, key) for key in InputConfig.model_fields}),
         precision=spec.precision,

@@ -4,7 +4,7 @@ Letters: B images, N tokens with prefix, T tokens, D channels, H and W the image
 """
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Backbone:
     use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
     logits, it is kept only if the two agree. `extra_digest` is of what computes besides the module's state_dict;
     `compiled` says that a program is among it, whose mode of training cannot be changed. `code` are the places, by
-    digest, of the user's own code that was run.
+    digest, of the user's own code that was run. `stated` gives, for images, the
+    maps whose order the model's library states; `pooling`, once `features` was called, says what `global` is.
     """
 
     module: nn.Module
@@ -46,6 +47,8 @@ class Backbone:
     input: InputSpec
     head: nn.Linear | None = None
     classify: Callable[[Tensor], Any] | None = None
+    stated: Callable[[Tensor], Collection[str]] = lambda _: ()
+    pooling: Callable[[], str | None] = lambda: None
     source_digest: str | None = None
     extra_digest: str | None = None
     compiled: bool = False
@@ -99,9 +102,11 @@ def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ..
     """`config.layers` of a model with `count` blocks or stages, counted from 0; negative ones from the end.
 
     Raises:
-        TeacherError: one is no number, is out of range, or stands twice.
+        TeacherError: one is no number, is out of range, or stands twice; or the model has none.
     """
     found = []
+    if config.layers and not count:
+        raise TeacherError(f"{who}: layers: expected a model that says how many layers it has; leave layers out")
     for layer in config.layers:
         if not isinstance(layer, int) or not -count <= layer < count:
             raise TeacherError(f"{who}: layers: expected numbers from 0 to {count - 1}, found {layer!r}")
@@ -113,12 +118,20 @@ def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ..
 
 def map_of_tokens(tokens_BND: Tensor, prefix: int, image: tuple[int, int]) -> Tensor | None:
     """Tokens after `prefix` as a map [B, D, h, w] with the proportions of `image` (H, W); None if they form none."""
-    count = tokens_BND.shape[1] - prefix
+    grid = proportional_grid(tokens_BND.shape[1] - prefix, image)
+    return None if grid is None else tokens_BND[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+
+def proportional_grid(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """(h, w) of `count` tokens with the proportions of `image` (H, W); None if they form none."""
     if count < 2:  # one token is a summary
         return None
     height = max(1, round((count * image[0] / image[1]) ** 0.5))
     width = count // height
-    if height * width != count or abs(height * image[1] / image[0] - width) >= 1:
-        return None
-    map_BDhw: Tensor = tokens_BND[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
-    return map_BDhw
+    return (height, width) if height * width == count and has_proportions((height, width), image) else None
+
+
+def has_proportions(grid: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a grid (h, w) has the proportions of `image` (H, W), but for rounding."""
+    inside = 0 < grid[0] <= image[0] and 0 < grid[1] <= image[1]
+    return inside and abs(grid[0] * image[1] / image[0] - grid[1]) < 1

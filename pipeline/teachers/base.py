@@ -5,6 +5,7 @@ Letters: B images, H and W pixels, C RGB, T tokens, D channels, h and w the grid
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from cache.errors import ConfigError, TeacherError
 from cache.layout import check_name
-from cache.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, ShardFormat, TeacherSpec
+from cache.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
 from pipeline.config import TeacherConfig
-from pipeline.teachers.backbone import Backbone, describe, reason
+from pipeline.teachers.backbone import Backbone, describe, proportional_grid, reason
+from pipeline.teachers.locality import pictures
 from pipeline.teachers.programs import check_rows_alone, freeze
+from pipeline.teachers.proof import Claims, prove, recall, remember
 from pipeline.teachers.weights import weights_digest
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -47,10 +50,15 @@ class Teacher:
         self._mean = torch.tensor(self.input.mean, dtype=torch.float32, device=self.device).view(shape)
         self._std = torch.tensor(self.input.std, dtype=torch.float32, device=self.device).view(shape)
         self._features, self._compiled = backbone.features, False
-        probed, head = self._probe()
+        self.pool: Pool | None = None if config.pool == "auto" else config.pool
+        self.unproven: tuple[str, ...] | None = None
+        images = torch.from_numpy(pictures(self.input.size))
+        probed, head = self._probe(images[:_PROBE_IMAGES])
         self.outputs = tuple(self._describe_output(output, tensor) for output, tensor in probed.items())
+        self.pooling = backbone.pooling() if "global" in probed else None
         self.head = self._check_head(head, probed)
         self.labels = self._check_labels(config)
+        self.unproven = self._prove(images, probed, accept=config.unproven == "accept")
         if config.compile:
             self._features, self._compiled = torch.compile(backbone.features), True
 
@@ -94,6 +102,9 @@ class Teacher:
             has_head=self.head is not None,
             codec=codec,
             format=shards,
+            pool=self.pool,
+            pooling=self.pooling,
+            unproven=self.unproven,
         )
 
     def _normalise(self, images_BHWC: Tensor) -> Tensor:
@@ -107,9 +118,10 @@ class Teacher:
             return nullcontext()
         return torch.autocast(self.device.type, _REDUCED[self.precision])
 
-    def _forward(self, x_BCHW: Tensor) -> Any:
+    def _forward(self, x_BCHW: Tensor, *, exact: bool = False) -> Any:
+        """What the model gives; `exact` is in float32 whatever the precision."""
         try:
-            with self._autocast():
+            with nullcontext() if exact else self._autocast():
                 return self._features(x_BCHW)
         except torch.OutOfMemoryError as error:
             raise TeacherError(
@@ -124,12 +136,10 @@ class Teacher:
                 f"{self._who}: the forward pass of images {list(x_BCHW.shape)} failed{compiled}: {reason(error)}"
             ) from error
 
-    def _probe(self) -> tuple[dict[str, Tensor], nn.Linear | None]:
-        """Run a batch of noise through the model: the wanted outputs as they come, and the head if it holds."""
-        size = (_PROBE_IMAGES, *self.input.size, 3)
-        noise = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    def _probe(self, images_BHWC: Tensor) -> tuple[dict[str, Tensor], nn.Linear | None]:
+        """Run two pictures through the model: the wanted outputs as they come, and the head if it holds."""
         with torch.inference_mode():
-            x_BCHW = self._normalise(torch.from_numpy(noise))
+            x_BCHW = self._normalise(images_BHWC)
             raw = self._forward(x_BCHW)
             if self._backbone.compiled:
                 check_rows_alone(self._forward, x_BCHW, self._who)
@@ -142,6 +152,29 @@ class Teacher:
                     logits = self._backbone.classify(x_BCHW)
                 head = head if _agrees(head, picked["global"], logits) else None
         return picked, head
+
+    def _prove(self, images_BHWC: Tensor, probed: Mapping[str, Tensor], *, accept: bool) -> tuple[str, ...] | None:
+        """Hold features against the pictures they are of, unless that was done before. Which maps are unproven."""
+        maps = {output.name: output.grid for output in self.outputs if output.grid is not None}
+        fingerprint = self.spec(CodecSpec()).model_fingerprint
+        unproven = recall(fingerprint, maps)
+        if unproven is None:
+            with torch.inference_mode():
+                claims = Claims(
+                    maps=maps,
+                    stated=partial(self._backbone.stated, self._normalise(images_BHWC[:_PROBE_IMAGES])),
+                    own_code=self.model.startswith("torch:"),
+                    accepted=accept,
+                )
+                first = probed if self.precision == "fp32" else None
+                unproven = prove(self._who, self._exact, images_BHWC, first, claims)
+            if not (accept and unproven):
+                remember(fingerprint, unproven)
+        return unproven or None
+
+    def _exact(self, images_BHWC: Tensor) -> dict[str, Tensor]:
+        raw = self._forward(self._normalise(images_BHWC), exact=True)
+        return {name: self._pick(name, raw) for name in self._backbone.wanted}
 
     def _pick(self, name: str, raw: Mapping[str, Any]) -> Tensor:
         names = self._backbone.wanted[name]
@@ -158,15 +191,15 @@ class Teacher:
             check_name(f"{self._who}: output", name)
         except ConfigError as error:
             raise TeacherError(str(error)) from None
-        expected = "[B, D]" if name == "global" else "[B, T, D] with square T or [B, D, H, W]"
+        expected = "[B, D]" if name == "global" else "[B, D, H, W], or [B, T, D] of a grid with the image's proportions"
         ranks = (2,) if name == "global" else (3, 4)
         fits = tensor.ndim in ranks and len(tensor) == _PROBE_IMAGES and tensor.numel() and tensor.is_floating_point()
         grid: tuple[int, int] | None = None
         if fits and tensor.ndim == 4:
             grid = (tensor.shape[2], tensor.shape[3])
         elif fits and tensor.ndim == 3:
-            side = int(tensor.shape[1] ** 0.5 + 0.5)
-            grid, fits = (side, side), side * side == tensor.shape[1]
+            grid = (1, 1) if tensor.shape[1] == 1 else proportional_grid(tensor.shape[1], self.input.size)
+            fits = grid is not None
         if not fits:
             raise TeacherError(
                 f"{self._who}: output {name!r}: expected floating point {expected} for B = {_PROBE_IMAGES}, "

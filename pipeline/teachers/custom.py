@@ -1,13 +1,13 @@
 """Anyone's own teachers: `torch:<module or path/to/file.py>:<factory>`.
 
 The factory returns an `nn.Module` that maps normalised images [B, 3, H, W] to a dict of named tensors: `global` [B, D],
-`patch` [B, T, D] with square T or [B, D, H, W], and any further maps, which `layers` asks for by name. It takes no
-argument, or an optional `state_dict`: the tensors by name that will be loaded into what it returns, or None, so that
-it can build a head of their size. The module may have the attributes `head` (an `nn.Linear` on `global`) and
-`data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct). It may be a TorchScript
-module, a `torch.export` program or the module of one. What computes with other files, as an ONNX session, names them in
-an attribute `program_files`, a list of paths, relative ones beginning at the Python file: their content is part of what
-the cache remembers.
+`patch` [B, D, H, W] or [B, T, D] of a grid with the image's proportions, and any further maps, which `layers` asks for
+by name. It takes no argument, or an optional `state_dict`: the tensors by name that will be loaded into what it
+returns, or None, so that it can build a head of their size. The module may have the attributes `head` (an `nn.Linear`
+on `global`) and `data_config` (a dict with timm's keys input_size, mean, std, interpolation and crop_pct). It may be a
+TorchScript module, a `torch.export` program or the module of one. What computes with other files, as an ONNX session,
+names them in an attribute `program_files`, a list of paths, relative ones beginning at the Python file: their content
+is part of what the cache remembers.
 
 A file may import its neighbours, at its top or while the factory runs. It is sent to workers; its neighbours are not.
 """
@@ -60,6 +60,10 @@ def load_custom(name: str, config: TeacherConfig, source: bytes | None, trust: T
         TrustError: `trust` does not let it run.
     """
     who = describe(name, config)
+    if config.pool != "auto":
+        raise TeacherError(
+            f"{who}: pool: expected auto for a module of your own, which pools itself, found {config.pool}"
+        )
     place, factory_name = split_model(config.model)
     code = read_source(config.model) if source is None else Code(place, factory_name, Path(place), source)
     loader = CodeLoader(trust)

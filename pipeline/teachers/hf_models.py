@@ -1,33 +1,31 @@
-"""Teachers from Hugging Face: `hf:<id or folder>`, any vision model, or vision tower, that AutoModel knows.
+"""Teachers from Hugging Face: `hf:<id or folder>`, any vision model, or vision tower, that AutoModel knows."""
 
-Letters: B images, N tokens with prefix, T tokens without, D channels, H and W the image, h and w the grid.
-"""
-
-import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from torch import Tensor, nn
+from torch import nn
 
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.backbone import Backbone, describe, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.backbone import Backbone, describe, reason, resolve_layers
 from pipeline.teachers.hf_input import hf_input
+from pipeline.teachers.hf_maps import count_layers
+from pipeline.teachers.hf_outputs import HfFeatures, in_order
 from pipeline.teachers.weights import RANDOM, can_reach, initialise, load_strictly, read_weights, seeded
 
-_MOST_PREFIX_TOKENS = 16
 _POOLER = "pooler."
 
 
 def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
     """Build a transformers model, load its safetensors, and say how its outputs are reached.
 
-    `patch` is `last_hidden_state` without prefix tokens, `layer<i>.patch` is `hidden_states[i + 1]` (negative layers
-    count from the end), `global` is `pooler_output`, or the first token, or the mean over the map. Of a model with
-    text and vision, the vision tower is taken. A pooler that the weights lack is left out.
+    `patch` is `last_hidden_state` without the tokens before and after the image's, `layer<i>.patch` the hidden state
+    after layer i (negative layers count from the end), `global` is `summary` or `pooler_output`, or the class token,
+    or the mean over the map. Of a model with text and vision, the vision tower is taken. A pooler that the weights lack
+    is left out.
 
     Raises:
         TeacherError: transformers is not installed, the model or its weights cannot be had, or it has no such layer.
@@ -42,72 +40,17 @@ def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
         architecture = _architecture(transformers, place, options, who)
         model = _model(transformers, architecture, place, options, config, seed, who)
         spec = hf_input(transformers, place, options, getattr(architecture, "image_size", None), config.input, who)
-    count = len(getattr(architecture, "depths", ())) or getattr(architecture, "num_hidden_layers", 0)
-    layers = resolve_layers(config, count, who)
+    in_order(model)
+    layers = resolve_layers(config, count_layers(architecture), who)
+    features = HfFeatures(model, config.outputs, layers, spec.size, who, config.pool)
     return Backbone(
         module=model,
-        features=HfFeatures(model, config.outputs, layers, spec.size, who),
+        features=features,
         wanted={output: (output,) for output in (*config.outputs, *(f"layer{i}.patch" for i in layers))},
         input=spec,
+        stated=features.stated,
+        pooling=lambda: features.pooling,
     )
-
-
-class HfFeatures(nn.Module):
-    """All wanted outputs of a transformers model in one forward pass."""
-
-    def __init__(
-        self, model: Any, outputs: Collection[str], layers: tuple[int, ...], size: tuple[int, int], who: str
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._with_global, self._with_patch = "global" in outputs, "patch" in outputs
-        self._layers, self._who = layers, who
-        self._options: dict[str, Any] = {"output_hidden_states": True} if layers else {}
-        own = getattr(model.config, "image_size", None)
-        resized = own is not None and _pair(own) != size
-        if resized and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-            self._options["interpolate_pos_encoding"] = True
-
-    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        found = self.model(pixel_values=x_BCHW, **self._options)
-        result: dict[str, Tensor] = {}
-        if self._with_global:
-            result["global"] = self._pool(found, x_BCHW)
-        if self._with_patch:
-            result["patch"] = self._as_map(found.last_hidden_state, x_BCHW)
-        for layer in self._layers:
-            result[f"layer{layer}.patch"] = self._as_map(found.hidden_states[layer + 1], x_BCHW)
-        return result
-
-    def _pool(self, found: Any, x_BCHW: Tensor) -> Tensor:
-        pooled = getattr(found, "pooler_output", None)
-        if pooled is not None:
-            return pooled.flatten(1)  # type: ignore[no-any-return]
-        tokens = found.last_hidden_state
-        if tokens.ndim == 3 and self._prefix(tokens, x_BCHW):
-            return tokens[:, 0]  # type: ignore[no-any-return]
-        return self._as_map(tokens, x_BCHW).mean((2, 3))
-
-    def _prefix(self, tokens_BND: Tensor, x_BCHW: Tensor) -> int:
-        """Tokens before those of the image: what the grid of patches leaves over. 0 for models that merge patches."""
-        patch = getattr(self.model.config, "patch_size", None)
-        if patch is None:
-            return 0
-        height, width = _pair(patch)
-        left = tokens_BND.shape[1] - (x_BCHW.shape[2] // height) * (x_BCHW.shape[3] // width)
-        return left if 0 <= left <= _MOST_PREFIX_TOKENS else 0
-
-    def _as_map(self, features: Tensor, x_BCHW: Tensor) -> Tensor:
-        """[B, D, h, w]."""
-        if features.ndim == 4:
-            return features
-        found = map_of_tokens(features, self._prefix(features, x_BCHW), (x_BCHW.shape[2], x_BCHW.shape[3]))
-        if found is None:
-            raise TeacherError(
-                f"{self._who}: patch: expected tokens that map the image, found {list(features.shape)}; leave patch "
-                "and layers out"
-            )
-        return found
 
 
 def _import(who: str) -> Any:
@@ -179,7 +122,3 @@ def _model(
     elif missing:
         raise TeacherError(f"{who}: weights: {place} lacks, or has in another shape, {', '.join(missing[:5])}")
     return model.float()  # type: ignore[no-any-return]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -1,11 +1,8 @@
-"""Teachers from timm: `timm:<model>`, also `timm:hf-hub:<id>` and `timm:local-dir:<folder>`.
-
-Letters: B images, N tokens with prefix, T tokens without, D channels, H and W the image, h and w the grid.
-"""
+"""Teachers from timm: `timm:<model>`, also `timm:hf-hub:<id>` and `timm:local-dir:<folder>`."""
 
 import difflib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,11 +14,11 @@ from torch import Tensor, nn
 
 from cache.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers.backbone import Backbone, describe, input_spec, map_of_tokens, reason, resolve_layers
+from pipeline.teachers.backbone import Backbone, describe, input_spec, reason, resolve_layers
+from pipeline.teachers.timm_outputs import TimmFeatures
 from pipeline.teachers.weights import RANDOM, can_reach, differences, initialise, load_strictly, read_weights
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_MOST_PREFIX_TOKENS = 16
 
 
 def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
@@ -48,7 +45,7 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
         model = _from_file(create, config.weights, who)
     spec = input_spec(resolve_model_data_config(model), config.input, who)
     layers = _layer_indices(model, config, who)
-    features = TimmFeatures(model, config.outputs, layers, who)
+    features = TimmFeatures(model, config.outputs, layers, who, config.pool)
     head = model.get_classifier()
     return Backbone(
         module=model,
@@ -57,46 +54,9 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
         input=spec,
         head=head if isinstance(head, nn.Linear) else None,
         classify=model,
+        stated=features.stated,
+        pooling=lambda: features.pooling,
     )
-
-
-class TimmFeatures(nn.Module):
-    """All wanted outputs of a timm model in one forward pass."""
-
-    def __init__(self, model: nn.Module, outputs: Collection[str], layers: tuple[int, ...], who: str) -> None:
-        super().__init__()
-        self.model: Any = model
-        self._with_global, self._with_patch = "global" in outputs, "patch" in outputs
-        self._layers, self._who = layers, who
-
-    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = {}
-        if self._layers:
-            ordered = sorted(self._layers)  # timm returns them in this order, whatever is asked
-            final, maps = self.model.forward_intermediates(x_BCHW, indices=ordered)
-            result |= {f"layer{i}.patch": each for i, each in zip(ordered, maps, strict=True)}
-        else:
-            final = self.model.forward_features(x_BCHW)
-        if self._with_patch:
-            result["patch"] = self._as_map(final, (x_BCHW.shape[2], x_BCHW.shape[3]))
-        if self._with_global:
-            result["global"] = self.model.forward_head(final, pre_logits=True)
-        return result
-
-    def _as_map(self, final: Any, image: tuple[int, int]) -> Tensor:
-        """The final features as [B, D, h, w]."""
-        if isinstance(final, Tensor) and final.ndim == 4:
-            return final.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else final
-        if isinstance(final, Tensor) and final.ndim == 3:
-            stated = getattr(self.model, "num_prefix_tokens", None)
-            for prefix in range(_MOST_PREFIX_TOKENS) if stated is None else (stated,):
-                found = map_of_tokens(final, prefix, image)
-                if found is not None:
-                    return found
-        shape = list(final.shape) if isinstance(final, Tensor) else type(final).__name__
-        raise TeacherError(
-            f"{self._who}: patch: expected final features that map the image, found {shape}; leave patch out of outputs"
-        )
 
 
 def _require_known(model_name: str, who: str) -> None:

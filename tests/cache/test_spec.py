@@ -32,3 +32,15 @@ def test_what_earlier_inputs_could_not_say_is_left_out_unless_it_is_said() -> No
     )
     assert list_differences(one, other) == [rounding, order]
     assert one.model_fingerprint != other.model_fingerprint
+
+
+def test_words_on_pooling_and_order_change_no_fingerprint_but_a_chosen_pool_does() -> None:
+    plain = teacher_spec("beta")
+    assert not {"pool", "pooling", "unproven"} & plain.model_dump(mode="json").keys()
+    told = plain.model_copy(update={"pooling": "class token", "unproven": ("patch",)})
+    assert told.model_fingerprint == plain.model_fingerprint
+    assert list_differences(plain, told) == []
+    assert type(told).model_validate_json(told.model_dump_json()) == told
+    chosen = plain.model_copy(update={"pool": "mean"})
+    assert chosen.model_fingerprint != plain.model_fingerprint
+    assert list_differences(plain, chosen)

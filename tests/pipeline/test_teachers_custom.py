@@ -181,7 +181,7 @@ def emitting(expression: str, before: str = "") -> str:
         ("found['global']", "expected a dict of named tensors, found Tensor"),
         ("{'global': found['global']}", "expected an output 'patch', found global"),
         ("{**found, 'global': found['patch']}", r"'global': expected floating point \[B, D\] .* \[2, 4, 4, 4\]"),
-        ("{**found, 'patch': found['tokens'][:, 1:]}", r"'patch': expected .* square T .* \[2, 15, 4\]"),
+        ("{**found, 'patch': found['tokens'][:, 1:]}", r"'patch': expected .* the image's proportions .* \[2, 15, 4\]"),
         ("{**found, 'patch': found['patch'].long()}", r"'patch': expected floating point .* int64"),
         ("{**found, 'patch': [1]}", "'patch': expected a tensor, found list"),
         ("{**found, 'global': found['global'][:1]}", r"'global': expected .* for B = 2, found float32 \[1, 4\]"),

@@ -180,3 +180,26 @@ def test_a_model_without_a_map_says_so() -> None:
     with pytest.raises(TeacherError, match="patch: expected final features that map the image"):
         build("pit_ti_224", weights="random")
     assert build("pit_ti_224", weights="random", outputs=["global"]).outputs[0].name == "global"
+
+
+def test_what_timm_pools_is_named_and_chosen(tmp_path: Path) -> None:
+    reference, path = saved(tmp_path, "test_vit")
+    teacher = build("test_vit", weights=path)
+    assert teacher.pooling == "class token"
+    images = noise(teacher)
+    with torch.inference_mode():
+        final = reference.forward_features(teacher._normalise(images))
+    mean = build("test_vit", weights=path, pool="mean")
+    torch.testing.assert_close(mean(images)["global"], final[:, 1:].mean(1), rtol=1e-5, atol=1e-5)
+    assert (mean.pooling, mean.head) == ("mean of patches", None)  # the classifier saw the class token
+    both = build("test_vit", weights=path, pool="cls+mean", outputs=["global"])
+    assert (both.pooling, both.outputs[0].shape) == ("class token and mean of patches", (128,))
+    assert build("test_resnet", weights="random").pooling == "mean of patches"
+
+
+def test_pool_that_timm_cannot_give_is_refused() -> None:
+    for pool in ("cls", "cls+mean"):
+        with pytest.raises(TeacherError, match="expected a model with a class token, found none; use auto or mean"):
+            build("test_resnet", weights="random", pool=pool)
+    with pytest.raises(TeacherError, match=r"pool: expected auto, cls, mean or cls\+mean of a timm model"):
+        build("test_resnet", weights="random", pool="pooler")
