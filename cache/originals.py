@@ -10,9 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from cache import layout
 from cache.digests import digest_bytes
 from cache.errors import ConfigError, MismatchError, SourceError
 from cache.pixels.decode import decoded
+from cache.places import redact, refuse_password, require_plain
 from cache.reader import Cache
 from cache.reasons import reason
 from cache.sources import source_reader
@@ -73,14 +75,14 @@ class Originals:
 
     def _name(self, record: pa.Table) -> str:
         key, file = (record[name][0].as_py() for name in ("key", "file"))
-        return f"image {key!r} ({self._source.root.rstrip('/')}/{file})"
+        return f"image {key!r} ({redact(self._source.root).rstrip('/')}/{file})"
 
 
 def if_moved(cache: Cache, option: str) -> str:
     """What to do where a cache's images are not found, as a sentence of a message."""
     return (
         f"If the images of {cache.path} have moved, set {option} to where they are now (extracted from "
-        f"{cache.plan.source.root})"
+        f"{redact(cache.plan.source.root)})"
     )
 
 
@@ -88,10 +90,20 @@ def source_at(cache: Cache, root: str | None, option: str) -> SourceSpec:
     """The cache's source, below `root` where one is given; `option` is what a user sets to give it.
 
     Raises:
-        ConfigError: there is no such folder, or no such kind of URL.
+        ConfigError: there is no such folder, or no such kind of URL; or the cache itself names another place than a
+            folder or an object store.
     """
     spec = cache.plan.source
-    if root is not None:
+    if root is None:
+        said_by = f"{cache.path}: {layout.PLAN}"
+        require_plain(spec.root, said_by=said_by, advice=f"set {option} to where the images are")
+        if is_local(spec.root) and not spec.root.startswith("/"):
+            raise ConfigError(
+                f"{said_by}: expected the images in a folder with an absolute path, found {spec.root!r}; set {option} "
+                "to where they are"
+            )
+    else:
+        refuse_password(root, option)
         place = to_text(str(Path(root).expanduser().absolute())) if is_local(root) else root
         spec = spec.model_copy(update={"root": place})
     if is_local(spec.root):

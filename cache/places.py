@@ -42,8 +42,8 @@ def refuse_password(place: str, option: str) -> None:
     hidden = redact(place)
     if hidden != place:
         raise ConfigError(
-            f"{option}: {hidden}: expected a location without a password, token or signature, which would be kept in "
-            "the cache and printed; give it by the environment (AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+            f"{option}: {hidden}: expected a location without a password, token or signature, which would be kept with "
+            "what is made and printed; give it by the environment (AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_*), or in fsspec's own "
             'configuration (~/.config/fsspec/*.json: {"sftp": {"username": ..., "password": ...}})'
         )
@@ -52,9 +52,7 @@ def refuse_password(place: str, option: str) -> None:
 def is_plain(place: str) -> bool:
     """Whether a location is a local path or an object store, without a chain of file systems (`a::b`)."""
     protocol, separator, _ = place.partition("://")
-    if not separator:
-        return "::" not in place
-    return protocol.lower() in STORES and "::" not in place
+    return not separator or (protocol.lower() in STORES and "::" not in place)
 
 
 def require_plain(place: str, *, said_by: str, advice: str) -> str:
@@ -67,9 +65,10 @@ def require_plain(place: str, *, said_by: str, advice: str) -> str:
     """
     if is_plain(place):
         return place
+    known = ", ".join(sorted(STORES - {"memory"}))
     raise ConfigError(
-        f"{said_by}: expected a local path or an object store ({', '.join(sorted(STORES - {'memory'}))}), found "
-        f"{redact(place)!r}, which is not opened because a file names it; {advice}"
+        f"{said_by}: names {redact(place)!r}: expected a local path or an object store ({known}); any other place is "
+        f"opened only where you name it yourself: {advice}"
     )
 
 

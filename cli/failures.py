@@ -9,6 +9,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from cache.errors import KpuError
+from cache.faults import FAULTS
+from cache.places import redact
 from cli.console import console
 
 P = ParamSpec("P")
@@ -33,6 +35,9 @@ def reported(advice: Advice = "the same command begins again") -> Callable[[Call
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     _fail(f"{error.filename or 'disk'}: no space left; nothing that was committed is lost", 1)
+                if error.errno in FAULTS:
+                    said = f"{error.filename or 'disk or network'}: {error.strerror}"
+                    _fail(f"{said}; nothing that was committed is lost: start again once it works", 1)
                 raise
             except KeyboardInterrupt:
                 said = advice if isinstance(advice, str) else advice(options)
@@ -49,6 +54,7 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    message = redact(message)  # libraries quote URLs, passwords included
     line = " ".join(part.strip() for part in message.splitlines())  # other libraries' reasons come in several lines
     console(stderr=True).print(f"error: {line}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(code) from None

@@ -12,6 +12,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from cache.places import redact
 from cli.console import PLAIN_EVERY_SECONDS
 from cli.console import console as open_console
 from cli.units import human_bytes, human_seconds, plural
@@ -90,7 +91,7 @@ class PlainObserver:
 
     def warn(self, message: str) -> None:
         errors = self._console if self._console.is_terminal else open_console(stderr=True)
-        errors.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"warning: {redact(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, *, total: int, pending: int, workers: int) -> None:
         self._meter = Meter(pending)

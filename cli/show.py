@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cache.places import redact
 from cache.reasons import remedy
 from cli.tables import Table
 from cli.units import human_bytes, human_seconds, plural
@@ -125,7 +126,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "units": plan.units,
         "seed": plan.seed,
         "threads": plan.threads,
-        "source": plan.source.model_dump(mode="json"),
+        "source": plan.source.model_copy(update={"root": redact(plan.source.root)}).model_dump(mode="json"),
         "classes": None if plan.classes is None else list(plan.classes),
         "plan_digest": plan.digest,
         "teachers": {

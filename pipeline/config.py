@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import layout
 from cache.errors import ConfigError
+from cache.places import refuse_password
 from cache.setting_paths import anchor_paths
 from cache.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
 from cache.spec import CodecSpec, CropSpec, Pool, ShardFormat
@@ -216,12 +217,20 @@ def load_config(
             *parents, leaf = key.split(".")
             section(values, parents)[leaf] = value
     config = validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
+    _refuse_passwords(config)
     if ray_address is not None and config.executor.kind != "ray":
         raise ConfigError(
             f"--ray-address {ray_address}: expected with executor.kind ray, found {config.executor.kind}; add "
             "--executor ray"
         )
     return config
+
+
+def _refuse_passwords(config: ExtractConfig) -> None:
+    source, lender = config.data.source, config.calibration_from
+    places = [("data.source", each) for each in ((source,) if isinstance(source, str) else source)]
+    for option, place in [*places, ("out", config.out), *([] if lender is None else [("calibration_from", lender)])]:
+        refuse_password(place, option)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:

@@ -1,13 +1,16 @@
 """`verify --deep`: run the teachers again on a sample of rows and hold the result against what is stored."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 from pydantic import ValidationError
 
+from cache import layout
 from cache.errors import KpuError, SourceError
 from cache.locations import open_storage
 from cache.originals import if_moved, source_at
+from cache.places import is_plain, require_plain
 from cache.reader import Cache, open_cache
 from cache.runs import latest_run
 from cache.sources import open_source
@@ -62,15 +65,22 @@ def verify_deep(
 
 
 def _source(cache: Cache) -> SourceSpec:
-    """Where the latest run read the images; where they were planned, if that run does not say or they are not there."""
+    """Where the latest run read the images; where they were planned, if that run does not say or they are not there.
+
+    Raises:
+        ConfigError: the cache names another place than a folder or an object store.
+    """
     run = latest_run(open_storage(cache.path))
-    try:
-        spec = open_source(DataConfig.model_validate(run.config.get("data"))).spec if run else cache.plan.source
-    except (KpuError, ValidationError):
-        return cache.plan.source
-    if spec.kind != cache.plan.source.kind:
-        return cache.plan.source
-    return spec.model_copy(update={"decoding": cache.plan.source.decoding})
+    with suppress(KpuError, ValidationError):
+        data = DataConfig.model_validate(run.config.get("data") if run else None)
+        named = [data.source] if isinstance(data.source, str) else data.source
+        if all(map(is_plain, named)):
+            spec = open_source(data).spec
+            if spec.kind == cache.plan.source.kind:
+                return spec.model_copy(update={"decoding": cache.plan.source.decoding})
+    advice = f"set {_IMAGES} to where the images are"
+    require_plain(cache.plan.source.root, said_by=f"{cache.path}: {layout.PLAN}", advice=advice)
+    return cache.plan.source
 
 
 def _sample(cache: Cache, rows: int, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from cache.listing import listed_rows
 from cache.locations import open_storage
+from cache.places import redact
 from cache.records import count_rows, units_left
 from cache.sources import Source
 from cache.spec import Frozen, Plan, TeacherSpec
@@ -79,7 +80,7 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     with open_executor(WorkerSetup(loaded, shipped, source.spec, new_run_id()), threads, observer) as executor:
         specs = [description.spec for description in executor.call("describe")]
         check_teachers(config, specs, source.classes)
-        observer.phase("plan", f"listing {source.spec.root}")
+        observer.phase("plan", f"listing {redact(source.spec.root)}")
         sample, rows = _list(source, config, standing, observer)
         observer.phase("measure", f"{sample.num_rows} rows")
         measured = executor.call("measure", sample, WARM_BATCHES * config.executor.batch_size)

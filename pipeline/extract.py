@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cache import layout
-from cache.errors import CorruptError, IncompleteError, StorageError
+from cache.errors import CorruptError, IncompleteError, LinkError, StorageError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
 from cache.locations import open_storage
+from cache.places import redact
 from cache.published import teacher_folders
 from cache.records import Mask, count_rows, lost_images, units_left
 from cache.samples import Samples
@@ -88,7 +89,7 @@ def extract(
 
         storage = open_storage(config.out, create=True, created=created)
         with lease(storage, run_id):
-            observer.phase("plan", f"listing {source.spec.root}")
+            observer.phase("plan", f"listing {redact(source.spec.root)}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id, observer)
             warn_of_order(source, observer)
             warn_of_labels([t.spec for t in teachers], plan, Samples(storage, plan), observer)
@@ -102,6 +103,8 @@ def extract(
 
                 try:
                     _work_off(storage, plan, config, executor, run, observer, units)
+                except LinkError:
+                    raise
                 except StorageError as error:
                     error.exit_code = IncompleteError.exit_code  # the location was sound when the run began
                     raise

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import open_cache
 from cache.errors import KpuError
+from cache.places import refuse_password
 from cache.setting_paths import anchor_paths
 from cache.settings import Positive, Section, read_yaml, validate, validate_overridden
 
@@ -283,7 +284,12 @@ def load_config(
         anchor_paths(values, Path(path), PATHS)
     if caches:
         values["caches"] = list(caches)
-    return validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
+    config = validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
+    for place in config.caches:
+        refuse_password(place, "caches")
+    if config.images.root is not None:
+        refuse_password(config.images.root, "images.root")
+    return config
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:

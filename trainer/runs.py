@@ -32,6 +32,7 @@ from torch import Tensor
 from cache import Cache
 from cache.digests import digest
 from cache.errors import ConfigError, CorruptError, MismatchError
+from cache.places import redact
 from cache.spec import TeacherSpec
 from cache.strict_json import parse_json, parse_json_object
 from trainer.config import TrainConfig, validate_config
@@ -143,7 +144,8 @@ class RunFolder:
         """Whether the run was begun with the images of a cache: by its plan, or by where and what they are."""
         begun = open_sources(self.path)
         plans = {each["plan"] for each in begun["caches"]}
-        return cache.plan.digest in plans or images_of(cache) in begun.get("images", [])
+        images = [[redact(root), fingerprint] for root, fingerprint in begun.get("images", [])]
+        return cache.plan.digest in plans or images_of(cache) in images
 
     def config(self) -> TrainConfig:
         """The resolved configuration.

@@ -14,6 +14,7 @@ from safetensors.numpy import save as save_arrays
 from cache import Cache
 from cache.digests import digest
 from cache.errors import CorruptError
+from cache.places import redact
 from cache.spec import TeacherSpec
 from cache.statistics import Statistics, dump_statistics, load_statistics
 from trainer.corpus import Corpus, Source
@@ -119,7 +120,7 @@ def load_sources(folder: Path) -> dict[str, Source]:
 
 def images_of(cache: Cache) -> list[str]:
     """Where the images of a cache are, and the digest of what they are called; other caches may be of the same."""
-    return [cache.plan.source.root, cache.plan.fingerprint]
+    return [redact(cache.plan.source.root), cache.plan.fingerprint]
 
 
 def _specs(document: Mapping[str, Any], file: Path) -> dict[str, TeacherSpec]:

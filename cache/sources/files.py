@@ -1,8 +1,10 @@
 """Random access to the files below a source's root, local or on any file system that fsspec knows."""
 
+import errno
 import os
 import posixpath
 import re
+import stat
 import sys
 import threading
 import time
@@ -14,6 +16,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from cache.errors import SourceError
+from cache.faults import error_code, is_fault
+from cache.places import STORES, redact
 
 T = TypeVar("T")
 
@@ -21,7 +25,11 @@ DELAYS: Final = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt at a read that failed for a reason that may pass."""
 
 _UTF8: Final = sys.getfilesystemencoding().lower() == "utf-8"
+MOST_BYTES: Final = 2**31
+"""Of one image or one piece; more is not read into memory."""
+
 _OPEN_FILES: Final = 64
+_EMPTY: Final = frozenset({"InvalidRange", "416"})  # what an object without a byte answers to a request for some
 _ESCAPED: Final = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
@@ -36,6 +44,10 @@ class Piece(NamedTuple):
 
 class ShortRead(Exception):
     """A file ends before the piece asked for."""
+
+
+class NotReadable(Exception):
+    """What stands there is no regular file, or holds more than is read into memory."""
 
 
 def printable(name: str) -> str:
@@ -81,7 +93,7 @@ def file_system(path: str) -> tuple[Any, str]:
         return url_to_fs(path)  # type: ignore[no-any-return]
     except (ValueError, ImportError) as error:
         expected = "expected a local path or a URL that fsspec knows, such as s3://bucket/folder"
-        raise SourceError(f"data.source: {path}: {expected}; found: {error}") from None
+        raise SourceError(f"data.source: {redact(path)}: {expected}; found: {redact(str(error))}") from None
 
 
 class Files:
@@ -119,13 +131,15 @@ class Files:
         Raises:
             SourceError: it would lie outside the root.
         """
-        if file.startswith("/") or ".." in file.split("/"):
-            raise SourceError(f"{file!r}: expected a path below {self.root}; the sample table names a file outside it")
+        if file.startswith("/") or ".." in file.split("/") or "\0" in file:
+            raise SourceError(
+                f"{file!r}: expected a path below {redact(self.root)}; the sample table names a file outside it"
+            )
         return posixpath.join(self.system[1], file)
 
     def name(self, file: str) -> str:
         """`file` as messages name it."""
-        return f"{self.root.rstrip('/')}/{file}"
+        return f"{redact(self.root).rstrip('/')}/{file}"
 
     def size(self, file: str) -> int:
         """Size in bytes. Raises SourceError as `fetch` does."""
@@ -178,6 +192,8 @@ class Files:
             what = "no such file (any more)"
         elif isinstance(error, PermissionError):
             what = "no permission to read it"
+        elif isinstance(error, NotReadable):
+            what = str(error)
         elif self._may_pass(error):
             what = f"{len(DELAYS) + 1} attempts to read it failed, the last with {type(error).__name__}: {error}"
         else:
@@ -185,12 +201,14 @@ class Files:
         key = "" if piece.key == piece.file else f" (key {piece.key!r})"
         failure = SourceError(f"{self.name(piece.file)}{key}: {what}; restore it, then run the same command again")
         failure.__cause__ = error
+        if isinstance(error, Exception) and is_fault(error):
+            failure.exit_code = 1  # nothing is wrong with what was asked for
         return failure
 
     def _may_pass(self, error: Any) -> bool:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
             return False
-        if isinstance(error, SourceError | ShortRead | MemoryError):
+        if isinstance(error, SourceError | ShortRead | NotReadable | MemoryError):
             return False
         # Clients of object stores raise errors of their own, which need not be an OSError.
         return isinstance(error, OSError) or not self.local
@@ -200,20 +218,26 @@ class Files:
         paths = [self.path(piece.file) for piece in pieces]
         if self.local:
             return [self._read(path, piece) for path, piece in zip(paths, pieces, strict=True)]
-        starts = [None if piece.length is None else piece.offset for piece in pieces]
-        ends = [None if piece.length is None else piece.offset + piece.length for piece in pieces]
-        found = self.system[0].cat_ranges(paths, starts, ends, on_error="return")
+        # An object store gives no more than is asked for, however large the object is; other servers may not know how.
+        bounded = self.root.partition("://")[0] in STORES
+        whole = (0, MOST_BYTES + 1) if bounded else (None, None)
+        ranges = [whole if p.length is None else (p.offset, p.offset + p.length) for p in pieces]
+        found = self.system[0].cat_ranges(paths, *map(list, zip(*ranges, strict=True)), on_error="return")
         return [_whole(piece, value) for piece, value in zip(pieces, found, strict=True)]
 
     def _read(self, path: str, piece: Piece) -> bytes | Exception:
         try:
             if piece.length is None:
                 whole = _open(path)
-                return whole.read(0, os.fstat(whole.number).st_size)
+                return _whole(piece, whole.read(0, min(whole.size, MOST_BYTES + 1)))
+            if piece.length > MOST_BYTES:
+                return NotReadable(f"expected at most {MOST_BYTES:,} bytes at once, found {piece.length:,} asked for")
             return _whole(piece, self._descriptor(path).read(piece.offset, piece.length))
         except OSError as error:
             with self._lock:  # a stale handle would fail for ever
                 self._open.pop(path, None)
+            return error
+        except NotReadable as error:
             return error
 
     def _descriptor(self, path: str) -> "_Descriptor":
@@ -230,9 +254,28 @@ class Files:
 
 
 def _whole(piece: Piece, value: bytes | Exception) -> bytes | Exception:
-    if isinstance(value, Exception) or piece.length in (None, len(value)):
-        return value
-    return ShortRead(f"found {len(value)}")
+    if isinstance(value, Exception):
+        return b"" if piece.length is None and error_code(value) in _EMPTY else value
+    if len(value) > MOST_BYTES:
+        return NotReadable(f"expected at most {MOST_BYTES:,} bytes, found more; leave it out")
+    return value if piece.length in (None, len(value)) else ShortRead(f"found {len(value)}")
+
+
+def require_regular(path: str | bytes) -> None:
+    """See that a local path leads to a regular file, which whoever opens it does not wait for.
+
+    Raises:
+        NotReadable: it is a pipe, socket or device.
+        OSError: there is nothing, or a folder.
+    """
+    _require_regular(os.stat(path))  # noqa: PTH116
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise NotReadable("expected a regular file, found a pipe, socket or device, which is not read; remove it")
 
 
 class _Descriptor:
@@ -240,7 +283,10 @@ class _Descriptor:
 
     def __init__(self, path: bytes) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        status = os.fstat(self.number)
+        _require_regular(status)
+        self.size = status.st_size
 
     def __del__(self) -> None:
         if self.number >= 0:

@@ -12,7 +12,9 @@ from typing import Any, Final, NamedTuple
 import braceexpand
 
 from cache.errors import SourceError
+from cache.faults import is_fault
 from cache.leftout import LeftOut, Tally
+from cache.places import refuse_password
 from cache.sources.files import Files, file_system, is_local, to_name, to_text
 from cache.sources.formats import IMAGES, Kind, extension, is_archive, kind_by_name
 
@@ -70,6 +72,7 @@ def locate(source: str | Sequence[str]) -> Located:
 
 def _expand(pattern: str, beside: Tally) -> list[_Found]:
     """What a pattern names; `beside` counts what it matches that is no source, and what lies beside shards."""
+    refuse_password(pattern, "data.source")
     if is_local(pattern):
         pattern = os.path.abspath(os.path.expanduser(to_name(pattern)))  # noqa: PTH100, PTH111 - links stay unresolved
         if os.path.lexists(pattern):
@@ -186,7 +189,10 @@ def _ask(path: str, question: Callable[[], Any]) -> Any:
     try:
         return question()
     except Exception as error:
-        raise SourceError(f"data.source: {path}: cannot be listed: {type(error).__name__}: {error}") from error
+        failure = SourceError(f"data.source: {path}: cannot be listed: {type(error).__name__}: {error}")
+        if is_fault(error):
+            failure.exit_code = 1
+        raise failure from error
 
 
 def _absence(path: str, error: OSError) -> str:

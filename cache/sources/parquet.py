@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cache.errors import SourceError
 from cache.leftout import Tally
-from cache.sources.files import Files, Piece, to_bytes
+from cache.sources.files import Files, Piece, require_regular, to_bytes
 from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
@@ -157,6 +157,8 @@ def open_parquet(files: Files, file: str, key: str | None = None) -> pq.ParquetF
 
 def _open(files: Files, file: str) -> pq.ParquetFile:
     path = files.path(file)
+    if files.local:
+        require_regular(to_bytes(path))
     # Buffered streams, not whole column chunks: a row group may be larger than memory.
     source = pa.OSFile(to_bytes(path)) if files.local else files.system[0].open(path, "rb")
     return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)

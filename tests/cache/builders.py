@@ -63,10 +63,12 @@ def sample_table(rows: int = ROWS, first: int = 0) -> pa.Table:
     return pa.table(columns, schema=sample_schema("folder"))
 
 
-def make_plan(storage: Storage, run: str, table: pa.Table | None = None, unit_rows: int = UNIT_ROWS) -> Plan:
+def make_plan(
+    storage: Storage, run: str, table: pa.Table | None = None, unit_rows: int = UNIT_ROWS, *, root: str = "/images"
+) -> Plan:
     build = partial(
         Plan,
-        source=SourceSpec(kind="folder", root="/images"),
+        source=SourceSpec(kind="folder", root=root),
         classes=("a", "b", "c"),
         views=1,
         seed=0,

@@ -43,12 +43,15 @@ def write_images(root: Path) -> None:
     (root / key_of(MASKED_ROW)).write_bytes(b"\x89PNG\r\n\x1a\n")
 
 
-def build_pictured(path: Path, images: Path) -> None:
-    """As `builders.build`, with teachers `alpha` and `gamma` and images in the folder `images`."""
+def build_pictured(path: Path, images: Path, *, root: str = "/images") -> None:
+    """As `builders.build`, with teachers `alpha` and `gamma` and images in the folder `images`.
+
+    `root` is where the plan says that they are.
+    """
     write_images(images)
     storage = open_storage(path, create=True)
     with lease(storage, "run"):
-        plan = make_plan(storage, "run")
+        plan = make_plan(storage, "run", root=root)
         specs = [teacher_spec("alpha"), teacher_spec("gamma", outputs=PLAIN)]
         teachers = [make_teacher(storage, plan, spec, "run") for spec in specs]
         for unit in range(plan.units):

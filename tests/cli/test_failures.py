@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from cache.errors import ConfigError, KpuError, MissingUnitError
+from cache.errors import ConfigError, KpuError, MissingUnitError, SourceError
 from cli.failures import reported
 
 
@@ -78,7 +78,32 @@ def test_a_foreseen_error_is_one_line(
 def test_an_unforeseen_error_keeps_its_traceback() -> None:
     @reported()
     def command() -> None:
-        raise OSError(errno.EIO, "the disk is broken")
+        raise OSError(errno.EINVAL, "what is this")
 
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(OSError, match="what is this"):
         command()
+
+
+def test_a_broken_disk_ends_with_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    @reported()
+    def command() -> None:
+        raise OSError(errno.EIO, "Input/output error", "/data/file")
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == (
+        "error: /data/file: Input/output error; nothing that was committed is lost: start again once it works\n"
+    )
+
+
+def test_no_message_shows_a_password(capsys: pytest.CaptureFixture[str]) -> None:
+    @reported()
+    def command() -> None:
+        raise SourceError("cannot open url 'https://me:hunter2@host/x?X-Amz-Signature=abc': 403")
+
+    with pytest.raises(typer.Exit):
+        command()
+    said = capsys.readouterr().err
+    assert "https://me:***@host/x?X-Amz-Signature=***" in said
+    assert "hunter2" not in said

@@ -82,7 +82,7 @@ def evaluate(
     trained.model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
-    corpus = open_measured(trained, list(caches) or trained.config.caches, notes)
+    corpus = open_measured(trained, list(caches) or trained.caches, notes)
     if caches:
         require_distinct(corpus.caches)
     notes.extend(shared_images(corpus.caches))
@@ -143,7 +143,8 @@ class _Reading:
         if student.needs_images:
             from trainer.pictures import with_images  # decoding is loaded only where it is needed
 
-            place = config.images if self.images is None else config.images.model_copy(update={"root": self.images})
+            root = self.trained.images_root if self.images is None else self.images
+            place = config.images.model_copy(update={"root": root})
             fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}), "--images")
         upload, done = Upload(corpus, self.device, student.input), 0
         with Loader(fetch, _THREADS, _AHEAD) as loader:

@@ -35,7 +35,7 @@ class Training:
 def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus | None:
     """The training caches; None where one is gone. `corpus` is taken for them where it is, also where they moved."""
     try:
-        return corpus if trained.run.has_caches(corpus) else open_measured(trained, trained.config.caches, [])
+        return corpus if trained.run.has_caches(corpus) else open_measured(trained, trained.caches, [])
     except KpuError as error:
         notes.append(f"no probe, k-NN nor frozen_base maps: the training caches cannot be read ({error})")
         return None

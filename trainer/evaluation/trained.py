@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cache.code import CodeLoader
 from cache.errors import MismatchError
+from cache.places import require_plain
 from cache.trust import Trust
 from trainer.config import TrainConfig
 from trainer.corpus import Source
@@ -31,6 +32,26 @@ class Trained:
     model: Inheritance
     notes: list[str]
     codes: CodeLoader
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Where the run found its caches.
+
+        Raises:
+            ConfigError: its files name another place than a folder or an object store.
+        """
+        for place in self.config.caches:
+            advice = "give the cache with --cache, or write where it is into that file"
+            require_plain(place, said_by=f"{self.run.path}/config.yaml: caches", advice=advice)
+        return self.config.caches
+
+    @property
+    def images_root(self) -> str | None:
+        """Where the run found its images, if it was told. Raises as `caches`."""
+        root = self.config.images.root
+        if root is not None:
+            require_plain(root, said_by=f"{self.run.path}/config.yaml: images.root", advice="give it with --images")
+        return root
 
 
 def load_trained(path: Path, trust: Trust | None = None) -> Trained:

@@ -84,7 +84,7 @@ def export(
     module, files = assemble(trained, bundle=bundle)
     corpus, rows = _rows(trained)
     module.description = module.description.model_copy(update={"decoding": corpus.caches[0].plan.source.decoding})
-    pixels = _pixels(corpus, rows, module, images or trained.config.images.root)
+    pixels = _pixels(corpus, rows, module, images or trained.images_root)
     checked = check_paths(trained, module, corpus, rows, pixels)
     files[STUDENT] = pack_tensors(module.own_state())
     notes = list(trained.notes)
@@ -109,7 +109,7 @@ def _rows(trained: Trained) -> tuple[Corpus, Rows]:
     """The run's first cache that has the base, and some of its valid rows, validation rows first."""
     config = trained.config
     base = config.base
-    corpus = Corpus(config.caches[:1], {base: wanted_outputs(trained)[base]}, base)
+    corpus = Corpus(trained.caches[:1], {base: wanted_outputs(trained)[base]}, base)
     corpus.sources = {base: trained.sources[base]}
     held_back = corpus.validation(config.validation)
     order = np.concatenate([np.flatnonzero(held_back), np.flatnonzero(~held_back)])
