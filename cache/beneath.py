@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
-from cache.errors import LinkError, StorageError
+from cache.errors import CorruptError, LinkError, StorageError
 
 _OPENAT2: Final = 437  # the same number on every architecture but Alpha
 _AT_FDCWD: Final = -100
@@ -51,6 +51,36 @@ def open_file(root: str, key: str) -> tuple[int, int]:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), f"{root}/{key}")
     raise LinkError(_irregular(root, key))
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The whole of a regular file of at most `limit` bytes, which is no link itself; the way there may have some.
+
+    Raises:
+        LinkError: it is a link, pipe, socket or device.
+        CorruptError: it is larger.
+        OSError: it cannot be read.
+    """
+    folder, _, name = os.fspath(path).rpartition("/")
+    root = os.path.realpath(folder or ".")
+    descriptor, size = open_file(root, name)
+    try:
+        if size > limit:
+            raise CorruptError(os.fspath(path), f"holds {size:,} bytes: expected at most {limit:,}, so it is not read")
+        return read_all(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def read_all(descriptor: int, size: int) -> bytes:
+    """All that is left in an open file, which should be `size` bytes."""
+    data = os.read(descriptor, size + 1)
+    while len(data) < size:  # a signal, or more than the kernel gives at once
+        more = os.read(descriptor, size + 1 - len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def open_folder(root: str, key: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from cache import layout
-from cache.beneath import make_folder, open_file, open_folder, remove_tree, status_of
+from cache.beneath import make_folder, open_file, open_folder, read_all, remove_tree, status_of
 from cache.created import Created
 from cache.errors import CorruptError, FullDiskError, LinkError, NotACacheError, StorageError, StorageFault
 from cache.failpoints import failpoint
@@ -45,7 +45,7 @@ class LocalStorage:
             raise self._error(error, key, "read") from error
         try:
             check_size(key, size, limit)
-            return _read_all(descriptor, size)
+            return read_all(descriptor, size)
         except OSError as error:
             raise self._error(error, key, "read") from error
         finally:
@@ -280,16 +280,6 @@ class _Descriptor:
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
-
-
-def _read_all(descriptor: int, size: int) -> bytes:
-    data = os.read(descriptor, size + 1)
-    while len(data) < size:  # a signal, or more than the kernel gives at once
-        more = os.read(descriptor, size + 1 - len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _write_synced(descriptor: int, data: Data) -> None:

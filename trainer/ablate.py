@@ -5,7 +5,6 @@ seed: the same seed means the same batches and initial values, so that differenc
 """
 
 import math
-import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from cache.code import naming_models
 from cache.errors import ConfigError, IncompleteError, KpuError, MismatchError
 from cache.trust import Trust, load_trust
 from trainer.corpus import Corpus
-from trainer.files import replace_file, write_error
+from trainer.files import refuse_links, remove_folder, replace_file, write_error
 from trainer.loop import fit, settle_teachers
 from trainer.resident import free_memory
 from trainer.runs import RunFolder
@@ -188,8 +187,9 @@ def _by_ray(sweep: Sweep, waiting: list[Trial], work: _Work, address: str | None
 
     threads = max(int(trial.config.threads) for trial in waiting)
     storage = sweep.out / _RAY
+    refuse_links(sweep.out, [_RAY])
     found = run_trials(work, len(waiting), storage=storage, address=address, threads=threads)
-    shutil.rmtree(storage, ignore_errors=True)
+    remove_folder(sweep.out, _RAY)
     return [(trial, why) for trial, why in zip(waiting, found, strict=True) if why is not None]
 
 

@@ -6,7 +6,7 @@ holds the digest of each other file, so that one that was damaged since is passe
 
 import io
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cache.digests import digest
-from cache.errors import CorruptError
+from cache.errors import CorruptError, LinkError
 from cache.failpoints import failpoint
 from cache.strict_json import parse_json_object
-from trainer.files import publish_folder
+from trainer.files import publish_folder, read_file, remove_folder
 
 KEPT: Final = 2
+_NAME: Final = re.compile(r"step-\d{9,}")
+_UNFINISHED: Final = re.compile(r"\.step-\d{9,}\.\w+")
 _MODEL, _AVERAGE, _STATE, _SEAL = "model.safetensors", "average.safetensors", "state.pt", "seal.json"
 
 
@@ -85,8 +87,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     failpoint("train.checkpointed")
     standing = _all(folder)
     last = standing.index(path) + 1
-    for old in [*standing[: max(0, last - KEPT)], *standing[last:], *folder.glob(".step-*")]:
-        shutil.rmtree(old, ignore_errors=True)
+    unfinished = [each for each in folder.iterdir() if _UNFINISHED.fullmatch(each.name)]
+    for old in [*standing[: max(0, last - KEPT)], *standing[last:], *unfinished]:
+        remove_folder(folder.parent, f"{folder.name}/{old.name}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -123,16 +126,16 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(each for each in folder.glob("step-*") if _NAME.fullmatch(each.name) and not each.is_symlink())
 
 
 def _load(path: Path) -> Checkpoint:
     try:
-        seal = parse_json_object((path / _SEAL).read_bytes())
+        seal = parse_json_object(read_file(path / _SEAL))
         if not {_MODEL, _STATE} <= seal.keys() <= {_MODEL, _STATE, _AVERAGE}:
             raise ValueError(f"{_SEAL}: expected digests of {_MODEL}, {_STATE} and maybe {_AVERAGE}, found {[*seal]}")
-        files = {name: (path / name).read_bytes() for name in seal}
-    except (OSError, ValueError) as error:
+        files = {name: read_file(path / name) for name in seal}
+    except (OSError, LinkError, ValueError) as error:
         raise CorruptError(str(path), f"cannot be read ({error})") from None
     for name, data in files.items():
         if digest(data) != seal[name]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cache.places import redact
 from cache.versions import installed_versions
 
 _PACKAGES = ("kpu", "torch", "timm", "numpy", "zarr", "ray")
@@ -16,7 +17,7 @@ def environment() -> dict[str, Any]:
     """Plain values, as of now."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv[1:],
+        "command": [redact(argument) for argument in sys.argv[1:]],
         "host": platform.node(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

@@ -1,15 +1,54 @@
-"""Writing files so that a crash leaves the old one or the new one, never a part."""
+"""Files of runs and exports: written so that a crash leaves the old one or the new one, read and removed without links.
 
+A run or an export may be anybody's: no symbolic link in it is followed, and only regular files of bounded size are
+read. What is removed is what was made here, by name.
+"""
+
+import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
-from cache.errors import ConfigError, FullDiskError, StorageError
+from cache import beneath
+from cache.errors import ConfigError, FullDiskError, LinkError, StorageError, StorageFault
+from cache.faults import FAULTS
 from cache.leases import close_lock
 from cache.localstore import FULL, sync_folder
+
+MOST_BYTES: Final = 2**36
+"""Of one file of a run or an export; a model of 16e9 parameters has as many."""
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_OPEN: Final = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def read_file(path: Path) -> bytes:
+    """The whole of a regular file.
+
+    Raises:
+        LinkError: it is a link, pipe or device.
+        CorruptError: it is too large to be one of ours.
+        OSError: it cannot be read.
+    """
+    return beneath.read_file(path, MOST_BYTES)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """See that no folder of ours in `folder`, if it is there, is a link to another place.
+
+    Raises:
+        LinkError: naming it.
+    """
+    for name in names:
+        if (folder / name).is_symlink():
+            raise LinkError(
+                f"{folder}: expected a folder of its own, found the symbolic link {name} (to "
+                f"{str((folder / name).readlink())!r}), which is not followed: it may lead anywhere; put there what it "
+                "leads to"
+            )
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -19,22 +58,21 @@ def replace_file(path: Path, data: bytes) -> None:
         FullDiskError: no space is left. What stood at `path` stays.
         StorageError: it cannot be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = _beside(path)
     try:
         _write(beside, data)
         beside.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise write_error(error, path) from error
 
 
 def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Make a folder with all `files` in it, or none; one that stands there is replaced. Raises as `replace_file`."""
-    beside, former = (path.with_name(f".{path.name}.{end}") for end in (os.getpid(), "former"))
+    beside, former = _beside(path), _beside(path)
     try:
-        for folder in (beside, former):
-            shutil.rmtree(folder, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, data in files.items():
             _write(beside / name, data)
@@ -43,9 +81,43 @@ def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
             path.rename(former)
         beside.rename(path)
         sync_folder(path.parent)
-        shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_made(beside, files)
+        raise write_error(error, path) from error
+    remove_folder(path.parent, former.name)
+
+
+def remove_made(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of these names from a folder, and then the folder if it is empty. What fails to go stays."""
+    for name in names:
+        with suppress(OSError):
+            (folder / name).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def remove_folder(parent: Path, key: str) -> None:
+    """Remove the folder `key` below `parent` with all that is in it. No link is followed; what fails to go stays."""
+    above, _, name = key.rpartition("/")
+    with suppress(OSError, StorageError):
+        descriptor = beneath.open_folder(os.path.realpath(parent), above)
+        try:
+            beneath.remove_tree(name, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made where it is missing.
+
+    Raises:
+        StorageError: it cannot be written there, or is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | _OPEN, 0o666)
+        with open(descriptor, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
         raise write_error(error, path) from error
 
 
@@ -55,10 +127,10 @@ def held(path: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds it.
-        StorageError: it cannot be made.
+        StorageError: it cannot be made, or is a link.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | _OPEN, 0o666)
     except OSError as error:
         raise write_error(error, path) from error
     try:
@@ -84,11 +156,23 @@ def write_error(error: OSError, path: Path) -> StorageError:
             f"{path}: cannot write: {error.strerror}; free some space and give the same command again, `fit` with "
             "--resume"
         )
+    if error.errno == errno.ELOOP:
+        return LinkError(f"{path}: cannot write: it is a symbolic link, which is not followed; remove it")
+    if error.errno in FAULTS:
+        return StorageFault(
+            f"{path}: cannot write: {error.strerror}; give the same command again once the disk or network works, "
+            "`fit` with --resume"
+        )
     return StorageError(f"{path}: cannot write: {error.strerror}; choose another folder, or give permission")
 
 
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nobody has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    with open(os.open(path, _NEW, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -93,7 +93,7 @@ def fit(
         if finished is not None:
             world.leave()
             return Fitted(out, finished)
-        world.lead(lambda: stack.enter_context(held(run.path / "lock")))
+        world.lead(lambda: stack.enter_context(held(run.lock)))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
             learn_space(model, stream, loader, upload, world, run, watch, resume=resume)
@@ -228,14 +228,17 @@ def open_run(
 ) -> RunFolder:
     """The run's folder, which the leading process makes; `code` are digests, by model, of code that was run."""
 
+    run = RunFolder(out)
+
     def begin() -> None:
+        nonlocal run
         run = RunFolder.resume(out, config, corpus) if resume else RunFolder.create(out, config, corpus, code)
         run.write_environment(
             {"device": str(world.device), "threads": torch.get_num_threads(), "precision": world.precision}
         )
 
     world.lead(begin)
-    return RunFolder(out)
+    return run
 
 
 def count_steps(config: TrainConfig, rows: int) -> int:

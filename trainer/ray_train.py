@@ -6,7 +6,7 @@ The only module of the trainer that knows Ray. Every process runs `trainer.loop.
 import logging
 import math
 import os
-import shutil
+import secrets
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from cache.errors import ConfigError, IncompleteError, KpuError
 from cache.trust import Trust, load_trust
 from trainer.batches import Live
 from trainer.config import TrainConfig
-from trainer.files import write_error
+from trainer.files import remove_folder, write_error
 from trainer.loop import Watch, fit
 
 OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
@@ -207,15 +207,15 @@ def _gpus(config: TrainConfig) -> bool:
 @contextmanager
 def _storage(out: Path) -> Iterator[str]:
     """A folder for Ray Train's own files, beside the run, where all machines reach it."""
-    folder = out.with_name(f".{out.name}.ray")
+    folder = out.with_name(f".{out.name}.ray-{secrets.token_hex(6)}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
     except OSError as error:
         raise write_error(error, folder) from error
     try:
         yield str(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder.parent, folder.name)
 
 
 def _train(settings: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ my-run/
 """
 
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +38,15 @@ from cache.strict_json import parse_json, parse_json_object
 from trainer.config import TrainConfig, validate_config
 from trainer.corpus import Corpus, Source
 from trainer.environment import environment
-from trainer.files import replace_file, write_error
+from trainer.files import (
+    append_line,
+    read_file,
+    refuse_links,
+    remove_folder,
+    remove_made,
+    replace_file,
+    write_error,
+)
 from trainer.place import CONFIG, SOURCE_FILES, check_place
 from trainer.repeated import require_distinct
 from trainer.sealed import (
@@ -61,6 +69,8 @@ MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
 
 _METRICS, _SPACE, _SUMMARY = "metrics.jsonl", "space.json", "summary.json"
 MODEL: Final = "model.safetensors"
+_LOCK: Final = "lock"
+_FOLDERS: Final = ("checkpoints", "best", "tensorboard")
 _SUMMARY_KEYS: Final = ("steps", "seconds", "parameters", "validation_rows", "validation")
 
 
@@ -71,6 +81,13 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
+        self._made: list[str] = []
+        self._is_new = False
+
+    @property
+    def lock(self) -> Path:
+        """The file that a training holds locked."""
+        return self.path / _LOCK
 
     @property
     def begun(self) -> bool:
@@ -87,9 +104,11 @@ class RunFolder:
             ConfigError: something stands at `path` already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
+        refuse_links(path, _FOLDERS)
         check_place(path)
         run = RunFolder(path)
         require_distinct(corpus.caches)
+        run._is_new = not path.exists()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -100,8 +119,16 @@ class RunFolder:
         return run
 
     def discard(self) -> None:
-        """Take away what `create` made, as far as that is possible."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Take away the files that this object wrote, and the folders if they are empty then."""
+        remove_made(self.checkpoints, ())
+        with suppress(OSError):
+            if self.lock.stat().st_size == 0:
+                self.lock.unlink()
+        for name in self._made:
+            with suppress(OSError):
+                (self.path / name).unlink()
+        if self._is_new:
+            remove_made(self.path, ())
 
     @staticmethod
     def resume(path: Path, config: TrainConfig, corpus: Corpus) -> "RunFolder":
@@ -155,8 +182,9 @@ class RunFolder:
             CorruptError: the file is damaged.
         """
         file = self.path / CONFIG
+        refuse_links(self.path, _FOLDERS)
         try:
-            data = file.read_bytes()
+            data = read_file(file)
         except OSError as error:
             raise ConfigError(
                 f"{self.path}: expected a run of kpu-train, found no {CONFIG} ({error.strerror}); check the path"
@@ -257,11 +285,7 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one object."""
-        try:
-            with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(line)) + "\n")
-        except OSError as error:
-            raise write_error(error, self.path / _METRICS) from error
+        append_line(self.path / _METRICS, json.dumps(plain(line)))
 
     def finish(self, weights: Mapping[str, bytes], summary: Mapping[str, Any]) -> None:
         """Keep the trained model, other weights beside it and, last, how the run ended; NaN becomes null."""
@@ -271,7 +295,7 @@ class RunFolder:
         if (self.path / _SPACE).exists():
             digests[_SPACE] = digest(read_sealed(self.path / _SPACE, None))
         self._write(_SUMMARY, seal_json({**summary, DIGESTS: digests}))
-        shutil.rmtree(self.best, ignore_errors=True)
+        remove_folder(self.path, self.best.name)
 
     def summary(self) -> dict[str, Any] | None:
         """How the run ended; None where it has not.
@@ -300,6 +324,8 @@ class RunFolder:
         return digests_in(self._summary(), self.path / _SUMMARY) if (self.path / _SUMMARY).exists() else {}
 
     def _write(self, name: str, data: bytes) -> None:
+        if not (self.path / name).exists():
+            self._made.append(name)
         replace_file(self.path / name, data)
 
 

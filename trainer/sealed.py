@@ -13,6 +13,7 @@ from cache.digests import digest, digest_of
 from cache.errors import CorruptError
 from cache.strict_json import parse_json_object
 from cache.strict_yaml import parse_yaml
+from trainer.files import read_file
 
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DIGEST: Final = "digest"
@@ -31,7 +32,7 @@ def read_sealed(path: Path, expected: str | None) -> bytes:
         CorruptError: it cannot be read, or is not what was kept.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise CorruptError(str(path), f"cannot be read ({error.strerror}); {ADVICE}") from None
     if expected is not None:

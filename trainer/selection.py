@@ -5,7 +5,7 @@ It appears by a rename once all of it is synced.
 """
 
 import math
-import shutil
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from cache.digests import digest
 from cache.errors import CorruptError
 from trainer.checkpoint import pack_tensors
 from trainer.config import TrainConfig
-from trainer.files import publish_folder
+from trainer.files import publish_folder, remove_folder
 from trainer.model import Inheritance
 from trainer.resident import Rows
 from trainer.runs import MODEL
@@ -29,6 +29,7 @@ VALIDATIONS: Final = 20  # in a training, where nobody says how many
 _ROWS_BETWEEN: Final = 10  # training rows for each validation row, at least: scoring then costs about 3% of a training
 LAST: Final = "last.safetensors"
 """The weights after the last step, where others were chosen."""
+_OURS: Final = re.compile(r"step-\d{9,}|\.step-\d{9,}\.\w+")
 BEST: Final = "best.safetensors"
 """Those of the best validation, where others were chosen."""
 _SCORES: Final = "scores.json"
@@ -88,9 +89,9 @@ class Selection:
             tensors = pack_tensors(model.state_dict())
             document = {"step": step, "r2": r2, DIGESTS: {MODEL: digest(tensors)}}
             publish_folder(folder, {MODEL: tensors, _SCORES: seal_json(document)})
-            for former in self._folder.glob("*step-*"):
-                if former != folder:
-                    shutil.rmtree(former, ignore_errors=True)
+            for former in self._folder.iterdir():
+                if former != folder and _OURS.fullmatch(former.name):
+                    remove_folder(self._folder.parent, f"{self._folder.name}/{former.name}")
 
         if self._world.agree(better):
             self._world.lead(keep)

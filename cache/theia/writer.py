@@ -3,18 +3,20 @@
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Final
 
-from cache.errors import ConfigError, StorageError
+from cache.beneath import open_folder, read_file
+from cache.errors import ConfigError, KpuError, LinkError, StorageError
 from cache.leases import close_lock
 from cache.localstore import sync_folder, write_error
 from cache.members import TAR_BLOCK, TAR_END, tar_header
 from cache.theia.names import SAMPLES_PER_TAR, SPLITS, is_tar_of, parse_splits, tar_name
+
+_MOST_BYTES: Final = 2**24  # of splits.json
 
 
 class Column:
@@ -76,7 +78,7 @@ def beside(folder: Path, split: str) -> Iterator[Path]:
     place = folder / f".{split}.unfinished"
     with written(place):
         place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place, os.O_RDONLY)
+        descriptor = open_folder(os.path.realpath(folder), place.name)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,15 +87,39 @@ def beside(folder: Path, split: str) -> Iterator[Path]:
         except OSError:  # a file system without locks
             pass
         with written(place):
-            for left in place.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
+            _clear(place, split, descriptor)
         yield place
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError, KpuError):
+            _clear(place, split, descriptor)
+            place.rmdir()
         close_lock(descriptor)
+
+
+def _clear(place: Path, split: str, descriptor: int) -> None:
+    """Remove what an export puts into its unfinished folder.
+
+    Raises:
+        ConfigError: there is something else, which is somebody's.
+    """
+    with os.scandir(descriptor) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in found:
+        if is_folder:
+            column = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                for tar in os.listdir(column):  # noqa: PTH208
+                    if is_tar_of(tar, split):
+                        os.unlink(tar, dir_fd=column)
+            finally:
+                os.close(column)
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=descriptor)
+        elif name == SPLITS:
+            os.unlink(name, dir_fd=descriptor)
+    others = os.listdir(descriptor)
+    if others:
+        raise ConfigError(f"split: {place}: expected what an export left, found {others[0]!r}; move it elsewhere")
 
 
 def read_splits(folder: Path) -> dict[str, Any]:
@@ -104,7 +130,7 @@ def read_splits(folder: Path) -> dict[str, Any]:
         StorageError: it cannot be read.
     """
     try:
-        raw = (folder / SPLITS).read_bytes()
+        raw = read_file(folder / SPLITS, _MOST_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -138,6 +164,8 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
     refuse_standing(folder, split)
     with written(folder):
         for column in columns:
+            if (folder / column).is_symlink():
+                raise LinkError(f"{folder}: expected a folder {column} of its own, found a symbolic link; remove it")
             (folder / column).mkdir(exist_ok=True)
             for tar in sorted((place / column).iterdir()):
                 tar.rename(folder / column / tar.name)

@@ -13,6 +13,7 @@ from cache.errors import ConfigError, CorruptError
 from cache.spec import Decoding, InputSpec, TeacherSpec
 from cache.strict_json import parse_json_object
 from trainer.config import ProjectorConfig, StudentConfig
+from trainer.files import read_file
 from trainer.shapes import OutputShape
 
 FORMAT: Final = "kpu-student"
@@ -73,7 +74,7 @@ def read_description(place: Path) -> Description:
         CorruptError: it is damaged, or was edited.
     """
     try:
-        document = parse_json_object((place / CONFIG).read_bytes())
+        document = parse_json_object(read_file(place / CONFIG))
     except OSError as error:
         raise ConfigError(
             f"{place}: expected a folder of `kpu-train export`, found no {CONFIG} ({error.strerror}); check the path"
@@ -108,7 +109,7 @@ def read_bytes(place: Path, name: str, description: Description) -> bytes:
         CorruptError: it is missing, or is not what was exported.
     """
     try:
-        data = (place / name).read_bytes()
+        data = read_file(place / name)
     except OSError as error:
         raise CorruptError(str(place / name), f"cannot be read ({error.strerror}); {_EXPORT_AGAIN}") from None
     if digest(data) != description.digests.get(name):

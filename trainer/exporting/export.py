@@ -6,7 +6,7 @@ is published: see `trainer.exporting.checked`.
 Letters: B rows.
 """
 
-import shutil
+import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -30,7 +30,7 @@ from trainer.exporting.description import BASE_CODE, CONFIG, STUDENT, STUDENT_CO
 from trainer.exporting.exported import ExportedStudent
 from trainer.exporting.load import load_exported
 from trainer.exporting.program import PROGRAM, SAME, make_program, relative_rmse
-from trainer.files import publish_folder, write_error
+from trainer.files import publish_folder, remove_folder, write_error
 from trainer.images import ImageReader
 from trainer.place import require_nothing
 from trainer.resident import Rows
@@ -132,9 +132,8 @@ def _pixels(corpus: Corpus, rows: Rows, module: ExportedStudent, root: str | Non
 
 def _publish(out: Path, files: dict[str, bytes], module: ExportedStudent, pixels: Tensor, trust: Trust) -> None:
     """Write beside, load that as a user would, compare, rename."""
-    beside = out.with_name(f".{out.name}.unchecked")
+    beside = out.with_name(f".{out.name}.unchecked-{secrets.token_hex(6)}")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
         publish_folder(beside, files)
         with torch.no_grad():
             loaded, own = load_exported(beside, trust)(pixels), module(pixels)
@@ -144,4 +143,4 @@ def _publish(out: Path, files: dict[str, bytes], module: ExportedStudent, pixels
     except OSError as error:
         raise write_error(error, out) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_folder(out.parent, beside.name)
