@@ -130,6 +130,10 @@ def evaluate(
     run: RunPath,
     cache: Caches = None,
     images: Images = None,
+    same_labels: Annotated[
+        bool,
+        typer.Option("--same-labels", help="Equal labels mean the same in all caches, whatever their classes."),
+    ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
     markdown: Markdown = False,
@@ -150,7 +154,15 @@ def evaluate(
 
     with progress_bar("rows") as progress:
         trust = load_trust(everything=trust_code)
-        found = measure(run, cache or (), images=images, progress=progress, trust=trust, phase=progress_note)
+        found = measure(
+            run,
+            cache or (),
+            images=images,
+            progress=progress,
+            trust=trust,
+            phase=progress_note,
+            same_labels=same_labels,
+        )
     if form == "json":
         typer.echo(dump_json(found))
     else:

@@ -69,8 +69,8 @@ class ParquetListing:
     def unlabelled(self) -> str:
         """What to say where no row has a label."""
         return (
-            f"{self._files.root}: column {self._label!r} (data.label): expected a class number in some row, found null "
-            "in every row; name another column, or set data.label: false to go without labels"
+            f"{self._files.root}: column {self._label!r} (data.label): expected a class number in some row, found none "
+            "(null, or below 0, in every row); name another column, or set data.label: false to go without labels"
         )
 
     def _file(self, file: str, opened: pq.ParquetFile, label: str | None) -> Iterator[pa.RecordBatch]:

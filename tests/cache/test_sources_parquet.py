@@ -97,7 +97,9 @@ def test_a_named_column_without_any_label_is_refused(tmp_path: Path) -> None:
     assert listing(path)["label"].to_pylist() == [None, None]
     assert listing(path, label="species")["label"].to_pylist() == [None, 4]
     for limit, label in ((None, "label"), (1, "species")):
-        with pytest.raises(SourceError, match=rf"column '{label}' \(data\.label\): .* found null in every row"):
+        with pytest.raises(
+            SourceError, match=rf"column '{label}' \(data\.label\): .* found none \(null, or below 0, in every row"
+        ):
             listing(path, label=label, limit=limit)
     assert open_source(Data(str(path), label=False)).spec == open_source(Data(str(path))).spec
 
@@ -286,3 +288,10 @@ def test_real_table(shared_data: Path) -> None:
     assert table.num_rows == 10_000
     assert np.bincount(table["label"].to_numpy()).tolist() == [1000] * 10
     assert all(data.startswith(b"\xff\xd8\xff") for data in source_reader(source.spec).read(table.slice(480, 40)))
+
+
+def test_labels_below_zero_are_stored_and_count_as_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", {"image": images(2), "label": [-1, -100]})
+    assert listing(path)["label"].to_pylist() == [-1, -100]
+    with pytest.raises(SourceError, match=r"\(data\.label\): expected a class number in some row, found none"):
+        listing(path, label="label")

@@ -100,6 +100,9 @@ def test_numbers_are_not_compared_with_names(place: Path, tmp_path: Path, extrac
         "numbers without names" in note and "nothing says that they mean the same" in note for note in found["notes"]
     )
     assert accuracies(found)[0] is not None, "head and labels of one cache agree with each other"
+    told = evaluate(small_run(place), [str(cache)], same_labels=True)
+    assert told["linear_probe"] > 0.8
+    assert not any("names" in note for note in told["notes"])
     both = evaluate(small_run(place), [str(cache), str(extract(without(place, tmp_path, "0"), "fewer"))])
     assert accuracies(both) == [None, None]
     assert any(note.startswith("no accuracy: the labels of") for note in both["notes"])

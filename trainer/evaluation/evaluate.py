@@ -51,6 +51,7 @@ def evaluate(
     progress: Progress | None = None,
     trust: Trust | None = None,
     phase: Callable[[str], None] = lambda _: None,
+    same_labels: bool = False,
 ) -> dict[str, Any]:
     """Measure a finished run on caches, by default on the validation rows of its own; the result is kept with the run.
 
@@ -59,6 +60,7 @@ def evaluate(
         caches: where to measure; the base must be there, and other teachers may be.
         controls: whether to measure the frozen base and each teacher alone, too, which takes most of the time.
         images: stands in for the root that the caches remember, for students that need images.
+        same_labels: whether equal labels mean the same in all caches, whatever they call their classes.
         progress: is told of rows, (done, total).
         trust: which code may run of what the run names; by default what the user's list has.
         phase: is told what begins.
@@ -89,7 +91,7 @@ def evaluate(
     training = open_training(trained, corpus, notes)
     rows, unseen = rows_to_measure(trained, corpus, training, bool(caches), notes)
     shapes = {name: {o: source.shapes[o] for o in trained.config.outputs} for name, source in corpus.sources.items()}
-    reading, labels = _Reading(trained, device, images, progress), Labels(corpus, training, notes)
+    reading, labels = _Reading(trained, device, images, progress), Labels(corpus, training, notes, same=same_labels)
     split = None if training is None else split_training(trained, training, unseen)
     to_fit = np.empty(0, np.int64) if split is None else split.fitted
     maps = LinearMaps(trained.config.base, shapes, to_fit, trained.config.seed) if controls else None

@@ -19,16 +19,16 @@ class Numbering:
     """One number for each class of several caches, in the order in which their plans first name it.
 
     Labels of caches that name no classes, or all the same ones, are their own numbers. `why_not` says why labels of
-    these caches cannot be compared, None where they can.
+    these caches cannot be compared, None where they can. With `same` all labels are numbers that mean the same.
     """
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
+    def __init__(self, caches: Sequence[Cache], *, same: bool = False) -> None:
         named = {cache.path: cache.plan.classes for cache in caches if cache.plan.classes is not None}
-        self.plain = len(set(named.values())) < 2
+        self.plain = same or len(set(named.values())) < 2
         union = dict.fromkeys(name for names in named.values() for name in names)
         self.names: Names = next(iter(named.values()), ()) if self.plain else tuple(union)
         self._numbers = {name: number for number, name in enumerate(self.names)}
-        self.why_not = self._why_not(caches, named)
+        self.why_not = None if same else self._why_not(caches, named)
 
     def _why_not(self, caches: Sequence[Cache], named: dict[str, Names]) -> str | None:
         if not self.plain:
@@ -40,7 +40,7 @@ class Numbering:
         if named and nameless:
             return (
                 f"the labels of {nameless[0].path} are numbers without names, those of {next(iter(named))} are of "
-                "classes with names: nothing says that they mean the same"
+                "classes with names: nothing says that they mean the same (--same-labels says so)"
             )
         return None
 
@@ -83,9 +83,9 @@ class Labels:
     one numbering. `why_not` says why there are no probes. What is withheld, and why, is added to `notes`.
     """
 
-    def __init__(self, corpus: Corpus, training: Corpus | None, notes: list[str]) -> None:
+    def __init__(self, corpus: Corpus, training: Corpus | None, notes: list[str], *, same: bool = False) -> None:
         learned = () if training is None else tuple(training.caches)
-        numbering = Numbering([*learned, *corpus.caches])
+        numbering = Numbering([*learned, *corpus.caches], same=same)
         self.why_not = numbering.why_not
         if self.why_not is not None:  # each side for itself may still agree with itself
             learned, numbering = (), Numbering(corpus.caches)
