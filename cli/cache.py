@@ -66,9 +66,11 @@ def extract(
     from cli.progress import open_observer
     from cli.show import show_estimate, show_summary, summary_json
     from pipeline.config import load_config
+    from pipeline.recorded import data_of
 
     loaded = load_config(
         config,
+        planned=data_of,
         data=data,
         teachers=teacher or (),
         out=out,

@@ -1,7 +1,7 @@
 """The configuration of `kpu-cache extract`: one schema for the file, the flags and the record kept with the cache."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -194,11 +194,13 @@ def load_config(
     overrides: Sequence[str] = (),
     executor: str | None = None,
     ray_address: str | None = None,
+    planned: Callable[[str], Mapping[str, Any] | None] = lambda _: None,
 ) -> ExtractConfig:
     """Read a YAML file, lay the command line's values over it, and validate the whole once.
 
     Relative paths in the file begin at its folder, those of the command line at the working directory. `teachers` are
-    NAME=MODEL, `overrides` KEY.PATH=YAML; overrides win over everything else.
+    NAME=MODEL, `overrides` KEY.PATH=YAML; overrides win over everything else. Where nothing names a source, `planned`
+    gives that of the cache at `out`, if there is one.
 
     Raises:
         ConfigError: naming the key, what was expected and what was found.
@@ -216,6 +218,7 @@ def load_config(
         if value is not None:
             *parents, leaf = key.split(".")
             section(values, parents)[leaf] = value
+    _fill_data(values, overrides, planned)
     config = validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
     _refuse_passwords(config)
     if ray_address is not None and config.executor.kind != "ray":
@@ -231,6 +234,21 @@ def _refuse_passwords(config: ExtractConfig) -> None:
     places = [("data.source", each) for each in ((source,) if isinstance(source, str) else source)]
     for option, place in [*places, ("out", config.out), *([] if lender is None else [("calibration_from", lender)])]:
         refuse_password(place, option)
+
+
+def _fill_data(
+    values: dict[str, Any], overrides: Sequence[str], planned: Callable[[str], Mapping[str, Any] | None]
+) -> None:
+    data, out = values.get("data"), values.get("out")
+    for assignment in overrides:
+        key, _, value = assignment.partition("=")
+        if key in ("data", "data.source"):
+            return
+        out = value if key == "out" else out
+    if isinstance(out, str) and (data is None or (isinstance(data, dict) and "source" not in data)):
+        found = planned(out)
+        if found is not None:
+            values["data"] = {**found, **(data or {})}
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:

@@ -1,6 +1,5 @@
 """`verify --deep`: run the teachers again on a sample of rows and hold the result against what is stored."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -18,7 +17,8 @@ from cache.spec import DEFAULT_STEP, CropSpec, SourceSpec, TeacherSpec
 from cache.teachers import check_same
 from cache.trust import Trust, load_trust
 from cache.verify import Problem, VerifyReport
-from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
+from pipeline.config import DataConfig, ExtractConfig
+from pipeline.recorded import teacher_config
 from pipeline.teachers import ShippedTeacher, ship
 from pipeline.teachers.backbone import describe
 from pipeline.worker import Worker, WorkerSetup
@@ -147,28 +147,3 @@ def ship_again(spec: TeacherSpec, trust: Trust | None = None) -> ShippedTeacher:
     """
     config = teacher_config(spec)
     return ship(config, trust or load_trust(), spec.source_digest, describe(spec.name, config))
-
-
-def teacher_config(spec: TeacherSpec) -> TeacherConfig:
-    """The configuration that loads the teacher of `spec` again."""
-    names = [output.name for output in spec.outputs]
-    return TeacherConfig(
-        model=spec.model,
-        weights=spec.weights,
-        outputs=tuple(name for name in ("global", "patch") if name in names),
-        layers=tuple(_layers(spec)),
-        pool=spec.pool or "auto",
-        unproven="accept",  # what is stored is compared, not judged again
-        labels=spec.labels,
-        input=InputConfig(**{key: getattr(spec.known_input, key) for key in InputConfig.model_fields}),
-        precision=spec.precision,
-        codec=spec.codec,
-    )
-
-
-def _layers(spec: TeacherSpec) -> Iterator[int | str]:
-    """What `layers` said: a number for timm and Hugging Face models, the layer's name for one's own."""
-    for output in spec.outputs:
-        if output.name not in ("global", "patch"):
-            layer = output.name.removesuffix(".patch")
-            yield layer if spec.model.startswith("torch:") else int(layer.removeprefix("layer"))

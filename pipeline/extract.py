@@ -25,6 +25,7 @@ from pipeline.config import ExtractConfig
 from pipeline.observers import Observer, Silent
 from pipeline.paths import resolve_paths
 from pipeline.planning import check_settings, choose_threads, open_data, plan_cache
+from pipeline.recorded import unfinished
 from pipeline.reports import Task
 from pipeline.runs import Run, RunSummary, new_run_id
 from pipeline.target import left_as_it_was, standing_plan
@@ -66,7 +67,10 @@ def extract(
     source = open_data(config.data, standing)
     if standing is not None:
         check_settings(standing, source, config)
-    observer.phase("load", ", ".join(config.teachers))
+    needed = unfinished(config, standing)
+    done = [name for name in config.teachers if name not in needed.teachers]
+    observer.phase("load", ", ".join(needed.teachers) + (f"; complete already: {', '.join(done)}" if done else ""))
+    config = needed
     # These load torch, which takes seconds; what is refused above does not wait for it.
     from pipeline.calibration import calibrate_teachers
     from pipeline.checks import check_teachers, warn_of_labels, warn_of_order

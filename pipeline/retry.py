@@ -8,20 +8,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from cache.errors import ConfigError, KpuError
+from cache.errors import ConfigError
 from cache.locations import open_storage
 from cache.reader import Cache, open_cache
 from cache.runs import RunRecord, load_runs
 from cache.settings import validate
-from cache.sources import open_source
-from cache.sources.files import is_local
-from cache.spec import CropSpec, SourceSpec
+from cache.spec import CropSpec
 from cache.status import status
-from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
-from pipeline.deep import teacher_config
+from pipeline.config import ExecutorConfig, ExtractConfig
 from pipeline.paths import absolute
+from pipeline.recorded import planned_data, teacher_config
 
 _LARGEST_BATCH: Final = 2**16
 
@@ -86,7 +82,7 @@ def _config(cache: Cache, path: str, run: RunRecord, names: Sequence[str]) -> Ex
     size = _section(run.config, "executor").get("batch_size")
     valid = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= _LARGEST_BATCH
     return ExtractConfig(
-        data=_data(plan.source, plan.samples, _section(run.config, "data")),
+        data=planned_data(plan.source, plan.samples, _section(run.config, "data")),
         out=absolute(path),
         views=plan.views,
         crop=plan.crop or CropSpec(),
@@ -95,38 +91,6 @@ def _config(cache: Cache, path: str, run: RunRecord, names: Sequence[str]) -> Ex
         teachers=teachers,
         executor=ExecutorConfig.model_validate({"batch_size": size} if valid else {}),
     )
-
-
-def _data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any]) -> DataConfig:
-    """The source: as the record names it, where that is what was planned, or where local images moved to."""
-    options = {name: value for name, value in planned.options.items() if value is not None}
-    own = DataConfig.model_validate({"source": planned.root, "limit": samples, **options})
-    try:
-        named = DataConfig.model_validate(recorded)
-    except ValidationError:
-        return own
-    patterns = [named.source] if isinstance(named.source, str) else list(named.source)
-    inside = all(_is_inside(pattern, planned.root) for pattern in patterns)
-    moved = all(map(is_local, (planned.root, *patterns))) and _is_gone(own)
-    if not inside and not moved:
-        return own
-    try:
-        found = open_source(named).spec
-    except KpuError:
-        return own
-    return named if found == planned.model_copy(update={"root": found.root if moved else planned.root}) else own
-
-
-def _is_inside(pattern: str, root: str) -> bool:
-    return "::" not in pattern and f"{pattern}/".startswith(f"{root.rstrip('/')}/")
-
-
-def _is_gone(data: DataConfig) -> bool:
-    try:
-        open_source(data)
-    except KpuError:
-        return True
-    return False
 
 
 def _section(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from cache import open_cache
 from cache.verify import VerifyReport
-from pipeline.deep import teacher_config, verify_deep
+from pipeline.deep import verify_deep
+from pipeline.recorded import teacher_config
 from pipeline.worker import Worker
 from tests.toys import assert_refused, kpu, write_images, write_teacher
 

@@ -1,0 +1,143 @@
+"""What a cache records of how it was made, as the configuration that would make it again. Loads no torch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from cache import layout
+from cache.errors import KpuError
+from cache.locations import open_storage, stands
+from cache.places import require_plain
+from cache.plans import load_plan
+from cache.records import count_rows, units_left
+from cache.runs import latest_run
+from cache.sources import open_source
+from cache.sources.files import is_local
+from cache.spec import Plan, SourceSpec, TeacherSpec
+from cache.teachers import read_teacher, teacher_names
+from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
+from pipeline.paths import absolute
+
+
+def teacher_config(spec: TeacherSpec) -> TeacherConfig:
+    """The configuration that loads the teacher of `spec` again."""
+    names = [output.name for output in spec.outputs]
+    return TeacherConfig(
+        model=spec.model,
+        weights=spec.weights,
+        outputs=tuple(name for name in ("global", "patch") if name in names),
+        layers=tuple(_layers(spec)),
+        pool=spec.pool or "auto",
+        unproven="accept",  # what is stored is compared, not judged again
+        labels=spec.labels,
+        input=InputConfig(**{key: getattr(spec.known_input, key) for key in InputConfig.model_fields}),
+        precision=spec.precision,
+        codec=spec.codec,
+    )
+
+
+def _layers(spec: TeacherSpec) -> Iterator[int | str]:
+    """What `layers` said: a number for timm and Hugging Face models, the layer's name for one's own."""
+    for output in spec.outputs:
+        if output.name not in ("global", "patch"):
+            layer = output.name.removesuffix(".patch")
+            yield layer if spec.model.startswith("torch:") else int(layer.removeprefix("layer"))
+
+
+def data_of(out: str) -> dict[str, Any] | None:
+    """The section `data` of the cache at `out`, so that a teacher is added without naming it; None where there is none.
+
+    Raises:
+        KpuError: there is a cache that cannot be read.
+    """
+    place = absolute(out)
+    if not stands(place):
+        return None
+    storage = open_storage(place)
+    plan = load_plan(storage)
+    if plan is None:
+        return None
+    run = latest_run(storage)
+    recorded = run.config.get("data") if run is not None else None
+    found = planned_data(plan.source, plan.samples, recorded if isinstance(recorded, dict) else {})
+    return found.model_dump(exclude_none=True)
+
+
+def unfinished(config: ExtractConfig, plan: Plan | None) -> ExtractConfig:
+    """The configuration without teachers that need not be loaded, unless none would be left.
+
+    These are the ones that the cache has in full and records with the very settings that are asked for.
+    """
+    if plan is None:
+        return config
+    storage = open_storage(config.out)
+    published = set(teacher_names(storage)) & config.teachers.keys()
+    left = units_left(storage, plan, sorted(published))
+    done = {
+        name
+        for name in published
+        if not count_rows(plan, left[name]) and _asks_for(config, name, read_teacher(storage, name).spec)
+    }
+    teachers = {name: teacher for name, teacher in config.teachers.items() if name not in done}
+    return config.model_copy(update={"teachers": teachers}) if teachers else config
+
+
+def _asks_for(config: ExtractConfig, name: str, spec: TeacherSpec) -> bool:
+    """Whether the configuration of a teacher says what was recorded; what cannot be told apart here is a no."""
+    if spec.input is None or spec.codec != config.codec_of(name) or spec.format != config.format:
+        return False
+    asked, recorded = config.teachers[name], teacher_config(spec)
+    inputs = {} if asked.input is None else asked.input.model_dump(exclude_none=True)
+    if isinstance(inputs.get("size"), int):
+        inputs["size"] = (inputs["size"], inputs["size"])
+    if any(getattr(recorded.input, key) != value for key, value in inputs.items()):
+        return False
+    apart = {"input", "codec", "compile", "unproven"} | ({"precision"} if asked.precision == "auto" else set())
+    keys = TeacherConfig.model_fields.keys() - apart
+    return all(getattr(asked, key) == getattr(recorded, key) for key in keys)
+
+
+def planned_data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any]) -> DataConfig:
+    """The source of a cache as a configuration names it.
+
+    A record of a run is not sealed, so what it says counts only where it lists what was planned; it may then say how
+    images were chosen, or where local ones moved to.
+
+    Args:
+        planned: the plan's source.
+        samples: how many the plan has.
+        recorded: the section `data` of a run's configuration.
+
+    Raises:
+        ConfigError: the plan names a place that is opened only where the user names it.
+    """
+    require_plain(planned.root, said_by=layout.PLAN, advice="in a configuration given with -c, as data.source")
+    options = {name: value for name, value in planned.options.items() if value is not None}
+    own = DataConfig.model_validate({"source": planned.root, "limit": samples, **options})
+    try:
+        named = DataConfig.model_validate(recorded)
+    except ValidationError:
+        return own
+    patterns = [named.source] if isinstance(named.source, str) else list(named.source)
+    inside = all(_is_inside(pattern, planned.root) for pattern in patterns)
+    moved = all(map(is_local, (planned.root, *patterns))) and _is_gone(own)
+    if not inside and not moved:
+        return own
+    try:
+        found = open_source(named).spec
+    except KpuError:
+        return own
+    return named if found == planned.model_copy(update={"root": found.root if moved else planned.root}) else own
+
+
+def _is_inside(pattern: str, root: str) -> bool:
+    return "::" not in pattern and f"{pattern}/".startswith(f"{root.rstrip('/')}/")
+
+
+def _is_gone(data: DataConfig) -> bool:
+    try:
+        open_source(data)
+    except KpuError:
+        return True
+    return False
