@@ -30,6 +30,12 @@ class ConfigError(KpuError):
 class SourceError(KpuError):
     """The image source is empty, unreadable, malformed, or has duplicate keys."""
 
+    def with_advice(self, advice: str) -> "SourceError":
+        """The same error, with a further sentence; its exit code stays."""
+        more = SourceError(f"{self}. {advice}")
+        more.exit_code = self.exit_code
+        return more
+
 
 class TeacherError(KpuError):
     """A teacher is unknown, does not load, has other weights than expected, or emits something unusable."""

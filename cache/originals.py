@@ -45,7 +45,7 @@ class Originals:
         try:
             return self._reader.read(records)
         except SourceError as error:
-            raise SourceError(f"{error}. {self._advice}") from error
+            raise error.with_advice(self._advice) from error
 
     @contextmanager
     def decode(self, data: bytes, expected: npt.NDArray[np.uint8], record: pa.Table) -> Iterator[Image.Image]:

@@ -58,7 +58,7 @@ def verify_deep(
         for start in range(0, len(picked), BATCH):
             problems += _compare(cache, worker, picked[start : start + BATCH])
     except SourceError as error:
-        raise SourceError(f"{error}. {if_moved(cache, _IMAGES)}") from error
+        raise error.with_advice(if_moved(cache, _IMAGES)) from error
     finally:
         worker.close()
     return report.with_problems(problems), len(picked)

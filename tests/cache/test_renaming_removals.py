@@ -18,6 +18,7 @@ from cache.reader import open_cache
 from cache.verify import verify
 from pipeline.target import left_as_it_was
 from tests.cache.builders import build, make_plan
+from tests.toys import kpu, write_images, write_teacher
 
 
 @pytest.fixture(params=["renames", "removes"])
@@ -96,3 +97,17 @@ def test_an_open_shard_may_be_moved_aside_and_collected(mount: Path) -> None:
     assert collect_garbage(storage, quarantine=True) in (0, 4)
     assert names(mount / "my.kpu/.tmp") == ["gc.lock"]
     assert os.listdir(mount / "my.kpu/teachers/t/global/c/0") == []  # noqa: PTH208
+
+
+def test_commands_work_there(mount: Path, tmp_path: Path) -> None:
+    write_teacher(tmp_path)
+    images, out = write_images(tmp_path / "images" / "cats", 20), mount / "my.kpu"
+    command = ("extract", images.parent, "-t", f"t=torch:{tmp_path}/toy.py:toy", "-o", out)
+    for _ in range(2):
+        ended = kpu(*command)
+        assert ended.exit_code == 0, ended.output
+    for command in (("verify", out), ("gc", out), ("export", out, mount / "tars.kpu"), ("repair", out)):
+        ended = kpu(*command)
+        assert ended.exit_code == 0, (command, ended.output)
+    assert names(out / ".tmp") == ["gc.lock"]
+    assert not [name for name in names(mount) if ".fuse_hidden" in name]

@@ -1,5 +1,6 @@
 """What an extraction looks up and decodes, and the places it takes."""
 
+import errno
 import os
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.config import ExtractConfig, validate_config
 from pipeline.extract import extract
 from pipeline.observers import Silent
 from pipeline.reports import UnitReport
-from tests.toys import snapshot, write_images, write_teacher
+from tests.toys import kpu, snapshot, write_images, write_teacher
 
 ROWS = 130  # three units, the last one of two rows
 
@@ -144,3 +145,30 @@ def test_a_file_url_is_a_local_place(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a new path, an empty folder or a cache, found a folder with"):
         extract(config(place, f"file://{place}/images"))
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("calls", [4, 12, 20, 30])
+def test_a_disk_that_fails_ends_with_code_1_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """EIO from some sync on: while the place is probed, while planning, or on the run's own log."""
+    write_images(tmp_path / "images" / "cats", 70)
+    write_teacher(tmp_path)
+    left, sync = [calls], os.fsync
+
+    def failing(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    ended = kpu("extract", tmp_path / "images", "-t", f"t=torch:{tmp_path}/toy.py:toy", "-o", tmp_path / "o.kpu")
+    assert left[0] < 0, "nothing failed"
+    assert ended.exit_code == 1, ended.output
+    assert "Input/output error" in ended.output
+    monkeypatch.undo()
+    begun = sorted(path.name for path in (tmp_path / "o.kpu").iterdir()) if (tmp_path / "o.kpu").exists() else []
+    assert "teachers" in begun or begun == []
+    again = kpu("extract", tmp_path / "images", "-t", f"t=torch:{tmp_path}/toy.py:toy", "-o", tmp_path / "o.kpu")
+    assert again.exit_code == 0, again.output
