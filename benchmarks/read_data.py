@@ -55,6 +55,8 @@ def make(folder: Path, rows: int) -> None:
     stamp = folder / "made.json"
     if stamp.exists() and json.loads(stamp.read_text()) == {"rows": rows}:
         return
+    if folder.exists() and not stamp.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder}: expected a new or empty folder, or what this made before, found other files")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     half = {o.name: np.lib.format.open_memmap(folder / f"{o.name}.npy", "w+", "f2", (rows, *o.shape)) for o in OUTPUTS}
