@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cache import open_cache
 from cache.errors import KpuError
-from cache.places import refuse_password
+from cache.places import refuse_password, require_plain
 from cache.setting_paths import anchor_paths
 from cache.settings import Positive, Section, read_yaml, validate, validate_overridden
 
@@ -277,7 +277,8 @@ def load_config(
     given, stand in for the file's; `overrides` are KEY.PATH=YAML and win over everything else.
 
     Raises:
-        ConfigError: naming the key, what was expected and what was found.
+        ConfigError: naming the key, what was expected and what was found; or the `resolved` file names another place
+            than a folder or an object store.
     """
     values = read_yaml(Path(path)) if path is not None else {}
     if path is not None and not resolved:
@@ -285,10 +286,13 @@ def load_config(
     if caches:
         values["caches"] = list(caches)
     config = validate_overridden(values, overrides, str(path) if path is not None else None, validate_config)
-    for place in config.caches:
-        refuse_password(place, "caches")
-    if config.images.root is not None:
-        refuse_password(config.images.root, "images.root")
+    root = () if config.images.root is None else (config.images.root,)
+    for key, places, flag in (("caches", config.caches, "--cache"), ("images.root", root, "--set images.root")):
+        given = (key == "caches" and caches) or any(each.startswith(f"{key}=") for each in overrides)
+        for place in places:
+            refuse_password(place, key)
+            if resolved and not given:
+                require_plain(place, said_by=f"{path}: {key}", advice=f"give it with {flag}")
     return config
 
 

@@ -18,6 +18,7 @@ from cache.trust import Trust
 from tests.trained import small_run
 from tests.trainer.conftest import Configure
 from trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from trainer.config import load_config
 from trainer.corpus import Corpus
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.trained import load_trained
@@ -178,6 +179,10 @@ def test_caches_that_a_run_names_elsewhere_are_not_opened(
     for use in (lambda: evaluate(run), lambda: export(run, tmp_path / "out", program=False)):
         with pytest.raises(ConfigError, match=r"config\.yaml: caches: names .* give the cache with --cache"):
             use()
+    with pytest.raises(ConfigError, match=r"config\.yaml: caches: names .* give it with --cache"):
+        load_config(run / "config.yaml", resolved=True)
+    assert load_config(run / "config.yaml", caches=own, resolved=True).caches == tuple(own)
+    assert load_config(run / "config.yaml").caches == (named,), "what the user gives with -c is his own"
     assert evaluate(run, own)["rows"], "a cache that the user names is opened"
     trained = load_trained(run)
     images = trained.config.images.model_copy(update={"root": named})
