@@ -27,6 +27,8 @@ class Calibration:
 
     statistics: dict[str, Statistics]
     origin: str = OWN_CALIBRATION
+    meanings: tuple[int | str, ...] = ()
+    """What the outputs of the lender's head mean, by the names of its classes; empty where nothing says."""
 
 
 def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes: Sequence[str] | None) -> None:
@@ -35,7 +37,7 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
     The labels of those that are new are compared with the data's `classes`, where it names them.
 
     Raises:
-        ConfigError: a label stands for no class of the data.
+        ConfigError: a label stands for no class of the data, or for another one than in the cache to calibrate from.
         MismatchError: one was made otherwise, or is not in the cache to take the calibration from.
         NotACacheError: there is no cache to take the calibration from.
     """
@@ -45,6 +47,8 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
         borrowed = None if config.calibration_from is None else borrow(config.calibration_from, spec)
         if storage is None or spec.name not in published:
             _check_labels(spec, classes)
+            if borrowed is not None:
+                _check_meanings(config, spec, classes, borrowed)
             continue
         standing = read_teacher(storage, spec.name)
         check_same(standing.spec, spec)
@@ -54,8 +58,10 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
             check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+def _some(names: Sequence[int | str]) -> str:
+    """A few names as a configuration file has them."""
+    shown = ("null" if name == LABEL_OF_NOTHING else repr(name) for name in names[:10])
+    return ", ".join(shown) + (", ..." if len(names) > 10 else "")
 
 
 def warn_of_order(source: Source, observer: Observer) -> None:
@@ -164,7 +170,29 @@ def borrow(path: str, spec: TeacherSpec) -> Calibration:
         )
     lender = load_teacher(other, plan, spec.name)
     try:
-        check_same(lender.spec, spec)
+        check_same(lender.spec, spec.model_copy(update={"labels": lender.spec.labels}))  # they calibrate nothing
     except MismatchError as error:
         raise MismatchError(f"calibration_from: {path}: {error}") from None
-    return Calibration(lender.statistics, lender.files[STATISTICS])
+    return Calibration(lender.statistics, lender.files[STATISTICS], _meanings(lender.spec, plan.classes))
+
+
+def _meanings(spec: TeacherSpec, classes: Sequence[str] | None) -> tuple[int | str, ...]:
+    """What the outputs of a head mean, by name; empty where nobody says, or the data names no class."""
+    if classes is None or spec.labels is None:
+        return ()
+    return tuple(
+        classes[label] if isinstance(label, int) and 0 <= label < len(classes) else label for label in spec.labels
+    )
+
+
+def _check_meanings(
+    config: ExtractConfig, spec: TeacherSpec, classes: Sequence[str] | None, borrowed: Calibration
+) -> None:
+    """Refuse labels that mean other classes than in the cache to calibrate from: a test set that lacks a class, say."""
+    for output, (there, here) in enumerate(zip(borrowed.meanings, _meanings(spec, classes), strict=False)):
+        if there != here:
+            raise ConfigError(
+                f"teacher {spec.name!r}: labels: expected output {output} to mean class {there!r}, as in "
+                f"{config.calibration_from} (calibration_from), found {here!r}: numbers mean other classes here; name "
+                f"them, as labels: [{_some(borrowed.meanings)}]"
+            )

@@ -20,7 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def extraction(place: Path, images: str, labels: str, out: Path) -> list[object]:
+def extraction(place: Path, images: str | Path, labels: str, out: Path) -> list[object]:
     teacher = f"t=torch:{place / 'toy.py'}:toy"
     return ["extract", place / images, "-t", teacher, "--set", f"teachers.t.labels={labels}", "-o", out]
 
@@ -79,3 +79,21 @@ def test_folders_named_by_numbers_in_another_order_are_warned_of(place: Path, tm
     (tmp_path / "numbers" / "10").rename(tmp_path / "numbers" / "3")
     plain = kpu("extract", tmp_path / "numbers", "-t", f"t=torch:{place}/toy.py:toy", "-o", tmp_path / "p.kpu")
     assert "order of text" not in plain.stderr
+
+
+def test_numbers_that_mean_other_classes_than_in_the_lender_are_refused(place: Path, tmp_path: Path) -> None:
+    """The test folder has a class that sorts before those of the training: names say the same in both."""
+    assert kpu(*extraction(place, "images", "[0, 1, null]", tmp_path / "train.kpu")).exit_code == 0
+    for name in ("apes", "dogs"):
+        write_images(tmp_path / "test" / name, 2)
+    borrowing = ("--set", f"calibration_from={tmp_path}/train.kpu")
+    refused = kpu(*extraction(place, tmp_path / "test", "[0, 1, null]", tmp_path / "test.kpu"), *borrowing)
+    assert_refused(
+        refused,
+        "teacher 't': labels: expected output 0 to mean class 'cats'",
+        "found 'apes'",
+        "labels: ['cats', 'dogs', null]",
+    )
+    named = kpu(*extraction(place, tmp_path / "test", "[cats, dogs, null]", tmp_path / "test.kpu"), *borrowing)
+    assert named.exit_code == 0, named.output
+    assert kpu_json("info", tmp_path / "test.kpu")["teachers"]["t"]["labels"] == ["cats", "dogs", -1]
