@@ -4,18 +4,15 @@ Letters: H and W the height and width of what it makes.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from cache.pixels.resize import Geometry, resize_image
-
-Levels = npt.NDArray[np.float32]
-"""[H, W, 3] of red, green and blue: 0 where the image would be black, 255 where white."""
+from pipeline.teachers.hf_trials import Levels
 
 EXPRESSIBLE: Final = ("bilinear", "bicubic", "lanczos", "nearest")
 _APART = 1.001  # levels; float32 rounds
@@ -49,19 +46,25 @@ class Layout(NamedTuple):
 
 def find_layout(
     fields: Mapping[str, Any],
+    size: tuple[int, int],
     fill: tuple[int, int, int] | None,
-    pictures: Sequence[Image.Image],
-    made: Sequence[Levels],
+    trials: Iterable[tuple[Image.Image, Levels]],
 ) -> tuple[Layout | None, str]:
-    """The layout that makes of `pictures` what a processor with these fields `made`, None if none does.
+    """The layout that gives what a processor with these fields made, None if none does.
 
-    What the fields say is tried first, then what some processors do without saying it; with `fill`, a colour, what
-    fills images up with it. The text says which came nearest, and how near.
+    What the fields say is tried first, then what some processors do without saying it. The text says which came
+    nearest, and how near.
+
+    Args:
+        fields: the processor's settings.
+        size: (H, W) of what it makes.
+        fill: the colour with which it fills images up, if it seems to do so.
+        trials: images, and what it made of each; gone through again for each layout.
     """
     nearest: tuple[float, Layout] | None = None
-    for layout in _layouts(fields, (made[0].shape[0], made[0].shape[1]), fill):
+    for layout in _layouts(fields, size, fill):
         apart = 0.0
-        for picture, theirs in zip(pictures, made, strict=True):
+        for picture, theirs in trials:
             apart = max(apart, float(np.abs(resize_image(picture, layout.geometry) - theirs).max()))
             if not apart <= _APART:
                 break
@@ -91,18 +94,18 @@ def is_padded(made: Sequence[Levels]) -> bool:
 
 def _layouts(fields: Mapping[str, Any], size: tuple[int, int], fill: tuple[int, int, int] | None) -> Iterator[Layout]:
     """Layouts that give images of `size` (H, W), the likeliest first."""
-    covers = list(_covers(fields, size))
-    for interpolation in dict.fromkeys((interpolation_of(fields), *EXPRESSIBLE)):
-        if interpolation.upper() not in Image.Resampling.__members__:
-            continue
-        if fill is not None:
-            yield Layout(Geometry(size, size, interpolation, fill=fill), 1.0, "pad")
-            continue
-        for cover, squash in covers:
-            crop = _crop(size, cover, fields.get("crop_pct"))
-            for floor in (True, False) if crop is not None else ():
-                geometry = Geometry(size, cover, interpolation, squash, floor)
-                yield Layout(geometry, crop or 1.0, "squash" if squash else "center")
+    stated = interpolation_of(fields)
+    filters = [each for each in dict.fromkeys((stated, *EXPRESSIBLE)) if each.upper() in Image.Resampling.__members__]
+    if fill is not None:
+        yield from (Layout(Geometry(size, size, each, fill=fill), 1.0, "pad") for each in filters)
+        return
+    covers = [(*each, _crop(size, each[0], fields.get("crop_pct"))) for each in _covers(fields, size)]
+    for floor, names in ((True, filters[:1]), (False, filters[:1]), (True, filters[1:])):
+        for interpolation in names:
+            for cover, squash, crop in covers:
+                if crop is not None:
+                    geometry = Geometry(size, cover, interpolation, squash, floor)
+                    yield Layout(geometry, crop, "squash" if squash else "center")
 
 
 def _covers(fields: Mapping[str, Any], size: tuple[int, int]) -> Iterator[tuple[tuple[int, int], bool]]:

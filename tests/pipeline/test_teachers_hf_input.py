@@ -15,7 +15,8 @@ from cache.spec import InputSpec
 from pipeline.config import InputConfig, TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.hf_input import hf_input
-from pipeline.teachers.hf_processor import pictures, study
+from pipeline.teachers.hf_processor import study
+from pipeline.teachers.hf_trials import pictures
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,7 +104,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {  # what cannot be followed, an
     ),
     "enormous": (
         {"image_processor_type": "ViTImageProcessor", **NOW, **HALF, "size": {"height": 10**6, "width": 10**6}},
-        r"output: ViTImageProcessor has size .*1000000.* expected at most 4096 pixels",
+        r"output: ViTImageProcessor has size .*1000000.* expected sides of at most 4096 pixels",
     ),
 }
 
@@ -271,7 +272,7 @@ def test_input_of_an_earlier_cache_is_taken_as_it_was(tmp_path: Path) -> None:
 def test_processor_is_run_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path, KINDS["vit"] | {"size": 48})
     first = read(folder)
-    monkeypatch.setattr("pipeline.teachers.hf_processor.pictures", None)
+    monkeypatch.setattr("pipeline.teachers.hf_trials.pictures", None)
     assert read(folder) == first
 
 
@@ -295,6 +296,21 @@ def test_processor_that_does_other_than_its_fields_is_found_out() -> None:
         def rescale(self, image: Any, scale: float, **options: Any) -> Any:
             return super().rescale(image, 2 * scale, **options)
 
+    class PlainlyDown(base):  # type: ignore[misc, valid-type]
+        def resize(self, image: Any, size: Any, **options: Any) -> Any:
+            down = image.shape[1] > size.height and image.shape[2] > size.width
+            return super().resize(image, size, **options | ({"resample": 0} if down else {}))
+
+    class AsItIs(base):  # type: ignore[misc, valid-type]
+        def resize(self, image: Any, size: Any, **options: Any) -> Any:
+            return image if image.shape[1] < 50 else super().resize(image, size, **options)
+
+    doubt = study(PlainlyDown(size=640)).doubt  # more than most of the fixed images have
+    assert doubt is not None
+    assert doubt.step == "resizing"
+    doubt = study(AsItIs()).doubt
+    assert doubt is not None
+    assert "and 42 x 53 pixels of an image of 42 x 53; expected one size" in doubt.found
     doubt = study(Twice()).doubt
     assert doubt is not None
     assert doubt.step == "resizing"
