@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from cache.digests import digest_of
 from cache.errors import ConfigError
+from cache.timm_args import ModelArgs
 
 FORMAT = "kpu-cache"
 VERSION = 1
@@ -19,7 +20,8 @@ ShardFormat = Literal["zarr", "webdataset"]
 Pool = Literal["cls", "mean", "cls+mean", "pooler"]
 _ON_GRID = ("uniform", "rotated")
 _EXTRA = "extra_digest"
-_LEFT_OUT_IF_NONE = (_EXTRA, "pool", "pooling", "unproven")  # fields of a teacher that earlier releases did not have
+# Fields of a teacher that earlier releases did not have.
+_LEFT_OUT_IF_NONE = (_EXTRA, "model_args", "no_head", "pool", "pooling", "unproven")
 
 
 # Bounds of what a stranger's file may claim, far beyond anything real: nothing is allocated by larger numbers.
@@ -149,10 +151,12 @@ class TeacherSpec(Frozen):
 
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
     the Python file that defines a `torch:` model. `extra_digest` is of what else computes (compiled programs, files,
-    tensors in no state_dict); it is None, and left out of documents, where there is nothing or an earlier release did
-    not look. `labels` says which data label each output of the head stands for, by number or by the name of its class
-    (-1: none). `outputs` are in stored order. `format` is that of the shards: it changes no stored value. `input` is
-    None for a teacher whose features were imported: it is not known, and the teacher cannot be run.
+    tensors in no state_dict), None where there is nothing or an earlier release did not look. `model_args` are timm's
+    own arguments, None where the user gave none; `no_head` says why a classifier was not kept, and decides nothing.
+    These three are left out of documents where they are None. `labels` says which data label each output of the head
+    stands for, by number or by the name of its class (-1: none). `outputs` are in stored order. `format` is that of the
+    shards: it changes no stored value. `input` is None for a teacher whose features were imported: it is not known, and
+    the teacher cannot be run.
 
     `pool` is what the user chose `global` to be pooled by, None for the model's own way; `pooling` says in words what
     it is. `unproven` names the maps whose order was taken on the word of the model's library, or of the user, for no
@@ -171,6 +175,8 @@ class TeacherSpec(Frozen):
     outputs: tuple[OutputSpec, ...]
     labels: tuple[int | str, ...] | None = None
     has_head: bool = False
+    model_args: ModelArgs | None = None
+    no_head: str | None = None
     codec: CodecSpec
     format: ShardFormat = "zarr"
     pool: Pool | None = None
@@ -205,7 +211,7 @@ class TeacherSpec(Frozen):
     @property
     def model_part(self) -> dict[str, Any]:
         """What decides the features, without how they are stored nor where the weights were read from."""
-        stored = {"name", "weights", "codec", "labels", "has_head", "format", "pooling", "unproven"}
+        stored = {"name", "weights", "codec", "labels", "has_head", "no_head", "format", "pooling", "unproven"}
         parts = self.model_dump(mode="json", exclude=stored)
         kind, _, rest = self.model.partition(":")
         if kind == "torch":  # the file may move; its content is in source_digest

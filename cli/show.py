@@ -159,6 +159,10 @@ def show_info(console: Console, described: dict[str, Any]) -> None:
         _say(console, f"weights  {teacher['weights'] or own}, digest {teacher['weights_digest']}")
         _say(console, f"input    {_input(teacher['input'])}, {teacher['precision']}")
         _say(console, f"codec    {_codec(teacher['codec'])}")
+        if teacher.get("no_head"):
+            _say(console, f"head     none: {teacher['no_head']}")
+        if teacher.get("model_args"):
+            _say(console, f"args     {', '.join(f'{key}: {value}' for key, value in teacher['model_args'].items())}")
         for output in teacher["outputs"]:
             grid = " (grid {} x {})".format(*output["grid"]) if output["grid"] else ""
             shape = " x ".join(map(str, output["shape"]))

@@ -79,6 +79,13 @@ def warn_of_order(source: Source, observer: Observer) -> None:
         )
 
 
+def warn_of_heads(specs: Sequence[TeacherSpec], observer: Observer) -> None:
+    """Warn of teachers whose classifier the cache will not hold."""
+    for spec in specs:
+        if spec.no_head is not None:
+            observer.warn(f"teacher {spec.name!r}: keeps no head: {spec.no_head}; nothing else of it is missing")
+
+
 def _check_labels(spec: TeacherSpec, classes: Sequence[str] | None) -> None:
     known = range(len(classes)) if classes is not None else range(sys.maxsize)
     labels = spec.labels or ()

@@ -13,6 +13,7 @@ from cache.places import refuse_password
 from cache.setting_paths import anchor_paths
 from cache.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
 from cache.spec import CodecSpec, CropSpec, Pool, ShardFormat
+from cache.timm_args import ModelArgs
 
 Text = Annotated[str, Field(min_length=1)]
 Auto = Literal["auto"]
@@ -87,6 +88,7 @@ class TeacherConfig(Section):
     labels: tuple[int | str | None, ...] | None = Field(
         default=None, description="a list of names or numbers of classes and nulls, or null"
     )
+    model_args: ModelArgs | None = Field(default=None, description="a mapping of timm's arguments, or null")
     input: InputConfig | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(default="auto", description="auto, fp32, bf16 or fp16")
     compile: bool = Field(default=False, description="true or false")
@@ -108,6 +110,12 @@ class TeacherConfig(Section):
         if len(set(value)) != len(value):
             raise ValueError(f"expected each output once, found {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _arguments_are_timms(self) -> "TeacherConfig":
+        if self.model_args is not None and not self.model.startswith("timm:"):
+            raise ValueError(f"model_args: expected a timm: model with them, found {self.model}; remove them")
+        return self
 
     @model_validator(mode="after")
     def _emits_something(self) -> "TeacherConfig":

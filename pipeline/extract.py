@@ -73,7 +73,7 @@ def extract(
     config = needed
     # These load torch, which takes seconds; what is refused above does not wait for it.
     from pipeline.calibration import calibrate_teachers
-    from pipeline.checks import check_teachers, warn_of_labels, warn_of_order
+    from pipeline.checks import check_teachers, warn_of_heads, warn_of_labels, warn_of_order
     from pipeline.executors import open_executor
     from pipeline.teachers import ship
     from pipeline.worker import WorkerSetup
@@ -96,6 +96,7 @@ def extract(
             observer.phase("plan", f"listing {redact(source.spec.root)}")
             plan = plan_cache(storage, source, config, [t.spec for t in teachers], executor.threads, run_id, observer)
             warn_of_order(source, observer)
+            warn_of_heads([t.spec for t in teachers], observer)
             warn_of_labels([t.spec for t in teachers], plan, Samples(storage, plan), observer)
             planned = perf_counter()
             collect_garbage(storage, quarantine=False)

@@ -31,6 +31,7 @@ def teacher_config(spec: TeacherSpec) -> TeacherConfig:
         pool=spec.pool or "auto",
         unproven="accept",  # what is stored is compared, not judged again
         labels=spec.labels,
+        model_args=spec.model_args,
         input=InputConfig(**{key: getattr(spec.known_input, key) for key in InputConfig.model_fields}),
         precision=spec.precision,
         codec=spec.codec,

@@ -16,6 +16,8 @@ from cache.errors import TeacherError
 from cache.spec import InputSpec
 from pipeline.config import InputConfig, TeacherConfig
 
+_RGB = ("red", "green", "blue")
+_CUSTOM_CODE = "trust_remote_code"
 _TIMM_KEYS = {
     "input_size": "size",
     "mean": "mean",
@@ -37,8 +39,9 @@ class Backbone:
     use for it. `head` is the linear classifier on `global`; with `classify`, the model's own way from images to
     logits, it is kept only if the two agree. `extra_digest` is of what computes besides the module's state_dict;
     `compiled` says that a program is among it, whose mode of training cannot be changed. `code` are the places, by
-    digest, of the user's own code that was run. `stated` gives, for images, the
-    maps whose order the model's library states; `pooling`, once `features` was called, says what `global` is.
+    digest, of the user's own code that was run. `stated` gives, for images, the maps whose order the model's library
+    states; `pooling`, once `features` was called, says what `global` is. `no_head` says why a classifier is not a
+    `head`.
     """
 
     module: nn.Module
@@ -53,6 +56,7 @@ class Backbone:
     extra_digest: str | None = None
     compiled: bool = False
     code: dict[str, str] = field(default_factory=dict)
+    no_head: str | None = None
 
 
 def describe(name: str, config: TeacherConfig) -> str:
@@ -63,6 +67,11 @@ def describe(name: str, config: TeacherConfig) -> str:
 def reason(error: BaseException) -> str:
     """An unforeseen error of somebody else's code, as a clause of a message that says where it came from."""
     text = " ".join(str(error).split())[:400]
+    if _CUSTOM_CODE in str(error):  # the library advises a key that would run it
+        text = (
+            "it needs Python code that comes with its weights, which is not run unasked; read that code, and load the "
+            "model in a torch: factory of your own that does"
+        )
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<")]
     known = bool(frames) and not isinstance(error, SyntaxError)  # which names its own place
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if known else ""
@@ -76,6 +85,7 @@ def input_spec(own: Mapping[str, Any], override: InputConfig | None, who: str) -
         TeacherError: a value is missing or malformed.
     """
     values: dict[str, Any] = {ours: own[theirs] for theirs, ours in _TIMM_KEYS.items() if theirs in own}
+    _require_rgb(values, override, who)
     if isinstance(values.get("size"), list | tuple):
         values["size"] = values["size"][-2:]  # timm puts the channels first
     if override is not None:
@@ -96,6 +106,23 @@ def _said(error: Mapping[str, Any]) -> str:
     """One of pydantic's errors; that of a whole value says by itself what was found."""
     place = ".".join(map(str, error["loc"]))
     return f"{place}: {error['msg']}, found {error['input']!r}" if place else error["msg"].partition(", ")[2]
+
+
+def _require_rgb(values: Mapping[str, Any], override: InputConfig | None, who: str) -> None:
+    """Refuse a model of other than three channels, but for what `input` overrides."""
+    given = override.model_dump(exclude_none=True) if override is not None else {}
+    counts = {key: len(v) for key in ("mean", "std") if isinstance(v := values.get(key), list | tuple)}
+    counts = {key: count for key, count in counts.items() if key not in given}
+    size = values.get("size")
+    if isinstance(size, list | tuple) and len(size) == 3:
+        counts["input_size"] = size[0]
+    for key, count in counts.items():
+        if count != len(_RGB):
+            raise TeacherError(
+                f"{who}: preprocessing: expected a teacher of three channels, {', '.join(_RGB)}, found {count} in its "
+                f"{key}; images have three here, so wrap it in a torch: factory that makes its channels of them, as "
+                "x.mean(1, keepdim=True) for a grey one"
+            )
 
 
 def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ...]:

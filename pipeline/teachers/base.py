@@ -57,6 +57,8 @@ class Teacher:
         self.outputs = tuple(self._describe_output(output, tensor) for output, tensor in probed.items())
         self.pooling = backbone.pooling() if "global" in probed else None
         self.head = self._check_head(head, probed)
+        self.no_head = self._why_no_head(probed)
+        self.model_args = config.model_args or None
         self.labels = self._check_labels(config)
         self.unproven = self._prove(images, probed, accept=config.unproven == "accept")
         if config.compile:
@@ -100,6 +102,8 @@ class Teacher:
             outputs=self.outputs,
             labels=self.labels,
             has_head=self.head is not None,
+            model_args=self.model_args,
+            no_head=self.no_head,
             codec=codec,
             format=shards,
             pool=self.pool,
@@ -219,12 +223,21 @@ class Teacher:
         bias = np.zeros(len(weight), np.float32) if head.bias is None else head.bias.detach().float().cpu().numpy()
         return weight, bias
 
+    def _why_no_head(self, probed: Mapping[str, Tensor]) -> str | None:
+        """Why a classifier that the model has is not kept; None where it is, or there is none."""
+        if self.head is not None or "global" not in probed:
+            return None
+        if self._backbone.head is not None:
+            return "its classifier, applied to global, does not give the model's own answers"
+        return self._backbone.no_head
+
     def _check_labels(self, config: TeacherConfig) -> tuple[int | str, ...] | None:
         if config.labels is None:
             return None
         if self.head is None:
+            why = f" ({self.no_head})" if self.no_head is not None else ""
             raise TeacherError(
-                f"{self._who}: labels: expected a linear head on `global` for them, found none; leave labels out"
+                f"{self._who}: labels: expected a linear head on `global` for them, found none{why}; leave labels out"
             )
         classes = len(self.head[0])
         if len(config.labels) != classes:

@@ -13,8 +13,10 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from cache.errors import TeacherError
+from cache.timm_args import with_layers
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason, resolve_layers
+from pipeline.teachers.classifiers import linear_head
 from pipeline.teachers.timm_outputs import TimmFeatures
 from pipeline.teachers.weights import RANDOM, can_reach, differences, initialise, load_strictly, read_weights
 
@@ -35,7 +37,10 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
     model_name = config.model.removeprefix("timm:")
     model: Any
     _require_known(model_name, who)
-    create = partial(_create, model_name, _image_size(config), who)
+    args = with_layers(config.model_args, nn, timm.layers)
+    if "img_size" in args and config.input is not None and config.input.size is not None:
+        raise TeacherError(f"{who}: model_args.img_size: expected it or input.size, found both; remove the first")
+    create = partial(_create, model_name, _image_size(config), who, args)
     if config.weights is None:
         _require_obtainable(model_name, who)
         model = create(pretrained=True)
@@ -43,16 +48,18 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
         model = initialise(create, config.model, seed)
     else:
         model = _from_file(create, config.weights, who)
+    _require_pooling(model, config, who)
     spec = input_spec(resolve_model_data_config(model), config.input, who)
     layers = _layer_indices(model, config, who)
     features = TimmFeatures(model, config.outputs, layers, who, config.pool)
-    head = model.get_classifier()
+    head, no_head = linear_head(model.get_classifier())
     return Backbone(
         module=model,
         features=features,
         wanted={output: (output,) for output in (*config.outputs, *(f"layer{i}.patch" for i in layers))},
         input=spec,
-        head=head if isinstance(head, nn.Linear) else None,
+        head=head,
+        no_head=no_head,
         classify=model,
         stated=features.stated,
         pooling=lambda: features.pooling,
@@ -76,14 +83,27 @@ def _require_known(model_name: str, who: str) -> None:
         raise TeacherError(f"{who}: timm {timm.__version__} has no weights tagged {tag!r}; {advice}") from None
 
 
+def _require_pooling(model: Any, config: TeacherConfig, who: str) -> None:
+    """Refuse `global` of a model that timm gives no pooling, such as one whose hub configuration says so."""
+    pooling = getattr(model, "global_pool", None)
+    if config.pool == "auto" and "global" in config.outputs and "" in (pooling, getattr(pooling, "pool_type", None)):
+        raise TeacherError(
+            f"{who}: global: timm pools nothing in this model (global_pool: ''); set pool: cls, mean or "
+            "cls+mean, or model_args: {global_pool: token}, or leave global out of outputs"
+        )
+
+
 def _image_size(config: TeacherConfig) -> int | tuple[int, int] | None:
     """The overriding input size, as timm's `img_size` takes it."""
     size = config.input.size if config.input is not None else None
     return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
 
 
-def _create(model_name: str, size: int | tuple[int, int] | None, who: str, **options: Any) -> nn.Module:
-    """Build a model, at another image size if it must be told."""
+def _create(
+    model_name: str, size: int | tuple[int, int] | None, who: str, args: Mapping[str, Any], **options: Any
+) -> nn.Module:
+    """Build a model, at another image size if it must be told; `args` are the user's, `options` win over them."""
+    options = {**args, **options}
     try:
         if size is not None:
             try:
@@ -95,7 +115,8 @@ def _create(model_name: str, size: int | tuple[int, int] | None, who: str, **opt
     except Exception as error:
         if options.get("pretrained"):
             raise _unobtainable(model_name, reason(error), who) from error
-        raise TeacherError(f"{who}: timm cannot build it: {reason(error)}") from error
+        given = f" with model_args {', '.join(args)}" if args else ""
+        raise TeacherError(f"{who}: timm cannot build it{given}: {reason(error)}") from error
 
 
 def _unobtainable(model_name: str, why: str, who: str) -> TeacherError:

@@ -20,6 +20,8 @@ from trainer.students.factories import data_config, from_factory
 from trainer.students.timm_models import TimmOutputs, from_timm
 from trainer.students.weights import Weights, weights_digest
 
+Args = Mapping[str, Any] | None
+
 
 def build_model(
     model: str,
@@ -30,6 +32,7 @@ def build_model(
     seed: int | None = None,
     codes: CodeLoader | None = None,
     recorded: str | None = None,
+    args: Args = None,
 ) -> tuple[nn.Module, InputSpec]:
     """A model that maps normalised images to named outputs, and its own preprocessing.
 
@@ -41,6 +44,7 @@ def build_model(
         seed: with it `random` weights are those of an extraction; else they are the model's own initialisation.
         codes: what runs a `torch:` model's code; by default where the user's list has it.
         recorded: the digest of that code, where it is known.
+        args: arguments of a timm model's architecture.
 
     Raises:
         ConfigError: the model is unknown or cannot be built.
@@ -54,7 +58,7 @@ def build_model(
         return module, _input_of(data_config(module), model)
     if kind != "timm":
         raise ConfigError(f"student.model: expected timm:<model> or torch:<file.py>:<factory>, found {model!r}")
-    made = _timm(rest, weights, seed, size, "student", classifier=False)
+    made = _timm(rest, weights, seed, size, "student", classifier=False, args=args)
     return TimmOutputs(made, outputs), _input_of(resolve_model_data_config(made), model)
 
 
@@ -109,7 +113,7 @@ def build_base(
         module = from_factory(spec.model, weights, seed, "base", codes or CodeLoader(), spec.source_digest)
         features = module
     elif kind == "timm":
-        module = _timm(rest, weights, seed, size, "base", classifier=True)
+        module = _timm(rest, weights, seed, size, "base", classifier=True, args=spec.model_args)
         features = TimmOutputs(module, outputs)
     else:
         raise ConfigError(
@@ -164,12 +168,19 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 def _timm(
-    name: str, weights: Weights, seed: int | None, size: Grid | None, section: str, *, classifier: bool
+    name: str,
+    weights: Weights,
+    seed: int | None,
+    size: Grid | None,
+    section: str,
+    *,
+    classifier: bool,
+    args: Args,
 ) -> nn.Module:
     """A timm model for images of `size`, which is told only where it is not its own."""
-    made: Any = from_timm(name, weights, seed, None, section, classifier=classifier)
+    made: Any = from_timm(name, weights, seed, None, section, classifier=classifier, args=args)
     if size is not None and tuple(resolve_model_data_config(made)["input_size"][-2:]) != size:
-        made = from_timm(name, weights, seed, size, section, classifier=classifier)
+        made = from_timm(name, weights, seed, size, section, classifier=classifier, args=args)
     _set_aside(made.get_classifier())
     found: nn.Module = made
     return found

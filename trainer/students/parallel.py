@@ -45,7 +45,10 @@ class ParallelStudent(Student):
             weights = base.spec.weights
         size = base.spec.known_input.size
         recorded = base.spec.source_digest if config.model is None else None
-        model, _ = build_model(name, weights, outputs, size=size, seed=base.seed, codes=codes, recorded=recorded)
+        args = base.spec.model_args if name == base.spec.model else None
+        model, _ = build_model(
+            name, weights, outputs, size=size, seed=base.seed, codes=codes, recorded=recorded, args=args
+        )
         found = probe(model, size, outputs, name)
         if found != self.shapes:
             raise MismatchError(

@@ -14,6 +14,7 @@ import timm
 from torch import Tensor, nn
 
 from cache.errors import ConfigError
+from cache.timm_args import with_layers
 from trainer.shapes import Grid
 from trainer.students.weights import RANDOM, Weights, differences, initialise, load_strictly, read_weights
 
@@ -64,7 +65,14 @@ class TimmOutputs(nn.Module):
 
 
 def from_timm(
-    name: str, weights: Weights, seed: int | None, size: Grid | None, section: str, *, classifier: bool
+    name: str,
+    weights: Weights,
+    seed: int | None,
+    size: Grid | None,
+    section: str,
+    *,
+    classifier: bool,
+    args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a timm model and load its weights.
 
@@ -75,12 +83,13 @@ def from_timm(
         size: the image's (H, W), where it is not to be the model's own.
         section: what messages call the model.
         classifier: whether to keep it, with the classes that the weights have.
+        args: arguments of the architecture, as a cache records them.
 
     Raises:
         ConfigError: timm cannot build it.
         MismatchError: the weights do not fit it.
     """
-    create = partial(_create, name, size, section)
+    create = partial(_create, name, size, section, with_layers(args, nn, timm.layers))
     kept = create if classifier else partial(create, num_classes=0)
     if weights is None:
         return kept(pretrained=True)
@@ -110,7 +119,8 @@ def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), 0)
 
 
-def _create(name: str, size: Grid | None, section: str, **options: Any) -> nn.Module:
+def _create(name: str, size: Grid | None, section: str, args: Mapping[str, Any], **options: Any) -> nn.Module:
+    options = {**args, **options}
     try:
         if size is not None:
             try:
