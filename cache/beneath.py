@@ -46,6 +46,7 @@ def open_file(root: str, key: str) -> tuple[int, int]:
         raise
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode):
+        os.set_blocking(descriptor, True)  # a file that lies on tape, say, is waited for
         return descriptor, status.st_size
     os.close(descriptor)
     if stat.S_ISDIR(status.st_mode):

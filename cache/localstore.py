@@ -12,9 +12,10 @@ from typing import Final
 from cache import layout
 from cache.beneath import make_folder, open_file, open_folder, read_all, remove_tree, status_of
 from cache.created import Created
-from cache.errors import CorruptError, FullDiskError, LinkError, NotACacheError, StorageError, StorageFault
+from cache.errors import FullDiskError, LinkError, NotACacheError, StorageError, StorageFault
 from cache.failpoints import failpoint
 from cache.faults import FAULTS
+from cache.localhandle import LocalHandle
 from cache.storage import Data, check_key, check_removable, check_replaceable, check_size
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -51,7 +52,7 @@ class LocalStorage:
         finally:
             os.close(descriptor)
 
-    def open(self, key: str) -> "LocalHandle":
+    def open(self, key: str) -> LocalHandle:
         try:
             return LocalHandle(*open_file(self._real, check_key(key)), key)
         except OSError as error:
@@ -241,45 +242,6 @@ class LocalStorage:
         if error.errno == errno.EMFILE:
             advice = "; allow this process more of them with `ulimit -n`"
         return StorageError(f"{self.root}: cannot {action} {key}: {reason}{advice}")
-
-
-class LocalHandle:
-    """An open file. The descriptor lives until the last read that uses it has ended."""
-
-    remote = False
-    fetch_bytes = 128 << 10
-
-    def __init__(self, descriptor: int, size: int, key: str) -> None:
-        self._key, self.size = key, size
-        self._descriptor: _Descriptor | None = _Descriptor(descriptor)
-
-    def read(self, offset: int, length: int) -> bytes:
-        descriptor = self._descriptor
-        if descriptor is None:
-            raise StorageError(f"{self._key}: read after close")
-        try:
-            data = os.pread(descriptor.number, length, offset)
-            while len(data) < length:  # a signal, or more than the kernel gives at once
-                more = os.pread(descriptor.number, length - len(data), offset + len(data))
-                if not more:
-                    raise CorruptError(self._key, f"ends before byte {offset + length}")
-                data += more
-        except OSError as error:
-            kind = StorageFault if error.errno in FAULTS else StorageError
-            raise kind(f"{self._key}: cannot read: {error.strerror}") from error
-        return data
-
-    def close(self) -> None:
-        self._descriptor = None
-
-
-class _Descriptor:
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
 
 
 def _write_synced(descriptor: int, data: Data) -> None:

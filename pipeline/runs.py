@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from cache.errors import StorageError
+from cache.places import redact
 from cache.sources import LeftOut
 from cache.spec import Plan
 from cache.storage import Storage
@@ -123,7 +124,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._document["error"] = f"{type(error).__name__}: {error}"
+            self._document["error"] = redact(f"{type(error).__name__}: {error}")
             with suppress(StorageError):  # a full disk, say, must not hide what went wrong
                 self._close("interrupted")
 

@@ -286,6 +286,7 @@ class _Descriptor:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         status = os.fstat(self.number)
         _require_regular(status)
+        os.set_blocking(self.number, True)  # a file that lies on tape, say, is waited for
         self.size = status.st_size
 
     def __del__(self) -> None:
