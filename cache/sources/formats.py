@@ -9,6 +9,8 @@ IMAGES: Final = frozenset(
     | {"png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif"}
     | {"ppm", "pgm", "pbm", "pnm"}
 )
+MACOS: Final = "__MACOSX"
+"""The folder that macOS adds to its archives: of hidden files alone."""
 _PARQUET: Final = (".parquet", ".pq")
 _COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 

@@ -2,7 +2,7 @@
 
 A member's key is its name up to the first dot of the file name, its ending what follows, as in WebDataset. Members of
 one key in one tar are one sample, also where others lie between them. Hidden ones (`._0.jpg`, `.DS_Store`,
-`__MACOSX/`) are none.
+`_MACOSX/`) are none.
 
 The image is the member whose ending is among those named; without names the one with an image's ending (`jpg`), else
 the one whose ending ends in such (`0.jpg`, `left.jpg`). An ending that elsewhere in the source lies beside an image
@@ -15,10 +15,9 @@ from typing import Final, NamedTuple
 
 from cache.errors import SourceError
 from cache.leftout import HIDDEN, Tally
-from cache.sources.formats import IMAGES, extension
+from cache.sources.formats import IMAGES, MACOS, extension
 from cache.sources.headers import Member
 
-_MACOS: Final = "__MACOSX"
 _LONGEST_LABEL: Final = 64
 
 Part = tuple[str, Member]
@@ -55,7 +54,7 @@ def runs_of(members: Iterable[Member], tally: Tally, tar: str) -> Iterator[tuple
     parts: list[Part] = []
     for member in members:
         key, ending = split_name(member.name)
-        if key is None or (_MACOS in key and _MACOS in key.split("/")):
+        if key is None or (MACOS in key and MACOS in key.split("/")):
             hidden = key is not None or member.name.rpartition("/")[2].startswith(".")
             tally.add(HIDDEN if hidden else "without an ending", f"{tar}/{member.name}")
             continue

@@ -16,7 +16,7 @@ from cache.faults import is_fault
 from cache.leftout import LeftOut, Tally
 from cache.places import refuse_password
 from cache.sources.files import Files, file_system, is_local, to_name, to_text
-from cache.sources.formats import IMAGES, Kind, extension, is_archive, kind_by_name
+from cache.sources.formats import IMAGES, MACOS, Kind, extension, is_archive, kind_by_name
 
 _MAGIC: Final = "*?["
 
@@ -133,26 +133,40 @@ def _look(path: str, beside: Tally, *, literal: bool) -> list[_Found]:
 
 def _in_folder(path: str, names: Sequence[tuple[str, bool]], beside: Tally) -> list[_Found]:
     """A folder of images, or the shards in it; `names` each with whether it is a folder."""
-    visible = [(name, folder) for name, folder in names if not name.startswith(".")]
+    visible = [(name, folder) for name, folder in names if not name.startswith(".") and name != MACOS]
     kinds = {name: kind_by_name(name) for name, folder in visible if not folder}
     shards = sorted(name for name, kind in kinds.items() if kind in ("tar", "parquet"))
     pictures = sorted(name for name, kind in kinds.items() if kind == "folder")
     if not shards and not pictures and _is_saved_dataset(kinds):
         split = "['train']" if "dataset_dict.json" in kinds else ""
         raise SourceError(_convert(path, f"load_from_disk({path!r}){split}"))
-    readable = [name for name in shards if not is_archive(name)]
-    if readable and pictures:
-        raise SourceError(
-            f"data.source: {path}: expected one kind of source, found {readable[0]} ({len(readable):,} shards) beside "
-            f"{pictures[0]} ({len(pictures):,} images); name those that are meant by a pattern, such as "
-            f"'{path}/*.{extension(readable[0])}' or '{path}/*.{extension(pictures[0])}', or move the others away"
-        )
-    if not shards or pictures or any(folder for _, folder in visible):
+    folders = sorted(name for name, folder in visible if folder)
+    _refuse_mixed(path, [name for name in shards if not is_archive(name)], pictures, folders)
+    if not shards or pictures or folders:
         return [_Found(path, "folder", is_folder=True)]
     for name, folder in names:
         if folder or kinds.get(name) is None:
             beside.add_file(f"{path}/{name}")
     return [_Found(f"{path}/{name}", kinds[name], is_folder=False) for name in shards]
+
+
+def _refuse_mixed(path: str, shards: Sequence[str], pictures: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse shards beside images, or several shards beside folders: which of them is the data?
+
+    One shard beside folders is most often the download that they were unpacked from.
+    """
+    nameless = "" in folders  # of keys with `//`, which listing the folder refuses
+    if nameless or not shards or not (pictures or (folders and len(shards) > 1)):
+        return
+    if pictures:
+        others, pattern = f"{pictures[0]} ({len(pictures):,} images)", f"'{path}/*.{extension(pictures[0])}'"
+    else:
+        others, pattern = f"the folder {folders[0]} ({len(folders):,} folders)", f"'{path}/{folders[0]}'"
+    raise SourceError(
+        f"data.source: {path}: expected one kind of source, found {shards[0]} ({len(shards):,} shards) beside "
+        f"{others}; name those that are meant, such as '{path}/*.{extension(shards[0])}' or {pattern}, or move the "
+        "others away"
+    )
 
 
 def _is_saved_dataset(names: Container[str]) -> bool:
@@ -181,7 +195,10 @@ def _remote_names(path: str, system: Any, inner: str) -> list[tuple[str, bool]]:
     listing: list[Any] = _ask(path, lambda: system.ls(inner, detail=True))
     own = inner.rstrip("/")  # object stores list a folder's own marker object among its content
     names = [(item["name"].rstrip("/"), item["type"] == "directory") for item in listing]
-    return [(posixpath.basename(name), folder) for name, folder in names if name != own]
+    # A folder of the same name holds keys with `//`: nameless here, and refused when it is listed.
+    return [
+        ("" if name == own else posixpath.basename(name), folder) for name, folder in names if name != own or folder
+    ]
 
 
 def _ask(path: str, question: Callable[[], Any]) -> Any:

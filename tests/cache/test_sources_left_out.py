@@ -61,6 +61,20 @@ def test_shards_and_pictures_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert list(contents(tmp_path / "*.png")) == ["preview.png"]
 
 
+def test_several_shards_beside_folders_are_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        pack(tmp_path / f"{number}.tar", [("0.jpg", b"0")])
+    fill(tmp_path, "__MACOSX/._0.tar", ".cache/1.jpg")
+    assert list(contents(tmp_path)) == ["0/0", "1/0"]
+    fill(tmp_path, "previews/1.jpg")
+    with pytest.raises(
+        SourceError, match=r"found 0\.tar \(2 shards\) beside the folder previews .*/\*\.tar' or '.*previews'"
+    ):
+        listing(tmp_path)
+    assert list(contents(tmp_path / "*.tar")) == ["0/0", "1/0"]
+    assert list(contents(tmp_path / "previews")) == ["1.jpg"]
+
+
 def test_downloads_beside_unpacked_folders_are_counted(tmp_path: Path) -> None:
     fill(tmp_path, "cat/1.jpg", "images.tar.gz", "cat/more.tar")
     pack(tmp_path / "part.tar", [("0.jpg", b"0")])
@@ -97,7 +111,7 @@ def test_local_names_with_two_colons(tmp_path: Path) -> None:
     assert contents(tmp_path / "x::y.tar") == {"x::y/0": b"0"}
 
 
-def test_keys_of_an_object_store_with_two_slashes_are_refused(s3_bucket: str) -> None:
+def test_keys_of_an_object_store_with_two_slashes_are_refused(s3_bucket: str, tmp_path: Path) -> None:
     system: Any = fsspec.filesystem("s3")
     inner = s3_bucket.removeprefix("s3://")
     system.pipe_file(f"{inner}/slashes/a/1.jpg", b"1")
@@ -108,6 +122,16 @@ def test_keys_of_an_object_store_with_two_slashes_are_refused(s3_bucket: str) ->
     with pytest.raises(SourceError, match=r"nothing between two slashes \(.*/slashes//\.\.\.\).* without `//`"):
         listing(f"{s3_bucket}/slashes")
     assert contents(f"{s3_bucket}/slashes/a") == {"1.jpg": b"1"}
+    earlier = open_source(Data(f"{s3_bucket}/slashes")).earlier
+    assert earlier is not None
+    assert listed(earlier)["key"].to_pylist() == ["a/1.jpg"], "a cache that was begun so goes on"
+    system.pipe_file(f"{inner}/shards/0.tar", pack(tmp_path / "0.tar", [("0.jpg", b"0")]).read_bytes())
+    system.call_s3("put_object", Bucket=inner, Key="shards/", Body=b"")
+    assert contents(f"{s3_bucket}/shards") == {"0/0": b"0"}, "beside the folder's marker"
+    system.call_s3("put_object", Bucket=inner, Key="shards//1.tar", Body=b"")
+    system.invalidate_cache()
+    with pytest.raises(SourceError, match="nothing between two slashes"):
+        listing(f"{s3_bucket}/shards")
 
 
 def test_line_and_bounds_of_a_tally() -> None:
