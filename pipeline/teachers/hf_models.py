@@ -17,6 +17,8 @@ from pipeline.teachers.hf_outputs import HfFeatures, in_order
 from pipeline.teachers.weights import RANDOM, can_reach, initialise, load_strictly, read_weights, seeded
 
 _POOLER = "pooler."
+_NO_TOWER = "Unrecognized configuration class"  # transformers' words
+_TOWER = "take its vision tower as docs/teachers.md shows"
 
 
 def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
@@ -115,10 +117,18 @@ def _model(
     except TeacherError:
         raise
     except Exception as error:
+        if _NO_TOWER in str(error):
+            kind = type(architecture).__name__
+            raise TeacherError(
+                f"{who}: expected a model that AutoModel can load, found {kind}, which it does not know; {_TOWER}"
+            ) from error
         raise TeacherError(f"{who}: transformers cannot load it from safetensors: {reason(error)}") from error
     missing = sorted([*report["missing_keys"], *(str(each) for each in report["mismatched_keys"])])
     if missing and all(key.startswith(_POOLER) for key in missing) and hasattr(model, "pooler"):
         model.pooler = None
     elif missing:
-        raise TeacherError(f"{who}: weights: {place} lacks, or has in another shape, {', '.join(missing[:5])}")
+        raise TeacherError(
+            f"{who}: weights: {place} lacks, or has in another shape, {', '.join(missing[:5])}; if it is of a larger "
+            f"model, {_TOWER}"
+        )
     return model.float()  # type: ignore[no-any-return]

@@ -225,3 +225,15 @@ def test_how_a_shape_is_read(
     facts = read_facts(transformers.AutoConfig.for_model("convnext", hidden_sizes=[32], depths=[1]))
     found = reading_of(shape, image, facts)
     assert (found and found.layout, found and found.grid) == (layout, grid)
+
+
+def test_towers_that_cannot_be_loaded_alone_are_refused_with_the_way_round(tmp_path: Path) -> None:
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        "metaclip_2",
+        text_config={**text, "vocab_size": 99},
+        vision_config={**PLAIN, "image_size": 28, "patch_size": 14},
+    )
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"found MetaClip2VisionConfig, .* vision tower as docs/teachers\.md shows"):
+        build(tmp_path, 28)
