@@ -26,7 +26,8 @@ _LEFT_OUT_IF_NONE = (_EXTRA, "model_args", "no_head", "pool", "pooling", "unprov
 
 # Bounds of what a stranger's file may claim, far beyond anything real: nothing is allocated by larger numbers.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Length = Annotated[int, Field(ge=1, le=2**24)]
+MOST_LENGTH = 2**24
+Length = Annotated[int, Field(ge=1, le=MOST_LENGTH)]
 """Of one dimension of an array or an image."""
 MOST_VALUES = 2**28
 """Of one output in one row."""

@@ -47,6 +47,7 @@ from trainer.files import (
     replace_file,
     write_error,
 )
+from trainer.measured import check_summary
 from trainer.place import CONFIG, SOURCE_FILES, check_place
 from trainer.repeated import require_distinct
 from trainer.sealed import (
@@ -317,7 +318,9 @@ class RunFolder:
             self._write(CONFIG, seal_yaml(resolved.model_dump(mode="json"), MAY_CHANGE))
 
     def _summary(self) -> dict[str, Any]:
-        return open_json(self.path / _SUMMARY, _SUMMARY_KEYS)
+        document, file = open_json(self.path / _SUMMARY, _SUMMARY_KEYS), self.path / _SUMMARY
+        check_summary(document, file, ADVICE)
+        return document
 
     def _digests(self) -> dict[str, str]:
         """Of the files that were written last, by name; none where the run has not ended, or had none."""

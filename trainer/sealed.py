@@ -51,7 +51,7 @@ def seal_json(document: Mapping[str, Any]) -> bytes:
 
 
 def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str, Any]:
-    """What `seal_json` wrote, its `digest` left in; where there is none, `keys` must be there.
+    """What `seal_json` wrote, its `digest` left in; `keys` must be there.
 
     `advice` is what to do about a damaged file.
 
@@ -65,10 +65,9 @@ def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str
     if DIGEST in document:
         body = {key: value for key, value in document.items() if key != DIGEST}
         _check(path, digest_of(plain(body)), document[DIGEST])
-    else:
-        missing = [key for key in keys if key not in document]
-        if missing:
-            raise CorruptError(str(path), f"expected the keys {', '.join(keys)}, found no {missing[0]}; {advice}")
+    missing = [key for key in keys if key not in document]
+    if missing:
+        raise CorruptError(str(path), f"expected the keys {', '.join(keys)}, found no {missing[0]}; {advice}")
     return document
 
 

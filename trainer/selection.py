@@ -22,7 +22,7 @@ from trainer.files import publish_folder, remove_folder
 from trainer.model import Inheritance
 from trainer.resident import Rows
 from trainer.runs import MODEL
-from trainer.sealed import ADVICE, DIGESTS, open_json, read_sealed, seal_json
+from trainer.sealed import ADVICE, DIGESTS, digests_in, open_json, read_sealed, seal_json
 from trainer.world import World
 
 VALIDATIONS: Final = 20  # in a training, where nobody says how many
@@ -183,6 +183,6 @@ def _find(folder: Path) -> Best | None:
 
 def _scores_of(folder: Path) -> dict[str, Any]:
     found = open_json(folder / _SCORES, ("step", "r2", DIGESTS))
-    if isinstance(found["step"], int) and isinstance(found["r2"], float) and isinstance(found[DIGESTS], dict):
+    if type(found["step"]) is int and isinstance(found["r2"], float) and MODEL in digests_in(found, folder / _SCORES):
         return found
     raise CorruptError(str(folder / _SCORES), f"expected a step, an R2 and digests, found other values; {ADVICE}")

@@ -9,12 +9,11 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import braceexpand
-
 from cache.errors import SourceError
 from cache.faults import is_fault
 from cache.leftout import LeftOut, Tally
 from cache.places import refuse_password
+from cache.sources.braces import expand_braces
 from cache.sources.files import Files, file_system, is_local, to_name, to_text
 from cache.sources.formats import IMAGES, MACOS, Kind, extension, is_archive, kind_by_name
 
@@ -78,7 +77,7 @@ def _expand(pattern: str, beside: Tally) -> list[_Found]:
         if os.path.lexists(pattern):
             return _look(pattern, beside, literal=True)
     try:
-        paths = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+        paths = expand_braces(pattern)
     except ValueError as error:
         raise SourceError(f"data.source: {pattern}: cannot expand its braces: {error}") from None
     found = []

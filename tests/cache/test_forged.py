@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 from cache import open_cache
 from cache.errors import CorruptError
 from cache.status import status
+from cache.theia.names import parse_splits
 from cache.verify import verify
 from tests.cache.builders import SmallCache
 from tests.cache.forging import forge_document, forge_group, reseal
@@ -230,3 +231,21 @@ def test_a_record_of_images_names_its_arrays(small_cache: SmallCache, arrays: di
     with pytest.raises(CorruptError, match=rf"^{file}: arrays: expected"):
         open_cache(small_cache.path).valid()
     assert any(found.startswith(f"{file}: arrays: expected") for found in refusals(small_cache.path))
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"train": NaN}', b"[]", rb'{"\ud800": 1}', b'{"a":' * 3000, b'{"a": 1, "a": 2}', b"\xff"]
+)
+def test_splits_of_a_dataset_are_plain_json(raw: bytes) -> None:
+    with pytest.raises(CorruptError, match=r"^splits\.json: is not JSON"):
+        parse_splits(raw, "splits.json")
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"started": NaN}', b"[" * 3000, rb'{"id": "\ud800"}', b"\0", b'{"failed": [{"unit": 1e999}]}']
+)
+def test_a_run_that_nobody_wrote_is_passed_over(small_cache: SmallCache, raw: bytes) -> None:
+    (small_cache.path / "runs").mkdir()
+    (small_cache.path / "runs/a.json").write_bytes(raw)
+    assert status(small_cache.path).complete
+    assert verify(small_cache.path).ok

@@ -60,13 +60,18 @@ def exercise(path: Path) -> list[str]:
 
 
 def check(small: SmallCache, original: dict[str, bytes], done: str) -> None:
-    """Exercise a cache that was forged, and put it back as it was."""
+    """Exercise a cache that was forged, and restore it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ResourceWarning)
             exercise(small.path)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__} after: {done}") from error
+    restore(small, original)
+
+
+def restore(small: SmallCache, original: dict[str, bytes]) -> None:
+    """Put every file of the cache back as it was."""
     for file in {*tree(small.path)} - original.keys():
         (small.path / file).unlink()
     for file, raw in original.items():

@@ -166,8 +166,11 @@ def test_metrics_are_kept_up_to_a_step_and_a_cut_line_is_left_out(begun: RunFold
 
 def test_the_summary_is_json_without_nan(begun: RunFolder) -> None:
     assert begun.summary() is None
-    begun.finish({"model.safetensors": b""}, {"validation": {"r2": float("nan"), "rows": [1, float("inf")]}})
-    assert begun.summary() == {"validation": {"r2": None, "rows": [1, None]}}
+    summary = {"steps": 1, "seconds": 0.5, "parameters": 2, "validation_rows": 3}
+    scores = {"teachers": {"big": {"r2_global": float("nan")}}, "base": {"r2": 1, "rows": [1, float("inf")]}}
+    begun.finish({"model.safetensors": b""}, {**summary, "validation": scores})
+    without = {"teachers": {"big": {"r2_global": None}}, "base": {"r2": 1, "rows": [1, None]}}
+    assert begun.summary() == {**summary, "validation": without}
 
 
 @pytest.mark.parametrize("line", [b"{\x00\x00", b"\xff{}", b"[]", b"{}"])

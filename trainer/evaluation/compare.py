@@ -14,12 +14,14 @@ from cache.errors import ConfigError
 from trainer.evaluation.evaluate import evaluation_file
 from trainer.evaluation.origin import Origin, differences
 from trainer.files import replace_file, write_error
+from trainer.measured import check_scores
 from trainer.runs import RunFolder
 from trainer.sealed import open_json
 from trainer.selection import overall_r2
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
 
+_EVALUATE_AGAIN: Final = "run `kpu-train eval` again"
 _SCORES_KEYS: Final = ("teachers", "base", "caches", "rows")
 
 
@@ -166,12 +168,15 @@ def _read(path: Path, label: str, evaluation: str, *, required: bool) -> Compare
     scores: dict[str, Any] | None = None
     file = path / evaluation
     if file.exists():
-        scores = open_json(file, _SCORES_KEYS, "run `kpu-train eval` again")
+        scores = open_json(file, _SCORES_KEYS, _EVALUATE_AGAIN)
+        check_scores(scores, file, _EVALUATE_AGAIN)
     elif required:
         raise ConfigError(
             f"{path}: expected an evaluation on this cache, found none; run `kpu-train eval` with --cache"
         )
     curve = [(line["step"], line["validation"]) for line in run.metrics() if "validation" in line]
+    for _, logged in curve:
+        check_scores(logged, path / "metrics.jsonl", "remove the line")
     if summary["validation_rows"]:
         curve.append((summary["steps"], summary["validation"]))
     teachers = tuple(summary["validation"]["teachers"])

@@ -4,13 +4,13 @@ import json
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.digests import digest, digest_of
 from cache.errors import ConfigError, CorruptError
-from cache.spec import Decoding, InputSpec, TeacherSpec
+from cache.spec import MOST_LENGTH, Decoding, InputSpec, Length, TeacherSpec
 from cache.strict_json import parse_json_object
 from trainer.config import ProjectorConfig, StudentConfig
 from trainer.files import read_file
@@ -41,7 +41,7 @@ class Description(BaseModel):
     format: str = FORMAT
     version: int = VERSION
     base: TeacherSpec
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     bundled: bool
     student: StudentConfig
     outputs: tuple[str, ...]
@@ -49,15 +49,50 @@ class Description(BaseModel):
     input: InputSpec
     shapes: dict[str, dict[str, OutputShape]]
     projector: ProjectorConfig
-    heads: dict[str, int]
+    heads: dict[str, Length]
     matrices: tuple[str, ...]
     digests: dict[str, str] = {}
     decoding: Decoding = Decoding()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Description":
+        known = {output.name for output in self.base.outputs}
+        if not known >= set(self.inputs):
+            raise ValueError(f"inputs: expected some of {sorted(known)}, found {list(self.inputs)}")
+        for slot, shape in self._slots.items():
+            if not all(1 <= length <= MOST_LENGTH for length in (shape.channels, *(shape.grid or ()))):
+                raise ValueError(f"shapes: expected lengths from 1 to {MOST_LENGTH}, found {shape} of {slot}")
+        for slot in (*self.matrices, *map(_global_of, self.heads)):
+            if slot not in self._slots:
+                raise ValueError(f"heads and matrices: expected some of {sorted(self._slots)}, found {slot}")
+        return self
+
+    @property
+    def least_bytes(self) -> int:
+        """Of the tensors that it describes: they must be there before modules of their size are made."""
+        slots = self._slots
+        projected = sum(self.projector.hidden * shape.channels for shape in slots.values())
+        turned = sum(slots[slot].channels ** 2 for slot in self.matrices)
+        heads = sum(classes * slots[_global_of(name)].channels for name, classes in self.heads.items())
+        return 4 * (projected + turned + heads)
+
+    @property
+    def _slots(self) -> dict[str, OutputShape]:
+        """By the name that a module of the output has."""
+        return {_slot(name, o): shape for name, outputs in self.shapes.items() for o, shape in outputs.items()}
 
     @property
     def base_shapes(self) -> dict[str, OutputShape]:
         """Of all outputs that the student reads or gives."""
         return {o.name: OutputShape(o.channels, o.grid) for o in self.base.outputs}
+
+
+def _slot(teacher: str, output: str) -> str:
+    return f"{teacher}:{output}".replace(".", "/")
+
+
+def _global_of(teacher: str) -> str:
+    return _slot(teacher, "global")
 
 
 def dump_description(description: Description) -> bytes:

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from torch import Tensor
 
 from cache.code import CodeLoader, split_model
 from cache.errors import CorruptError
@@ -41,6 +42,9 @@ def load_exported(place: Path, trust: Trust) -> ExportedStudent:
     """`load_student`, with the code that `trust` allows."""
     description = read_description(place)
     codes = CodeLoader(trust)
+    state = _tensors(place, STUDENT, description)
+    if sum(tensor.nbytes for tensor in state.values()) < description.least_bytes:
+        raise CorruptError(str(place / STUDENT), f"holds less than the {description.least_bytes:,} bytes described")
     models = [_in(place, model, description, codes) for model in (description.base.model, description.student.model)]
     here = description.model_copy(
         update={
@@ -53,17 +57,21 @@ def load_exported(place: Path, trust: Trust) -> ExportedStudent:
     student = make_student(here.student, BaseInfo(here.base, shapes, blank, here.seed), here.outputs, codes)
     base = None
     if not student.needs_images:
-        weights = load_tensors(read_bytes(place, BASE, description)) if here.bundled else None
+        weights = _tensors(place, BASE, description) if here.bundled else None
         base = build_base(here.base, here.inputs, here.seed, weights, codes)
     exported = ExportedStudent(here, student, base)
-    try:
-        state = load_tensors(read_bytes(place, STUDENT, description))
-    except SafetensorError as error:
-        raise CorruptError(str(place / STUDENT), f"holds no tensors ({error})") from None
     kept = {name: value for name, value in exported.state_dict().items() if name.startswith(BASE_PREFIX)}
     load_strictly(exported, {**state, **kept}, str(place / STUDENT))
     check_others(place, description, {BASE, STUDENT} if base is not None else {STUDENT})
     return exported.eval()
+
+
+def _tensors(place: Path, name: str, description: Description) -> dict[str, Tensor]:
+    data = read_bytes(place, name, description)
+    try:
+        return load_tensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CorruptError(str(place / name), f"holds no tensors ({error})") from None
 
 
 def _in(place: Path, model: str | None, description: Description, codes: CodeLoader) -> str | None:
