@@ -13,7 +13,7 @@ from PIL import Image
 from cache import layout
 from cache.digests import digest_bytes
 from cache.errors import ConfigError, MismatchError, SourceError
-from cache.pixels.decode import decoded
+from cache.pixels.decode import Decoded
 from cache.places import redact, refuse_password, require_plain
 from cache.reader import Cache
 from cache.reasons import reason
@@ -63,7 +63,7 @@ class Originals:
                 f"{expected.tobytes().hex()}), found other bytes ({found.hex()}); restore it, or extract into a new "
                 f"cache. {self._advice}"
             )
-        with decoded(data, self._source.decoding) as image:
+        with Decoded(data, self._source.decoding) as image:
             if isinstance(image, ImageStatus):
                 raise MismatchError(
                     f"{self._name(record)}: expected an image that can be decoded, as at extraction, found "

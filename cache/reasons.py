@@ -58,6 +58,15 @@ def count_reasons(status: npt.NDArray[np.uint8]) -> dict[str, int]:
     return {reason(code): count for code, count in pairs}
 
 
+def describe_reasons(counts: dict[str, int]) -> str:
+    """What `count_reasons` gave, in a line: how many rows, why, and what to do; empty where none is masked."""
+    return "; ".join(f"{count:,} masked ({text})" + _after(remedy(text)) for text, count in counts.items())
+
+
+def _after(advice: str | None) -> str:
+    return "" if advice is None else f": {advice}"
+
+
 _BY_TEXT: Final = {reason(status): text for status, text in _REMEDIES.items()}
 
 

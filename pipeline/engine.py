@@ -54,6 +54,7 @@ class Engine:
         ahead = DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0
         self._loader = Loader(reader, pool, threads, ahead, config.crop, decoding)
         self.stopping = Event()
+        self.seen = np.zeros(0, np.uint8)
         self.teachers: dict[str, Teacher] = {
             name: load_shipped(name, shipped, device=device, seed=config.seed) for name, shipped in teachers.items()
         }
@@ -80,13 +81,15 @@ class Engine:
     ) -> dict[str, dict[str, Accumulator]]:
         """Moments of every output over the rows of `table`, without masked rows and those with NaN or infinity.
 
-        `done` is told, after each batch, of how many rows so far.
+        `done` is told, after each batch, of how many rows so far. `seen` then has the status of each row.
         """
         totals = {
             name: {output.name: Accumulator(output.channels) for output in self.teachers[name].outputs}
             for name in names
         }
+        seen = [np.zeros(0, np.uint8)]
         for batch in self.batches(table, names, Stopwatch()):
+            seen.append(batch.status)
             usable = torch.from_numpy(np.flatnonzero(batch.status == ImageStatus.OK))
             for name in names:
                 for output, features in self.forward(name, batch).items():
@@ -95,6 +98,7 @@ class Engine:
                     if len(kept):
                         totals[name][output].add(*moments(kept))
             done(batch.start + len(batch))
+        self.seen = np.concatenate(seen)
         return totals
 
     def compute(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.digests import DIGEST_BYTES, digest_bytes
-from cache.pixels.decode import decoded
+from cache.pixels.decode import Decoded
 from cache.pixels.resize import Geometry, resize_image
 from cache.pixels.views import resolve_view
 from cache.sources import SourceReader
@@ -126,7 +126,7 @@ def _fill(
 ) -> None:
     rows = slice(members.start, members.stop)
     batch.digest[rows] = np.frombuffer(digest_bytes(data), np.uint8)
-    with decoded(data, decoding) as image:
+    with Decoded(data, decoding) as image:
         if isinstance(image, ImageStatus):
             batch.status[rows] = image
             return

@@ -110,10 +110,12 @@ def plan_cache(
 
 
 def tell_left_out(source: Source, observer: Observer) -> None:
-    """Say in one line what the listing left out, and why."""
+    """Say in one line what the listing left out, and why; and what it noted on how images are read."""
     line = describe_left_out(source.left_out)
     if line:
         observer.phase("plan", line)
+    for note in source.notes:
+        observer.warn(note)
 
 
 def _listed_in_units(

@@ -24,7 +24,7 @@ from cache.failpoints import failpoint
 from cache.fidelity import RowFidelity, measure
 from cache.locations import open_storage
 from cache.plans import load_plan
-from cache.reasons import count_reasons
+from cache.reasons import count_reasons, describe_reasons
 from cache.samples import Samples, row_digest
 from cache.shardwriter import ArrayLayout, Shard, encode_shard
 from cache.sources import source_reader
@@ -182,9 +182,10 @@ class Worker:
     def _finish(self, name: str, totals: dict[str, Accumulator]) -> dict[str, Statistics]:
         for output, total in totals.items():
             if not total.count:
+                masked = describe_reasons(count_reasons(self._engine.seen))
                 raise SourceError(
                     f"calibration of teacher {name!r}, output {output!r}: expected at least one usable row, found "
-                    "none; each of the sample cannot be decoded, or gives NaN or infinity"
+                    f"none among {len(self._engine.seen)}: {masked or 'each gives NaN or infinity'}"
                 )
         codec = self._config.codec_of(name)
         return {output: calibrated(total, codec) for output, total in totals.items()}

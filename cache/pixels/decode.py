@@ -13,20 +13,22 @@
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Final
 
 from PIL import Image, UnidentifiedImageError
 
 from cache.pixels import jpeg, jpeg2000, npy, png, tiff
 from cache.pixels.formats import why_unidentified
 from cache.pixels.pillow import load_jpeg2000, load_without_xmp, low_bytes, open_image, settle, unread_bytes
-from cache.pixels.refused import Refused
+from cache.pixels.refused import NoBytes, Refused
 from cache.pixels.rgb import Samples, to_rgb, upright
 from cache.pixels.room import Claim
 from cache.pixels.sizes import pixels_before_opening
 from cache.spec import Decoding, ImageStatus
+
+_PLAIN: Final = Samples()
+_JPEG: Final = ("JPEG", "MPO")
 
 
 def decode_image(data: bytes, how: Decoding = Decoding()) -> Image.Image | ImageStatus:  # noqa: B008 - frozen
@@ -38,18 +40,33 @@ def decode_image(data: bytes, how: Decoding = Decoding()) -> Image.Image | Image
     Raises:
         MemoryError: this machine is out of memory, which says nothing about the image.
     """
-    with decoded(data, how) as image:
-        return image
+    claim = Claim()
+    try:
+        return _decode_or_status(data, how, claim)
+    finally:
+        claim.give_back()
 
 
-@contextmanager
-def decoded(data: bytes, how: Decoding) -> Iterator[Image.Image | ImageStatus]:
-    """As `decode_image`; while the context is open, other threads of this process leave the image its memory.
+class Decoded:
+    """A context that gives what `decode_image` does; while it is open, other threads leave the image its memory.
 
     Decoding begins once there is room for it, whatever that depends on: it never decides what comes out.
     """
-    with Claim() as claim:
-        yield _decode_or_status(data, how, claim)
+
+    def __init__(self, data: bytes, how: Decoding) -> None:
+        self._data, self._how, self._claim = data, how, Claim()
+
+    def __enter__(self) -> Image.Image | ImageStatus:
+        try:
+            return _decode_or_status(self._data, self._how, self._claim)
+        except BaseException:
+            self._claim.give_back()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._claim.give_back()
 
 
 def image_to_rgb(image: Image.Image, how: Decoding = Decoding()) -> Image.Image | ImageStatus:  # noqa: B008
@@ -70,7 +87,7 @@ def image_to_rgb(image: Image.Image, how: Decoding = Decoding()) -> Image.Image 
 
 def _decode_or_status(data: bytes, how: Decoding, claim: Claim) -> Image.Image | ImageStatus:
     if not data:
-        return ImageStatus.EMPTY
+        return data.status if isinstance(data, NoBytes) else ImageStatus.EMPTY
     try:
         return _decode(data, how, claim)
     except MemoryError:
@@ -94,8 +111,8 @@ def _decode(data: bytes, how: Decoding, claim: Claim) -> Image.Image:
     _check_size(pixels_before_opening(data), how, claim)
     with open_image(data, tags) as image:
         _check_size(image.width * image.height, how, claim)
-        if image.format in ("JPEG", "MPO"):
-            jpeg.check_scans(data, image.width * image.height)
+        if image.format in _JPEG:
+            jpeg.check_scans(data, image.width * image.height, image)
         if image.format == "JPEG2000":
             mended = jpeg2000.decode_deep(data, load_jpeg2000)
             if mended is not None:
@@ -123,12 +140,15 @@ def _check_size(pixels: int, how: Decoding, claim: Claim) -> None:
 def _samples(image: Image.Image, data: bytes, tags: tiff.TiffHeader | None) -> Samples:
     if tags is not None:
         return Samples(tags.bits, tags.significant, tags.unsigned, tags.white_is_zero)
-    if image.format == "PNG":
+    if image.format == "PNG" and not png.is_plain(data):
         header = png.read_header(data)
-        return Samples(header.bits, header.significant, transparent=header.transparent)
+        significant = header.significant
+        if significant is None and header.bits == 16 and header.transparent is not None:
+            significant = 16  # a sensor's data has no transparent colour: this was made to be shown, dark or not
+        return Samples(header.bits, significant, transparent=header.transparent)
     if image.mode.startswith("I"):  # of a PGM or JPEG XL
         return Samples(bits=16, scaled=True)
-    return Samples()
+    return _PLAIN
 
 
 def _samples_of_loaded(image: Image.Image) -> Samples:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from cache.pixels.refused import Refused
 from cache.spec import ImageStatus
@@ -20,6 +20,7 @@ _EOI: Final = 0xD9
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _FRAMES: Final = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _DECODED: Final = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # baseline, extended and progressive
+_SEQUENTIAL: Final = frozenset({0xC0, 0xC1, 0xC9})
 _NEXT: Final = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # the marker that ends a scan's data
 
 
@@ -28,16 +29,36 @@ class _Marker(NamedTuple):
     content: memoryview
 
 
-def check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a JPEG of so many pixels in more scans than any encoder writes. Raises Refused."""
+def check_scans(data: bytes, pixels: int, image: Any) -> None:
+    """Refuse a JPEG of so many pixels in more scans than any encoder writes. Raises Refused.
+
+    `image` is what Pillow opened, whose file ends after the first scan's header: that tells most JPEGs from the others.
+    """
+    channels, end = getattr(image, "layers", 0), image.fp.tell()
+    first = end - 8 - 2 * channels
+    if "progressive" not in image.info and data[first : first + 2] == b"\xff\xda" and data[first + 4] == channels:
+        return
     allowed = max(_FEW_SCANS, min(MAX_SCANS, _MAX_WORK // max(pixels, 1)))
-    if data.count(b"\xff\xda") <= allowed:  # thumbnails and other data may add to it, never take away
+    if not _in_several_scans(data):
         return
     scans = 0
     for marker in _markers(data):
         scans += marker.kind == _SOS
         if scans > allowed:
             raise Refused(ImageStatus.TOO_MANY_SCANS)
+
+
+def _in_several_scans(data: bytes) -> bool:
+    """Whether decoders go on after the first scan: in a progressive JPEG, or where it lacks a channel."""
+    channels = 0
+    for kind, content in _markers(data):
+        if kind in _FRAMES and len(content) > 5:
+            if kind not in _SEQUENTIAL:
+                return True
+            channels = content[5]
+        elif kind == _SOS:
+            return not content or content[0] < channels
+    return False
 
 
 def is_unsupported(data: bytes) -> bool:

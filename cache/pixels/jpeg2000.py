@@ -7,6 +7,7 @@ irreversible one its quantisation steps are halved (ISO 15444-1, annexes A.5, A.
 
 import struct
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from cache.spec import ImageStatus
 BOXES: Final = b"\0\0\0\x0cjP  \r\n\x87\n"
 CODESTREAM: Final = b"\xff\x4f\xff\x51"
 
-_SIZ, _COD, _COC, _QCD, _QCC, _SOT, _SOD = 0x51, 0x52, 0x53, 0x5C, 0x5D, 0x90, 0x93
+_COD, _COC, _QCD, _QCC, _SOT, _SOD = 0x52, 0x53, 0x5C, 0x5D, 0x90, 0x93
+_CHANNELS: Final = 40  # where SIZ has their number, from the beginning of the codestream
+_MAX_SEGMENTS: Final = 2**17
 _REVERSIBLE: Final = 1
 _PALETTE_OR_YCC: Final = (b"pclr", b"cmap")
 
@@ -44,8 +47,7 @@ def decode_deep(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Im
     if begin < 0:
         return None
     try:
-        segments = list(_segments(data, begin))
-        bits, signed = _samples(data, segments)
+        bits, signed = _samples(data, begin)
     except (struct.error, IndexError):
         return None
     if max(bits) <= 8 and not signed:
@@ -57,7 +59,7 @@ def decode_deep(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Im
     special = image.mode in ("P", "PA", "CMYK") or any(box in head for box in _PALETTE_OR_YCC) or _is_ycc(head)
     if signed or special or len(set(bits)) > 1:
         raise Refused(ImageStatus.UNSUPPORTED_PIXELS)
-    halved = decode(_halved(data, segments))
+    halved = decode(_halved(data, begin))
     values, which = np.asarray(image), np.asarray(halved)
     mended: npt.NDArray[np.uint8] = np.where((values == 0) & (which >= 128), np.uint8(255), values)
     return Image.fromarray(mended, image.mode)
@@ -68,24 +70,25 @@ def _is_ycc(head: bytes) -> bool:
     return at >= 0 and head[at + 4 : at + 5] == b"\x01" and head[at + 7 : at + 11] == b"\0\0\0\x12"
 
 
-def _samples(data: bytes, segments: list[_Segment]) -> tuple[list[int], bool]:
-    """Bits of each channel, and whether any has a sign."""
-    siz = next(segment for segment in segments if segment.kind == _SIZ)
-    channels: int = struct.unpack_from(">H", data, siz.start + 34)[0]
-    depths = [data[siz.start + 36 + 3 * channel] for channel in range(channels)]
+def _samples(data: bytes, begin: int) -> tuple[list[int], bool]:
+    """Bits of each channel, and whether any has a sign: SIZ comes first, and ends with three bytes for each."""
+    channels: int = struct.unpack_from(">H", data, begin + _CHANNELS)[0]
+    depths = [data[begin + _CHANNELS + 2 + 3 * channel] for channel in range(channels)]
     return [(depth & 0x7F) + 1 for depth in depths], any(depth & 0x80 for depth in depths)
 
 
-def _halved(data: bytes, segments: list[_Segment]) -> bytes:
+def _halved(data: bytes, begin: int) -> bytes:
     """The same image with all values half as far from the middle of their range. Raises Refused."""
     copy = bytearray(data)
-    siz = next(segment for segment in segments if segment.kind == _SIZ)
-    channels: int = struct.unpack_from(">H", data, siz.start + 34)[0]
+    segments = list(islice(_segments(data, begin), _MAX_SEGMENTS))
+    if len(segments) == _MAX_SEGMENTS:
+        raise Refused(ImageStatus.UNSUPPORTED_PIXELS)
+    channels: int = struct.unpack_from(">H", data, begin + _CHANNELS)[0]
     many = channels > 256  # then a channel's number takes two bytes
     kinds = {_transform(data, segment, many) for segment in segments if segment.kind in (_COD, _COC)}
     if kinds == {_REVERSIBLE}:
         for channel in range(channels):
-            copy[siz.start + 36 + 3 * channel] += 1
+            copy[begin + _CHANNELS + 2 + 3 * channel] += 1
         return bytes(copy)
     if kinds != {0}:
         raise Refused(ImageStatus.UNSUPPORTED_PIXELS)
@@ -113,12 +116,12 @@ def _segments(data: bytes, begin: int) -> Iterator[_Segment]:
     while at + 4 <= len(data) and data[at] == 0xFF:
         kind, length = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
         if kind == _SOD:
+            if tile_end <= at:
+                return
             at = tile_end
             continue
         if kind == _SOT:
             size = struct.unpack_from(">I", data, at + 6)[0]
             tile_end = at + size if size else len(data)
-            if tile_end <= at:
-                return
         yield _Segment(kind, at + 4, at + 2 + length)
         at += 2 + length

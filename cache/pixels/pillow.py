@@ -66,6 +66,9 @@ def load_jpeg2000(data: bytes) -> Image.Image:
 
 def load_without_xmp(image: Image.Image) -> None:
     """Load an image; Pillow turns a TIFF as its XMP says, where that can be found."""
+    if image.info.keys().isdisjoint(_XMP):
+        image.load()
+        return
     hidden: dict[Any, Any] = {name: image.info.pop(name) for name in _XMP if name in image.info}
     try:
         image.load()

@@ -16,6 +16,11 @@ class PngHeader(NamedTuple):
     transparent: tuple[int, ...] | None
 
 
+def is_plain(data: bytes) -> bool:
+    """Whether samples have the 8 bits of which Pillow keeps all that is said."""
+    return data[24:25] == b"\x08"
+
+
 def read_header(data: bytes) -> PngHeader:
     """The header of what begins with a PNG's signature; what is broken in it is left out.
 

@@ -9,3 +9,14 @@ class Refused(Exception):
     def __init__(self, status: ImageStatus) -> None:
         super().__init__(status.name)
         self.status = status
+
+
+class NoBytes(bytes):
+    """Zero bytes in place of an encoded image, with the reason why there are none."""
+
+    status: ImageStatus
+
+    def __new__(cls, status: ImageStatus) -> "NoBytes":
+        empty = super().__new__(cls)
+        empty.status = status
+        return empty

@@ -72,6 +72,10 @@ def _over_white(image: Image.Image, samples: Samples) -> Image.Image:
     if samples.transparent is not None and samples.bits < 8 and image.mode == "L":
         image = image.copy()  # Pillow compares what it scaled to 8 bits with what the file says
         image.info["transparency"] = samples.transparent[0] * 255 // (2**samples.bits - 1)
+    transparency = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
+        image = image.copy()
+        image.info["transparency"] = tuple(value & 255 for value in transparency)  # only these count, PNG says
     rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")

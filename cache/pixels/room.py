@@ -5,7 +5,6 @@ An image that is alone is always let in, so the memory at hand decides when an i
 
 import os
 import threading
-from types import TracebackType
 from typing import Final
 
 from cache.memory import available_memory
@@ -13,6 +12,9 @@ from cache.memory import available_memory
 BYTES_PER_PIXEL: Final = 16  # at the peak of decoding and resizing: animated formats hold three copies of four bytes
 ALWAYS: Final = 512 * 2**20
 """Bytes that all images together may take without asking: 32 megapixels."""
+
+SMALL: Final = 64 * 2**20
+"""An image that takes no more bytes, of 4 megapixels, does not count: there are as many as threads."""
 
 _SHARE: Final = 0.5  # of what is free; the rest is for teachers and other processes
 _ASK_AGAIN_SECONDS: Final = 0.5  # other processes give memory back without a word
@@ -53,27 +55,25 @@ def _here() -> _Room:
 
 
 class Claim:
-    """What one image takes, until the context is left. A thread holds one at a time, so none waits for itself."""
+    """What one image takes, until `give_back`. A thread holds one at a time, so none waits for itself."""
+
+    __slots__ = ("_room", "_size")
 
     def __init__(self) -> None:
-        self._room, self._size = _here(), 0
-
-    def __enter__(self) -> "Claim":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._size:
-            self._room.give_back(self._size)
+        self._size = 0
 
     def take(self, pixels: int) -> None:
         """Wait for room for an image of so many pixels; instead of, not beside, what was claimed before."""
         size = pixels * BYTES_PER_PIXEL
-        if size <= self._size:
+        if size <= SMALL or size <= self._size:
             return
+        self.give_back()
+        self._room = _here()
+        self._room.take(size)
+        self._size = size
+
+    def give_back(self) -> None:
+        """Leave the room to others."""
         if self._size:
             self._room.give_back(self._size)
             self._size = 0
-        self._room.take(size)
-        self._size = size

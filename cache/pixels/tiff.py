@@ -14,6 +14,7 @@ SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TYPES: Final = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}  # whole numbers
 _MAX_VALUES: Final = 4096
 _MAX_TAGS: Final = 4096
+_MAX_COPIES: Final = 64  # smaller copies and masks of the picture; pyramids have about ten
 
 _KIND, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _SAMPLES, _HIGHEST, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT, _SUBSAMPLING = (
@@ -23,6 +24,7 @@ _WANTED: Final = frozenset(
     {_KIND, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _HIGHEST, _PLANAR}
     | {_TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT, _SUBSAMPLING}
 )
+_OF_COPIES: Final = frozenset({_KIND, _WIDTH, _HEIGHT})
 _REDUCED, _MASK = 1, 4  # in NewSubfileType
 _COLOURS: Final = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # samples by photometric interpretation
 _RGB, _YCBCR = 2, 6
@@ -105,8 +107,10 @@ def _pages(data: bytes) -> tuple[str, _Tags, bool]:
     seen = {0, at}
     while following not in seen:
         seen.add(following)
+        if len(seen) > _MAX_COPIES:
+            return order, first, True
         try:
-            page, following = _directory(data, following, order, big)
+            page, following = _directory(data, following, order, big, _OF_COPIES)
         except (struct.error, KeyError, IndexError):  # what comes after the picture may be broken
             break
         if not page.get(_KIND, (0,))[0] & (_REDUCED | _MASK):
@@ -114,7 +118,7 @@ def _pages(data: bytes) -> tuple[str, _Tags, bool]:
     return order, first, False
 
 
-def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[_Tags, int]:
+def _directory(data: bytes, at: int, order: str, big: bool, wanted_tags: frozenset[int] = _WANTED) -> tuple[_Tags, int]:
     """Tags of whole numbers in the directory at an offset, and the offset of the next directory."""
     head, entry, word = ("Q", "HHQ", "Q") if big else ("H", "HHI", "I")
     count: int = struct.unpack_from(order + head, data, at)[0]
@@ -127,7 +131,7 @@ def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[_Tags, int]
     for place in range(at, at + count * width, width):
         tag, kind, length = struct.unpack_from(order + entry, data, place)
         code, inline = _TYPES.get(kind), place + width - room
-        if tag not in _WANTED or code is None or not 0 < length <= _MAX_VALUES:
+        if tag not in wanted_tags or tag in tags or code is None or not 0 < length <= _MAX_VALUES:
             continue
         wanted = f"{order}{length}{code}"
         start = inline if struct.calcsize(wanted) <= room else struct.unpack_from(order + word, data, inline)[0]

@@ -43,12 +43,13 @@ class Data(Protocol):
 class Source(Protocol):
     """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does.
 
-    `left_out` counts what the last whole listing passed over. `earlier` lists by the rules of earlier releases, for a
-    cache that was begun then; None where they were the same.
+    `left_out` counts what the last whole listing passed over; `notes` are lines on how its images are read. `earlier`
+    lists by the rules of earlier releases, for a cache that was begun then; None where they were the same.
     """
 
     spec: SourceSpec
     left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
     earlier: "Source | None"
 
     @property
@@ -138,6 +139,7 @@ class _Checked:
         self._listing, self._limit, self._unlabelled = listing, limit, unlabelled
         self.spec = listing.spec
         self.left_out: tuple[LeftOut, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.earlier: Source | None = None if earlier is None else _Checked(earlier, limit)
 
     @property
@@ -154,6 +156,7 @@ class _Checked:
             labelled = labelled or _has_label(batch.column("label"))
             yield batch
         self.left_out = self._listing.tally.result()
+        self.notes = tuple(getattr(self._listing, "notes", ()))
         if self._unlabelled is not None and not labelled:
             raise SourceError(self._unlabelled())
 

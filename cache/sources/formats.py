@@ -7,6 +7,7 @@ Kind = Literal["folder", "tar", "parquet"]
 IMAGES: Final = frozenset(
     {"jpg", "jpeg", "jpe", "jfif"}
     | {"png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif"}
+    | {"heic", "heif", "hif", "jxl"}  # with a plug-in; else their rows say which
     | {"ppm", "pgm", "pbm", "pnm"}
 )
 MACOS: Final = "__MACOSX"

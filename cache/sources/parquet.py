@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from cache.errors import SourceError
 from cache.leftout import Tally
 from cache.sources.files import Files, Piece, require_regular, to_bytes
+from cache.sources.imagecolumn import image_column, no_column, rows_without_bytes
 from cache.sources.locate import Located
 from cache.sources.tables import BATCH_ROWS, sample_batch
 from cache.spec import SourceSpec
@@ -33,6 +34,7 @@ class ParquetListing:
         self._files, self.tally = located.files, Tally(located.left_out)
         self._entries = [entry.path for entry in located.entries]
         self._label, self._key = label, key
+        self._without_bytes = 0
         first = open_parquet(self._files, self._entries[0])
         self._image = image_column(first.schema_arrow, self._files.name(self._entries[0]), image)
         self._classes_of_first = _classes(first.schema_arrow, self._label_column(first, self._entries[0]))
@@ -45,15 +47,27 @@ class ParquetListing:
         return self._key is None and len({_stem(file) for file in self._entries}) == len(self._entries)
 
     @property
+    def notes(self) -> list[str]:
+        """What to say of how the last listing's images are read."""
+        if not self._without_bytes:
+            return []
+        return [
+            f"{self._without_bytes:,} rows of column {self._image!r} have no bytes: where they have a path, the image "
+            f"is read from it, below {self._files.root}"
+        ]
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names from the files' metadata."""
         return self._classes_of_first
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Columns key, file, row_group, row (within its row group) and label."""
+        self._without_bytes = 0
         for file in self._entries:
             opened = open_parquet(self._files, file)
             image_column(opened.schema_arrow, self._files.name(file), self._image)
+            self._without_bytes += rows_without_bytes(opened, self._image)
             label = self._label_column(opened, file)
             if _classes(opened.schema_arrow, label) != self._classes_of_first:
                 raise SourceError(
@@ -99,7 +113,7 @@ class ParquetListing:
         """The label and key columns, in batches; batches without columns where neither is wanted."""
         wanted = [name for name in (label, self._key) if name is not None]
         if self._key is not None and self._key not in opened.schema_arrow.names:
-            raise _no_column(self._files.name(file), "data.key", self._key, opened.schema_arrow)
+            raise no_column(self._files.name(file), "data.key", self._key, opened.schema_arrow)
         if not wanted:
             for begin in range(0, opened.metadata.num_rows, BATCH_ROWS):
                 rows = min(BATCH_ROWS, opened.metadata.num_rows - begin)
@@ -135,7 +149,7 @@ class ParquetListing:
         if self._label is False or (self._label is None and name not in schema.names):
             return None
         if name not in schema.names:
-            raise _no_column(self._files.name(file), "data.label", name, schema)
+            raise no_column(self._files.name(file), "data.label", name, schema)
         found = schema.field(name).type
         if not any(check(found) for check in _INTEGERS):
             raise SourceError(
@@ -164,52 +178,8 @@ def _open(files: Files, file: str) -> pq.ParquetFile:
     return pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
 
 
-def image_column(schema: pa.Schema, file: str, wanted: str | None) -> str:
-    """Name of the column of encoded images: the one wanted, or the only one, or `image`, of a type that can be one."""
-    able = [field.name for field in schema if _leaf(field) is not None]
-    if wanted is not None:
-        if wanted in able:
-            return wanted
-        if wanted in schema.names:
-            found = schema.field(wanted).type
-            raise SourceError(
-                f"{file}: column {wanted!r} (data.image): expected binary or struct<bytes, path>, found {found}"
-            )
-        raise _no_column(file, "data.image", wanted, schema)
-    if len(able) == 1 or "image" in able:
-        return able[0] if len(able) == 1 else "image"
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    found = f"several: {', '.join(able)}" if able else f"none among the columns {columns}"
-    raise SourceError(
-        f"{file}: expected one column of images (binary or struct<bytes, path>), found {found}; set data.image"
-    )
-
-
-def image_leaf(schema: pa.Schema, column: str) -> str:
-    """The Parquet path of the bytes alone, so that a struct's other fields are not read."""
-    leaf = _leaf(schema.field(column))
-    assert leaf is not None, "checked when the file was listed"
-    return leaf
-
-
-def _leaf(field: pa.Field) -> str | None:
-    if _is_binary(field.type):
-        return str(field.name)
-    if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-        return f"{field.name}.bytes" if _is_binary(field.type.field("bytes").type) else None
-    return None
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
 def _stem(file: str) -> str:
     return file.rpartition(".")[0]
-
-
-def _no_column(file: str, option: str, name: str, schema: pa.Schema) -> SourceError:
-    return SourceError(f"{file}: has no column {name!r} ({option}); its columns are {', '.join(schema.names)}")
 
 
 def _classes(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import SourceError
+from cache.sources.besides import Named, read_named
 from cache.sources.files import Files, Piece
-from cache.sources.parquet import image_column, image_leaf, open_parquet
+from cache.sources.imagecolumn import image_column, image_leaves
+from cache.sources.parquet import open_parquet
 from cache.spec import SourceSpec
 
 _OPEN_FILES: Final = 16
@@ -20,29 +23,35 @@ _HELD_BYTES: Final = 256 * 2**20
 
 
 class _Block(NamedTuple):
-    """Consecutive rows of one row group, decoded."""
+    """Consecutive rows of one row group, decoded; `paths` stand in for images that the file does not hold."""
 
     start: int
     images: pa.Array
+    paths: pa.Array | None = None
 
     @property
     def stop(self) -> int:
         return self.start + len(self.images)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.images.nbytes) + (0 if self.paths is None else int(self.paths.nbytes))
 
 
 class _Cursor:
     """One row group, decoded forwards in blocks of about 64 MB: all of it at once, if it is no larger."""
 
     def __init__(self, opened: pq.ParquetFile, group: int, column: str) -> None:
-        leaf = image_leaf(opened.schema_arrow, column)
+        leaves = image_leaves(opened.schema_arrow, column)
         metadata = opened.metadata.row_group(group)
         self.rows: int = metadata.num_rows
         chunks = (metadata.column(index) for index in range(metadata.num_columns))
-        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaves[0])
         length = max(1, min(self.rows, self.rows * _BLOCK_BYTES // max(size, 1)))
         self._batches: Iterator[pa.RecordBatch] = opened.iter_batches(
-            length, row_groups=[group], columns=[leaf], use_threads=False
+            length, row_groups=[group], columns=leaves, use_threads=False
         )
+        self._column = column
         self.next_row = 0
 
     def advance(self) -> _Block:
@@ -50,10 +59,14 @@ class _Cursor:
         batch = next(self._batches, None)
         if batch is None or not batch.num_rows:
             raise pa.ArrowInvalid(f"pages end at row {self.next_row} of {self.rows}")
-        column = batch.column(0)
-        # A struct that is null hides its child: flatten() carries that over.
-        images = column.flatten()[0] if pa.types.is_struct(column.type) else column
-        block = _Block(self.next_row, images)
+        # A column's name may be that of another's field, `image.bytes`: Parquet gives both.
+        column = batch.column(batch.schema.get_field_index(self._column))
+        if pa.types.is_struct(column.type):  # one that is null hides its children: struct_field carries that over
+            names = [field.name for field in column.type]
+            images, *paths = (pc.struct_field(column, name) for name in ("bytes", "path") if name in names)
+            block = _Block(self.next_row, images, paths[0] if paths else None)
+        else:
+            block = _Block(self.next_row, column)
         self.next_row = block.stop
         return block
 
@@ -81,7 +94,7 @@ class ParquetReader:
         self._reset()
 
     def read(self, table: pa.Table) -> list[bytes]:
-        """Encoded bytes of each row, in order; a null gives b"".
+        """Encoded bytes of each row, in order; a null gives b"", with the reason where a path leads nowhere.
 
         Raises:
             SourceError: a file is gone, unreadable, corrupt, or has fewer rows than planned.
@@ -91,12 +104,17 @@ class ParquetReader:
         columns = ("file", "row_group", "row", "key")
         rows = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
         result = [b""] * len(rows)
+        named: dict[int, Named] = {}
         block, where = _Block(0, ()), ("", -1)
         for index in sorted(range(len(rows)), key=lambda index: rows[index][:3]):
             file, group, row, key = rows[index]
             if where != (file, group) or not block.start <= row < block.stop:
                 block, where = self._block(file, group, row, key), (file, group)
             result[index] = block.images[row - block.start].as_py() or b""
+            if not result[index] and block.paths is not None and (path := block.paths[row - block.start].as_py()):
+                named[index] = Named(file, path, key)
+        for index, data in zip(named, read_named(self._files, list(named.values())), strict=True):
+            result[index] = data
         return result
 
     def _block(self, file: str, group: int, row: int, key: str) -> _Block:
@@ -132,7 +150,7 @@ class ParquetReader:
             if len(self._cursors) > _OPEN_FILES:
                 self._cursors.popitem(last=False)
         self._blocks[file, group, block.start] = block
-        while len(self._blocks) > 1 and sum(held.images.nbytes for held in self._blocks.values()) > _HELD_BYTES:
+        while len(self._blocks) > 1 and sum(held.nbytes for held in self._blocks.values()) > _HELD_BYTES:
             self._blocks.popitem(last=False)
         return block
 

@@ -16,7 +16,7 @@ from cache.commits import EncodedOutput, UnitImages, agree, load_status, publish
 from cache.digests import DIGEST_BYTES, digest_bytes
 from cache.errors import MismatchError, SourceError
 from cache.fidelity import RowFidelity, measure
-from cache.pixels.decode import decoded
+from cache.pixels.decode import Decoded
 from cache.reader import Cache
 from cache.records import committed_units
 from cache.samples import Samples, row_digest
@@ -214,7 +214,7 @@ def _cut(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
 
 def _look(data: bytes, how: Decoding) -> ImageStatus | tuple[int, int]:
     """(H, W) of an image, or why there is none."""
-    with decoded(data, how) as image:
+    with Decoded(data, how) as image:
         return image if isinstance(image, ImageStatus) else (image.height, image.width)
 
 

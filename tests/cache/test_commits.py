@@ -17,7 +17,7 @@ from cache.localstore import LocalStorage
 from cache.locations import open_storage
 from cache.samples import Samples, row_digest
 from cache.shards import encode_shard
-from cache.spec import OutputSpec
+from cache.spec import ImageStatus, OutputSpec
 from cache.verify import verify
 from tests.cache.builders import (
     MASKED_ROW,
@@ -250,7 +250,7 @@ def test_a_driver_whose_shard_was_moved_aside_under_it_puts_it_back(small_cache:
 
 def test_another_image_is_refused_by_name(small_cache: SmallCache) -> None:
     digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(1))
-    for field, message in (("digest", "bytes changed"), ("status", "expected OK, found EMPTY")):
+    for field, message in (("digest", "bytes changed"), ("status", "expected 'ok', found 'empty'")):
         images = unit_images(1)
         getattr(images, field)[2] ^= 1
         with (
@@ -258,6 +258,16 @@ def test_another_image_is_refused_by_name(small_cache: SmallCache) -> None:
             pytest.raises(MismatchError, match=f"'{key_of(10)}' \\(row 10\\): .*{message}"),
         ):
             publish_images(small_cache.storage, small_cache.plan, 1, images, digest, "later")
+
+
+def test_a_row_may_be_masked_for_another_reason_than_by_an_earlier_release(small_cache: SmallCache) -> None:
+    unit = MASKED_ROW // UNIT_ROWS
+    images, before = unit_images(unit), tree(small_cache.path)
+    images.status[MASKED_ROW - unit * UNIT_ROWS] = ImageStatus.UNSUPPORTED_PIXELS
+    digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(unit))
+    with lease(small_cache.storage, "later"):
+        publish_images(small_cache.storage, small_cache.plan, unit, images, digest, "later")
+    assert tree(small_cache.path) == before
 
 
 def test_images_left_without_a_record_are_kept_or_replaced(small_cache: SmallCache) -> None:

@@ -189,3 +189,9 @@ def test_an_array_of_16_bits_needs_a_known_depth_too() -> None:
     assert image_to_rgb(image) is ImageStatus.DEPTH_UNKNOWN
     found = image_to_rgb(image, Decoding(bits=12))
     assert isinstance(found, Image.Image) and found.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_colour_of_8_bits_is_its_lower_byte() -> None:
+    data = encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), "PNG")
+    found = pixels(data[:33] + chunk(b"tRNS", struct.pack(">HHH", 0x101, 2, 3)) + data[33:])
+    assert found.tolist() == [[[255, 255, 255], [4, 5, 6]]]

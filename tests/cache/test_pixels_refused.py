@@ -170,3 +170,13 @@ def test_text_after_the_pixels_of_a_png_hides_nothing() -> None:
     data = encode(Image.fromarray(GREY), "PNG")
     bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(5_000_000)))
     np.testing.assert_array_equal(pixels(data[:-12] + bomb + data[-12:])[..., 0], GREY)
+
+
+def test_a_sequential_jpeg_with_a_scan_for_each_channel_is_counted_too() -> None:
+    """Its decoder goes on to the end of the file as well."""
+    whole = encode(Image.fromarray(GREY.repeat(8, 0).repeat(8, 1)).convert("RGB"), "JPEG", subsampling=0)
+    start = whole.index(b"\xff\xda")
+    header = bytearray(whole[start : start + 14])
+    one = b"\xff\xda\0\x08\x01" + bytes(header[5:7]) + bytes(header[11:14])
+    data = whole[:start] + (one + whole[start + 14 : -2]) * 200 + b"\xff\xd9"
+    assert decode_image(data) is ImageStatus.TOO_MANY_SCANS

@@ -108,14 +108,14 @@ def test_links_within_the_tar_are_followed(tmp_path: Path, kind: str) -> None:
 
 def test_members_that_are_no_image_are_counted(tmp_path: Path) -> None:
     path = pack(
-        tmp_path / "s.tar", [("0.jpg", b"0"), ("1.heic", b"123"), ("1.cls", b"1"), ("readme", b""), ("2.npy", b"")]
+        tmp_path / "s.tar", [("0.jpg", b"0"), ("1.psd", b"123"), ("1.cls", b"1"), ("readme", b""), ("2.npy", b"")]
     )
     assert left_out(path) == {
-        "samples without an image": (2, "s.tar/1.heic"),
+        "samples without an image": (2, "s.tar/1.psd"),
         "without an ending": (1, "s.tar/readme"),
     }
     with pytest.raises(SourceError, match=r"hold no member with an image extension .*; left out: 1 samples without an"):
-        listing(pack(tmp_path / "t.tar", [("1.heic", b"123")]))
+        listing(pack(tmp_path / "t.tar", [("1.psd", b"123")]))
 
 
 def test_labels_below_zero_are_none(tmp_path: Path) -> None:

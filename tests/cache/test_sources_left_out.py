@@ -14,12 +14,12 @@ from tests.cache.sources import Data, contents, fill, left_out, listed, listing,
 
 
 def test_files_of_a_folder_are_counted_by_ending(tmp_path: Path) -> None:
-    fill(tmp_path, "a/1.jpg", "a/b.heic", "a/c.HEIC", "d.jxl", "n01440764_18", ".DS_Store", "a/._1.jpg", "e.npy")
+    fill(tmp_path, "a/1.jpg", "a/b.psd", "a/c.PSD", "d.exr", "n01440764_18", ".DS_Store", "a/._1.jpg", "e.npy")
     fill(tmp_path, ".git/x.jpg")
     assert left_out(tmp_path) == {
         "hidden": (3, ".DS_Store"),
-        "with the ending .heic": (2, "a/b.heic"),
-        "with the ending .jxl": (1, "d.jxl"),
+        "with the ending .psd": (2, "a/b.psd"),
+        "with the ending .exr": (1, "d.exr"),
         "with the ending .npy": (1, "e.npy"),
         "without an ending": (1, "n01440764_18"),
     }
@@ -88,8 +88,8 @@ def test_downloads_beside_unpacked_folders_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
-    fill(tmp_path, "1.heic", "2.heic")
-    with pytest.raises(SourceError, match=r"holds no image .*; left out: 2 with the ending \.heic \(1\.heic\)"):
+    fill(tmp_path, "1.psd", "2.psd")
+    with pytest.raises(SourceError, match=r"holds no image .*; left out: 2 with the ending \.psd \(1\.psd\)"):
         listing(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """What bad input gets: a masked row with its reason, or one message and exit code 2, with nothing made or changed."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 
 from cache import open_cache
 from tests.toys import assert_refused, kpu, kpu_json, noise, write_images, write_teacher
+from trainer.images import ImageReader
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +78,32 @@ def test_undecodable_images_are_masked_rows_with_a_reason(tmp_path: Path, model:
     assert [entry["row"] for entry in status["masked"]] == [4, 5, 6, 7]
     assert "masked row 5: cut.jpg (truncated)" in kpu("status", out).stdout
     assert kpu("verify", "--deep", out).exit_code == 0
+
+
+def test_sixteen_bits_of_which_twelve_are_used_are_masked_until_that_is_said(tmp_path: Path, model: str) -> None:
+    folder, level = tmp_path / "images", np.arange(256, dtype=np.uint16).reshape(16, 16)
+    folder.mkdir()
+    (folder / "deep.png").write_bytes(encoded(Image.fromarray(level * 16 + 5)))
+    (folder / "plain.png").write_bytes(encoded(Image.fromarray(level.astype(np.uint8))))
+    command = ["extract", folder, "-t", f"t={model}:toy", "--set", "codec.name=fp32"]
+    reason = "16 bits of which at most 12 are used, or more than data.bits"
+
+    result = kpu(*command, "-o", tmp_path / "masked.kpu")
+    assert f"1 row masked (1 {reason})" in result.output
+    status = kpu_json("status", tmp_path / "masked.kpu")
+    assert status["masked"] == [{"key": "deep.png", "row": 0, "reason": reason}]
+    assert "extract into a new cache with data.bits" in kpu("status", tmp_path / "masked.kpu").stdout
+    (run,) = (tmp_path / "masked.kpu/runs").glob("*.json")
+    assert json.loads(run.read_text())["masked_reasons"] == {reason: 1}
+
+    assert kpu(*command, "-o", tmp_path / "o.kpu", "--set", "data.bits=12").exit_code == 0
+    cache = open_cache(tmp_path / "o.kpu")
+    deep, plain = cache.read("t", "patch", [0, 1])
+    np.testing.assert_array_equal(deep, plain)
+    assert kpu("verify", "--deep", tmp_path / "o.kpu").exit_code == 0
+    pixels, valid = ImageReader(cache, cache.teachers["t"].spec.known_input, root=None, threads=1).load(np.arange(2))
+    assert valid.all()
+    np.testing.assert_array_equal(pixels[0], pixels[1])
 
 
 def test_odd_images_are_extracted_as_a_viewer_shows_them(tmp_path: Path, model: str) -> None:
@@ -254,7 +282,7 @@ def test_images_of_which_none_can_be_decoded(tmp_path: Path, model: str) -> None
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     result = kpu("extract", tmp_path / "images", "-t", f"t={model}:toy", "-o", tmp_path / "o.kpu")
-    assert_refused(result, "teacher 't'", "at least one usable row", "found none")
+    assert_refused(result, "teacher 't'", "at least one usable row", "found none among 1: 1 masked (not an image)")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

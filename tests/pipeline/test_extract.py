@@ -99,13 +99,13 @@ def test_a_commit_is_looked_up_by_the_worker_that_is_given_its_unit(
 
 def test_teachers_share_one_decoding(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
-    decode = loading.decoded
+    decode = loading.Decoded
 
     def noted(data: bytes, how: Decoding) -> Any:
         decoded.append(data)
         return decode(data, how)
 
-    monkeypatch.setattr(loading, "decoded", noted)
+    monkeypatch.setattr(loading, "Decoded", noted)
     teachers = {"toy": {}, "wider": {"input": {"size": 16}}, "poisoned": {"input": {"size": 12}}}
     seen = Noted(decoded)
     assert extract(config(place, tmp_path / "o.kpu", teachers, calibration_rows=20), seen).complete

@@ -10,10 +10,10 @@ from cache.locations import open_storage
 from cache.plans import load_plan
 from cache.samples import Samples
 from cache.sources import Source, open_source
-from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, TeacherSpec
+from cache.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, InputSpec, OutputSpec, Plan, TeacherSpec
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
 from pipeline.observers import Observer, Silent
-from pipeline.planning import choose_threads, choose_unit_rows, plan_cache
+from pipeline.planning import check_settings, choose_threads, choose_unit_rows, open_data, plan_cache
 from tests.cache.builders import Hooked
 from tests.cache.sources import pack
 from tests.toys import write_images
@@ -161,13 +161,37 @@ def test_an_empty_source(tmp_path: Path) -> None:
 
 
 def test_what_the_listing_left_out_is_said_in_one_line(images: Path) -> None:
-    (images / "b.heic").touch()
+    (images / "b.psd").touch()
     (images / "readme").touch()
     for run in ("first", "again"):
         listener = Listener()
         plan(configure(images), run, listener)
-        assert listener.phases == ["plan: left out: 1 with the ending .heic (b.heic), 1 without an ending (readme)"]
+        assert listener.phases == ["plan: left out: 1 with the ending .psd (b.psd), 1 without an ending (readme)"]
         assert listener.warnings == []
+
+
+def test_a_new_plan_records_its_limit_of_pixels(images: Path) -> None:
+    config = configure(images)
+    made = plan(config, source=open_data(config.data, None))
+    assert made.source.decoding == Decoding(max_pixels=DEFAULT_MAX_PIXELS)
+    other = configure(images, data={"source": str(images), "max_pixels": 1000})
+    with pytest.raises(MismatchError, match=r"data\.max_pixels: .* was made with 134217728, found 1000"):
+        check_settings(made, open_data(other.data, made), other)
+    deeper = configure(images, data={"source": str(images), "bits": 12})
+    with pytest.raises(MismatchError, match=r"data\.bits: .* was made with None, found 12"):
+        check_settings(made, open_data(deeper.data, made), deeper)
+
+
+def test_a_plan_of_an_earlier_release_keeps_its_limit(images: Path) -> None:
+    """Its document has no such key, and must not get one: its digest is in every commit record."""
+    config = configure(images)
+    document = plan(config, source=open_data(config.data, None)).model_dump(mode="json")
+    del document["source"]["decoding"]
+    old = Plan.model_validate(document)
+    assert old.model_dump(mode="json") == document
+    source = open_data(config.data, old)
+    assert source.spec.decoding == Decoding() == Decoding(max_pixels=178_956_970)
+    check_settings(old, source, config)
 
 
 def earlier(config: ExtractConfig) -> Source:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cache import open_cache
 from cache.errors import ConfigError, CorruptError, MismatchError, SourceError
+from cache.spec import DEFAULT_MAX_PIXELS, Decoding
 from tests.trained import blocks_cache, labelled_cache, labelled_images, small_run, timm_cache
 from trainer import load_student
 from trainer.evaluation.trained import load_trained
@@ -150,6 +151,18 @@ def test_what_is_no_image_is_told(
         load_student(exported)(given)
     for fragment in fragments:
         assert fragment.format(place=tmp_path) in str(refused.value)
+
+
+def test_images_are_decoded_as_for_the_cache(exported: Path, place: Path, tmp_path: Path) -> None:
+    decoding = open_cache(labelled_cache(place)).plan.source.decoding
+    assert load_student(exported).description.decoding == decoding == Decoding(max_pixels=DEFAULT_MAX_PIXELS)
+    earlier = tmp_path / "earlier"
+    shutil.copytree(exported, earlier)
+    document = json.loads((earlier / "config.json").read_text())
+    del document["decoding"], document["digest"]
+    (earlier / "config.json").write_text(json.dumps(document))
+    with pytest.warns(UserWarning, match="older release"):
+        assert load_student(earlier).description.decoding == Decoding()
 
 
 @pytest.mark.parametrize("kind", ["alpha", "palette", "16 bits", "turned"])
