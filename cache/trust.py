@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,8 @@ FLAG: Final = "give --trust-code"
 LARGEST_SOURCE: Final = 16 * 2**20
 """Bytes of a source file."""
 _LARGEST_LIST: Final = 64 * 2**20  # bytes
+_TENSORS_ONLY: Final = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_ANYTHING: Final = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _LINE: Final = re.compile(rb"([0-9a-f]{64})(?:\s|$)")
 
 
@@ -98,6 +101,18 @@ def read_regular(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise OSError(0, f"Larger than {limit:,} bytes", str(path))
     return data
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Have `torch.load` read nothing but tensors, whatever a library asks for: older releases of timm run pickles."""
+    before = {name: os.environ.pop(name, None) for name in (_TENSORS_ONLY, _ANYTHING)}
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TENSORS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _listed(place: Path | None) -> frozenset[str]:

@@ -88,7 +88,14 @@ def _architecture(transformers: Any, place: str, options: Mapping[str, Any], who
         raise TeacherError(
             f"{who}: expected a Hugging Face model id or a folder written by save_pretrained: {reason(error)}"
         ) from error
-    return getattr(found, "vision_config", found)
+    architecture = getattr(found, "vision_config", found)
+    kernel = getattr(architecture, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel:
+        raise TeacherError(
+            f"{who}: attn_implementation: expected one of transformers' own, found {kernel!r}, which is code from the "
+            "hub; remove it from config.json"
+        )
+    return architecture
 
 
 def _model(

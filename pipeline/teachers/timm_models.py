@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cache.errors import TeacherError
 from cache.timm_args import with_layers
+from cache.trust import tensors_only
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason, resolve_layers
 from pipeline.teachers.classifiers import linear_head
@@ -99,6 +100,7 @@ def _image_size(config: TeacherConfig) -> int | tuple[int, int] | None:
     return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
 
 
+@tensors_only()
 def _create(
     model_name: str, size: int | tuple[int, int] | None, who: str, args: Mapping[str, Any], **options: Any
 ) -> nn.Module:

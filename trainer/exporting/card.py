@@ -8,6 +8,7 @@ from trainer.evaluation.trained import Trained
 from trainer.exporting.assemble import TIMM
 from trainer.exporting.checked import Checked
 from trainer.exporting.description import BASE, Description
+from trainer.exporting.program import PROGRAM
 
 _CARD = """# Student of {names}
 
@@ -26,8 +27,9 @@ found = student([Image.open("some.png")])  # or files, arrays [H, W, 3], or uint
 {code}
 {outputs}
 
-`config.json` holds the preprocessing: {preprocessing}. `student.pixels(images)` does it alone.
-{extra}
+`config.json` holds the preprocessing: {preprocessing}. `student.pixels(images)` does it alone: images of any size in,
+uint8 [B, {height}, {width}, 3] out, the one size that the student runs at.
+{program}{extra}
 ## Checked
 
 On {rows} cached rows before this was written, images against cached features, relative root mean square error:
@@ -38,6 +40,22 @@ On {rows} cached rows before this was written, images against cached features, r
 {weights} The licences of the base and of the teachers' classifiers are those of their publishers; KPU knows none of
 them, and whoever passes this folder on must.
 {notes}"""
+
+
+_PROGRAM = """
+## Without KPU
+
+`{file}` is the same student as a program of torch, for uint8 pixels [B, {height}, {width}, 3]; it becomes ONNX with the
+packages `onnx` and `onnxscript`. Loading a program of somebody whom you do not trust may run what is in it.
+
+```python
+import torch
+
+program = torch.export.load("{file}")
+found = program.module()(pixels)
+torch.onnx.export(program, dynamo=True).save("student.onnx")  # outputs in the order of `found`
+```
+"""
 
 
 def write_card(
@@ -56,6 +74,7 @@ def write_card(
         height=size[0],
         width=size[1],
         code=_code(description, code),
+        program=_PROGRAM.format(file=PROGRAM, height=size[0], width=size[1]) if PROGRAM in description.digests else "",
         outputs=_outputs(description),
         preprocessing=_preprocessing(description),
         extra=_extra(description),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cache.errors import ConfigError
 from cache.timm_args import with_layers
+from cache.trust import tensors_only
 from trainer.shapes import Grid
 from trainer.students.weights import RANDOM, Weights, differences, initialise, load_strictly, read_weights
 
@@ -119,6 +120,7 @@ def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), 0)
 
 
+@tensors_only()
 def _create(name: str, size: Grid | None, section: str, args: Mapping[str, Any], **options: Any) -> nn.Module:
     options = {**args, **options}
     try:
