@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from cache import layout
 from cache.errors import KpuError
 from cache.locations import open_storage, stands
-from cache.places import require_plain
+from cache.places import is_plain, require_plain
 from cache.plans import load_plan
 from cache.records import count_rows, units_left
 from cache.runs import latest_run
@@ -121,19 +121,17 @@ def planned_data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any])
     except ValidationError:
         return own
     patterns = [named.source] if isinstance(named.source, str) else list(named.source)
-    inside = all(_is_inside(pattern, planned.root) for pattern in patterns)
+    inside = all(f"{pattern}/".startswith(f"{planned.root.rstrip('/')}/") for pattern in patterns)
     moved = all(map(is_local, (planned.root, *patterns))) and _is_gone(own)
-    if not inside and not moved:
+    if not all(map(is_plain, patterns)) or not (inside or moved):
         return own
     try:
         found = open_source(named).spec
     except KpuError:
         return own
-    return named if found == planned.model_copy(update={"root": found.root if moved else planned.root}) else own
-
-
-def _is_inside(pattern: str, root: str) -> bool:
-    return "::" not in pattern and f"{pattern}/".startswith(f"{root.rstrip('/')}/")
+    # How images are decoded is not compared: the plan says so wherever a configuration does not.
+    same = (found.kind, found.options) == (planned.kind, planned.options) and (moved or found.root == planned.root)
+    return named if same else own
 
 
 def _is_gone(data: DataConfig) -> bool:

@@ -44,7 +44,7 @@ def retry_configs(path: str, run: RunRecord) -> list[ExtractConfig]:
     compiled are taken; and where the images are, if they are no longer where the plan says and the listing is the same.
 
     Raises:
-        ConfigError: a unit failed for a teacher that the cache lacks.
+        ConfigError: a unit failed for a teacher that the cache lacks, or the plan names a place that only the user may.
     """
     cache = open_cache(path)
     failed = {failure.teacher for failure in run.failed if failure.teacher is not None}

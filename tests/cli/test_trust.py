@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def run_record(cache: Path) -> Path:
 
 def fail(cache: Path, **config: Any) -> None:
     """Withdraw unit 0, and say that it failed, in a run with this configuration."""
-    (cache / "teachers/t/commits/000000.json").unlink()
+    (cache / "teachers/t/commits/000000.json").unlink(missing_ok=True)
     record = json.loads(run_record(cache).read_text())
     record["failed"] = [{"teacher": "t", "unit": 0, "reason": "it broke"}]
     record["config"] = {**record["config"], **config} if config != {"config": None} else None
@@ -228,6 +229,32 @@ def test_an_edited_run_record_decides_nothing_but_units(strange: Path, victim: P
         assert done.exit_code == 0, done.output
         found = {name: each for name, (_, each) in snapshot(victim / "o.kpu").items() if name.startswith("teachers")}
         assert found == whole
+
+
+def test_a_retry_lists_what_was_planned_wherever_it_is_now(strange: Path, tmp_path: Path) -> None:
+    """Two of three tars, which the root alone does not name; then they move, and then strangers' are named instead."""
+    (tmp_path / "own.py").write_text(EVIL)
+    for name, numbers in (("a-0", range(30)), ("a-1", range(30, 64)), ("a-05", range(3))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number in numbers:
+                tar.add(strange / f"images/{number:03d}.png", f"{number:03d}.png")
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar_file in tmp_path.glob("*.tar"):
+        tar_file.rename(tars / tar_file.name)
+    options = ["--set=unit_rows=64", "--set=executor.threads=1", "--set=data.max_pixels=1000", "-o", tmp_path / "o.kpu"]
+    made = kpu("extract", f"{tars}/a-?.tar", f"--teacher=t=torch:{tmp_path}/own.py:blocks", *options)
+    assert made.exit_code == 0, made.output
+    fail(tmp_path / "o.kpu", data={"source": f"{strange}/images"})  # the plan's place holds more than was planned
+    assert_refused(kpu("retry-failed", tmp_path / "o.kpu"), "was made from other data")
+    for data in ({"source": f"{tars}/a-?.tar"}, {"source": f"{tars}/a-{{0,1}}.tar", "max_pixels": 1000}):
+        fail(tmp_path / "o.kpu", data=data)
+        done = kpu("retry-failed", tmp_path / "o.kpu")
+        assert done.exit_code == 0, done.output
+    moved = tars.rename(tmp_path / "moved")
+    fail(tmp_path / "o.kpu", data={"source": f"{moved}/a-?.tar"})
+    done = kpu("retry-failed", tmp_path / "o.kpu")
+    assert done.exit_code == 0, done.output
 
 
 def test_a_retry_with_a_configuration_of_ones_own(
