@@ -341,6 +341,23 @@ def test_a_students_code_that_was_edited_is_told(
         )
 
 
+def test_an_export_of_an_older_release_loads_with_a_warning(
+    strange: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its description had no digest of itself. Code in it is not trusted for that."""
+    old = Path(shutil.copytree(strange / "side-out", victim / "old"))
+    config = json.loads((old / "config.json").read_text())
+    del config["digest"], config["decoding"]
+    (old / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    with pytest.warns(UserWarning, match="older release keeps no digest"), pytest.raises(TrustError):
+        load_student(old)
+    monkeypatch.delenv(MARKER)
+    with pytest.warns(UserWarning, match="older release keeps no digest"):
+        student = load_student(old, trust_code=True)
+    image = strange / "images/000.png"
+    assert student(image)["global"].equal(load_student(strange / "side-out", trust_code=True)(image)["global"])
+
+
 def test_a_run_of_an_older_release_keeps_no_digest_of_its_code(strange: Path, victim: Path) -> None:
     old = Path(shutil.copytree(strange / "full", victim / "run"))
     document = json.loads((old / "sources.json").read_text())

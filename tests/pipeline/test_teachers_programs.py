@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from cache.code import CodeLoader
 from cache.errors import ConfigError, TeacherError
 from cache.spec import CodecSpec, TeacherSpec
 from cache.teachers import check_same, list_differences
+from cache.trust import Trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 from trainer.students.factories import from_factory
@@ -138,7 +140,7 @@ def test_a_program_cannot_be_the_base_of_a_student(tmp_path: Path) -> None:
         save(tmp_path, kind, Net(0).eval())
         teacher(tmp_path, body)
         with pytest.raises(ConfigError, match=rf"base\.model: .*found {found} program; students of kind side"):
-            from_factory(f"torch:{tmp_path / 'mine.py'}:make", None, 0, "base")
+            from_factory(f"torch:{tmp_path / 'mine.py'}:make", None, 0, "base", CodeLoader(Trust(everything=True)))
 
 
 SESSION = """
