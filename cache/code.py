@@ -93,6 +93,17 @@ def naming_models(trust: Trust, *models: str | None) -> Trust:
     return naming(trust, *codes)
 
 
+def places_of(*models: str) -> dict[str, str]:
+    """Files of the code of models by its SHA-256 digest, as `remember` takes them, of what can be read."""
+    found = {}
+    for model in models:
+        with suppress(OSError):
+            code = read_code(model)
+            if code is not None and code.key is not None and code.file is not None:
+                found[code.key] = str(code.file.absolute())
+    return found
+
+
 def find_module(name: str) -> Path | None:
     """The source file of an importable module, found without running it or a package that it lies in."""
     top, *rest = name.split(".")

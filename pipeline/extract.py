@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cache import layout
+from cache.code import places_of
 from cache.errors import CorruptError, IncompleteError, LinkError, StorageError
 from cache.failpoints import failpoint
 from cache.leases import collect_garbage, lease
@@ -67,6 +68,7 @@ def extract(
     source = open_data(config.data, standing)
     if standing is not None:
         check_settings(standing, source, config)
+    named = {} if trust is not None else places_of(*(teacher.model for teacher in config.teachers.values()))
     needed = unfinished(config, standing)
     done = [name for name in config.teachers if name not in needed.teachers]
     observer.phase("load", ", ".join(needed.teachers) + (f"; complete already: {', '.join(done)}" if done else ""))
@@ -85,9 +87,8 @@ def extract(
     with left_as_it_was(config.out) as created, open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
         check_teachers(config, [teacher.spec for teacher in teachers], source.classes)
-        if (
-            unkept := remember({key: place for teacher in teachers for key, place in teacher.code.items()})
-        ) is not None:
+        ran = {key: place for teacher in teachers for key, place in teacher.code.items()}
+        if (unkept := remember({**named, **ran})) is not None:
             observer.warn(unkept)
         loaded = perf_counter()
 

@@ -80,7 +80,7 @@ def test_code_in_a_folder_of_transformers_is_not_run(marker: Path, tmp_path: Pat
     custom = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}, "model_type": "evil"}
     for changes, said in (
         (kernel, "attn_implementation: expected one of transformers' own"),
-        (custom, "custom code|evil"),
+        (custom, "Python code that comes with its weights|custom code|evil"),
     ):
         (folder / "config.json").write_text(json.dumps({**own, **changes}))
         with pytest.raises(TeacherError, match=said):
