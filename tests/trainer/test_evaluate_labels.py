@@ -1,5 +1,6 @@
 """Labels of different caches are compared by the names of their classes, or not at all."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from cache import open_cache
 from tests.toys import kpu
@@ -100,7 +102,10 @@ def test_numbers_are_not_compared_with_names(place: Path, tmp_path: Path, extrac
         "numbers without names" in note and "nothing says that they mean the same" in note for note in found["notes"]
     )
     assert accuracies(found)[0] is not None, "head and labels of one cache agree with each other"
-    told = evaluate(small_run(place), [str(cache)], same_labels=True)
+    from cli.train import app
+
+    command = ["eval", str(small_run(place)), "--cache", str(cache), "--trust-code", "--json"]
+    told = json.loads(CliRunner().invoke(app, [*command, "--same-labels"]).stdout)
     assert told["linear_probe"] > 0.8
     assert not any("names" in note for note in told["notes"])
     both = evaluate(small_run(place), [str(cache), str(extract(without(place, tmp_path, "0"), "fewer"))])
