@@ -17,6 +17,8 @@ _STANDS_OUT = 1.25  # how much more a token answers to one quadrant than to the 
 _ENOUGH = 0.25  # of the tokens must answer to one quadrant more than to others, or nothing is said
 _RIGHT = 0.75  # of these must lie in it; transposed, permuted and wrongly folded maps reach a half at most
 _RIGHT_AT_EDGES = 0.5  # of a first or last row or column; where tokens are shifted by one, an edge has none
+_WRONG, _WRONG_OF = 0.6, 0.5  # a map is contradicted if at most so many lie in it, of at least so many of all tokens
+_SHIFTED_OF = 0.75  # or if an edge has none, of at least so many
 _FEW = 4  # tokens; their mean is too much of each
 
 Finding = Literal["proven", "contradicted", "open"]
@@ -73,10 +75,12 @@ def _judge(moved_QDhw: Tensor) -> Judgement:
     decided, right = int(decided_T.sum()), int(right_T.sum())
     if decided < max(2, _ENOUGH * tokens):
         return Judgement("open", right, decided, tokens)
-    enough = right >= _RIGHT * decided and all(
-        int(right_T[edge].sum()) >= _RIGHT_AT_EDGES * int(decided_T[edge].sum()) for edge in edges
-    )
-    return Judgement("proven" if enough else "contradicted", right, decided, tokens)
+    lines = [(int(right_T[edge].sum()), int(decided_T[edge].sum())) for edge in edges]
+    if right >= _RIGHT * decided and all(found >= _RIGHT_AT_EDGES * of for found, of in lines):
+        return Judgement("proven", right, decided, tokens)
+    shifted = decided >= _SHIFTED_OF * tokens and any(found == 0 and of > 1 for found, of in lines)
+    wrong = decided >= _WRONG_OF * tokens and right <= _WRONG * decided
+    return Judgement("contradicted" if wrong or shifted else "open", right, decided, tokens)
 
 
 def _by_place(distance_Qhw: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -80,6 +80,9 @@ class TimmFeatures(nn.Module):
         result = own if own is not None else pool_tokens(self._pool, class_BD, map_BDhw, self._who)
         if self.pooling is None:
             self.pooling = name_pool(result, class_BD, map_BDhw, _stated_pool(self.model))
+            prefix = getattr(self.model, "num_prefix_tokens", 0)
+            if class_BD is not None and prefix > 1 and torch.allclose(result, final[:, :prefix].mean(1), atol=1e-4):
+                self.pooling = "mean of class and distillation tokens"
         return result
 
     def _class(self, final: Any) -> Tensor | None:

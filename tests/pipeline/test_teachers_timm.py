@@ -203,3 +203,8 @@ def test_pool_that_timm_cannot_give_is_refused() -> None:
             build("test_resnet", weights="random", pool=pool)
     with pytest.raises(TeacherError, match=r"pool: expected auto, cls, mean or cls\+mean of a timm model"):
         build("test_resnet", weights="random", pool="pooler")
+
+
+def test_a_mean_of_two_class_tokens_is_named() -> None:
+    teacher = build("deit_tiny_distilled_patch16_224", weights="random", outputs=["global"])
+    assert teacher.pooling == "mean of class and distillation tokens"
