@@ -161,7 +161,8 @@ def test_a_seal_leads_nowhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../secret", "/dev/zero", "", ".."])
 def test_digests_of_a_run_lead_nowhere(begun: RunFolder, name: str) -> None:
-    document: dict[str, Any] = {"steps": 1, "digests": {"model.safetensors": "x", name: "y"}}
+    keys = ("steps", "seconds", "parameters", "validation_rows", "validation")
+    document: dict[str, Any] = {**dict.fromkeys(keys, 1), "digests": {"model.safetensors": "x", name: "y"}}
     (begun.path / "summary.json").write_bytes(seal_json(document))
     with pytest.raises(CorruptError, match="digests: expected digests by the names of files"):
         begun.model()
