@@ -50,6 +50,7 @@ def decode_image(data: bytes, how: Decoding = Decoding()) -> Image.Image | Image
 class Decoded:
     """A context that gives what `decode_image` does; while it is open, other threads leave the image its memory.
 
+    The image is closed with it: a decoder that holds Python's lock would else begin before its memory is freed.
     Decoding begins once there is room for it, whatever that depends on: it never decides what comes out.
     """
 
@@ -58,14 +59,17 @@ class Decoded:
 
     def __enter__(self) -> Image.Image | ImageStatus:
         try:
-            return _decode_or_status(self._data, self._how, self._claim)
+            self._found = _decode_or_status(self._data, self._how, self._claim)
         except BaseException:
             self._claim.give_back()
             raise
+        return self._found
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(self._found, Image.Image):
+            self._found.close()
         self._claim.give_back()
 
 
@@ -127,6 +131,7 @@ def _decode(data: bytes, how: Decoding, claim: Claim) -> Image.Image:
                 raise
             image = Image.open(io.BytesIO(png.without_comments(data)), formats=("PNG",))
             image.load()
+        vars(image).pop("_decoder", None)  # of WebP and AVIF: it holds two more copies of the pixels
         rgb = to_rgb(image, samples, how.bits, lambda: low_bytes(data, tags))
         return upright(rgb, image)
 

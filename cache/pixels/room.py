@@ -3,8 +3,10 @@
 An image that is alone is always let in, so the memory at hand decides when an image is decoded, never whether.
 """
 
+import ctypes
 import os
 import threading
+from contextlib import suppress
 from typing import Final
 
 from cache.memory import available_memory
@@ -43,6 +45,12 @@ def _free() -> int:
     return int(_SHARE * (available_memory() or 0))
 
 
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps that of the last large image, in each thread."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 _room = _Room()
 
 
@@ -75,5 +83,7 @@ class Claim:
     def give_back(self) -> None:
         """Leave the room to others."""
         if self._size:
+            if self._size > ALWAYS:
+                _trim()
             self._room.give_back(self._size)
             self._size = 0

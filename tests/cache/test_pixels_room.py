@@ -86,9 +86,11 @@ def test_an_image_keeps_its_room_until_it_is_done_with(monkeypatch: pytest.Monke
         with Decoded(data, Decoding()):
             entered.set()
 
-    with Decoded(data, Decoding()):
+    with Decoded(data, Decoding()) as image:
         thread = threading.Thread(target=other)
         thread.start()
         assert not entered.wait(0.2)
     assert entered.wait(30)
     thread.join()
+    with pytest.raises(ValueError, match="closed"):
+        np.asarray(image)
