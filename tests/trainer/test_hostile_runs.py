@@ -160,12 +160,14 @@ def test_a_seal_leads_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/dev/zero", "", ".."])
-def test_digests_of_a_run_lead_nowhere(begun: RunFolder, name: str) -> None:
-    keys = ("steps", "seconds", "parameters", "validation_rows", "validation")
-    document: dict[str, Any] = {**dict.fromkeys(keys, 1), "digests": {"model.safetensors": "x", name: "y"}}
-    (begun.path / "summary.json").write_bytes(seal_json(document))
+def test_digests_of_a_run_lead_nowhere(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    run = Path(shutil.copytree(small_run(tmp_path_factory.getbasetemp()), tmp_path / "run"))
+    document: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    del document["digest"]
+    document["digests"][name] = "00" * 16
+    (run / "summary.json").write_bytes(seal_json(document))
     with pytest.raises(CorruptError, match="digests: expected digests by the names of files"):
-        begun.model()
+        RunFolder(run).model()
 
 
 @pytest.mark.parametrize("named", ["http://127.0.0.1:9/c.kpu", "simplecache::s3://bucket/c.kpu", "zip://::http://h/x"])
