@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -33,8 +32,7 @@ class Table:
 
     def show(self, console: Console) -> None:
         """Print the table in as many blocks as the terminal's width makes necessary; one where it is piped or saved."""
-        narrow = console.is_terminal or "COLUMNS" in os.environ
-        for number, block in enumerate(self._blocks(console.width if narrow else None)):
+        for number, block in enumerate(self._blocks(console.width if console.is_terminal else None)):
             if number:
                 console.print()
             lines = self._lines(block)

@@ -1,6 +1,7 @@
 """What is no single RGB image, or would cost too much, is refused from its header, each kind by its own name."""
 
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -85,9 +86,12 @@ def test_other_formats_are_named(data: bytes, status: ImageStatus) -> None:
     ],
 )
 def test_a_missing_plugin_is_named(module: str, data: bytes, status: ImageStatus, extra: str) -> None:
-    if module in sys.modules:
-        pytest.skip(f"{module} is installed")
-    assert decode_image(data) is status
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from cache.pixels.decode import decode_image; "
+        f"print(decode_image({data!r}).name)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert found.stdout.strip() == status.name
     assert extra in (remedy(reason(status)) or "")
 
 
@@ -180,3 +184,15 @@ def test_a_sequential_jpeg_with_a_scan_for_each_channel_is_counted_too() -> None
     one = b"\xff\xda\0\x08\x01" + bytes(header[5:7]) + bytes(header[11:14])
     data = whole[:start] + (one + whole[start + 14 : -2]) * 200 + b"\xff\xd9"
     assert decode_image(data) is ImageStatus.TOO_MANY_SCANS
+
+
+@pytest.mark.parametrize(("module", "kind"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+def test_an_installed_plugin_decodes_its_format(module: str, kind: str) -> None:
+    plugin = pytest.importorskip(module)
+    if kind == "HEIF":
+        plugin.register_heif_opener()
+    y, x = np.mgrid[:48, :64]
+    pixels = np.stack([4 * x, 5 * y, 255 - 2 * (x + y)], axis=-1).astype(np.uint8)
+    decoded = decode_image(encode(Image.fromarray(pixels), kind, quality=100))
+    assert isinstance(decoded, Image.Image)
+    assert np.abs(np.asarray(decoded).astype(int) - pixels).mean() < 2

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any
@@ -121,9 +122,14 @@ def test_a_location_that_fails_on_the_way_leaves_work_undone(place: Path, tmp_pa
 
     class Lost(Silent):
         def report(self, report: UnitReport) -> None:  # noqa: ARG002
-            if commits.is_dir():
-                commits.rename(out / "lost")
-                commits.touch()
+            (out / "lost").mkdir(exist_ok=True)
+            while not commits.is_file():  # a unit in flight may make the folder again
+                with suppress(OSError):
+                    for file in commits.iterdir():
+                        file.rename(out / "lost" / file.name)
+                    commits.rmdir()
+                with suppress(FileExistsError):
+                    commits.touch(exist_ok=False)
 
     with pytest.raises(StorageError) as caught:
         extract(config(place, out), Lost())
