@@ -39,6 +39,10 @@ def reported(advice: Advice = "the same command begins again") -> Callable[[Call
                     said = f"{error.filename or 'disk or network'}: {error.strerror}"
                     _fail(f"{said}; nothing that was committed is lost: start again once it works", 1)
                 raise
+            except MemoryError as error:
+                _fail(
+                    f"no memory is left ({error}); nothing that was committed is lost: give it more, or less to do", 1
+                )
             except KeyboardInterrupt:
                 said = advice if isinstance(advice, str) else advice(options)
                 console(stderr=True).print(f"stopped: {said}", markup=False, soft_wrap=True)

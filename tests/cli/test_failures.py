@@ -56,6 +56,7 @@ def test_what_goes_on_may_depend_on_the_options(capsys: pytest.CaptureFixture[st
     ("error", "code", "said"),
     [
         (ConfigError("a key:\n  is wrong"), 2, "error: a key: is wrong\n"),
+        (MemoryError("1 TiB"), 1, "error: no memory is left (1 TiB); nothing that was committed is lost"),
         (MissingUnitError("t", 3), 1, "error: teacher 't' has no committed unit 3"),
         (
             OSError(errno.ENOSPC, "full", "a/file"),
@@ -65,7 +66,7 @@ def test_what_goes_on_may_depend_on_the_options(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_a_foreseen_error_is_one_line(
-    error: KpuError | OSError, code: int, said: str, capsys: pytest.CaptureFixture[str]
+    error: KpuError | OSError | MemoryError, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @reported()
     def command() -> None:
