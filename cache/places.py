@@ -14,14 +14,15 @@ STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl
 (`memory` is of this process alone.)"""
 _PLAIN_COLON: Final = frozenset({"github", "git"})  # org:repository@branch, path:repository@branch: no password
 _WHOLE_USER: Final = frozenset(
-    {"http", "https"}
+    {"http", "https", "git+http", "git+https", "webdav", "webdavs"}
 )  # a user name alone is a token here; `abfs://container@account` is not
 _HIDDEN: Final = "***"
 
-_USER: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/@\s'\"]*)@")
+_USER: Final = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/\s]*)@")
 _SECRET: Final = re.compile(
-    r"(?P<key>[?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|(?:aws)?accesskeyid|signature|sig|"
-    r"[a-z_-]*(?:token|secret|passw(?:or)?d|passwd|pwd|api_?key)[a-z_-]*|key|auth)=)[^&;\s'\"]+",
+    r"(?P<key>[?&;#](?:x-(?:amz|goog)-(?:signature|credential|security-token)|(?:aws)?accesskeyid|signature|sig|"
+    r"[a-z_-]*(?:token|secret|passw(?:or)?d|passwd|pwd|api_?key|account_?key|access_?key|authorization|jwt|session|credential)"
+    r"[a-z_-]*|key|auth|code)=)[^&;\s'\"]+",
     re.IGNORECASE,
 )
 
@@ -40,6 +41,12 @@ def refuse_password(place: str, option: str) -> None:
         ConfigError: it has one.
     """
     hidden = redact(place)
+    protocol, separator, rest = place.partition("://")
+    host, _, path = rest.partition("/")
+    if separator and "@" in path and ":" in host and not host.rpartition(":")[2].isdecimal() and "@" not in host:
+        hidden = f"{protocol}://{_HIDDEN}@{path.rpartition('@')[2]}"  # a password with a slash in it
+    elif separator and hidden == place and re.search(r":[^/]*\s[^/]*@", rest):
+        hidden = f"{protocol}://{_HIDDEN}@{rest.rpartition('@')[2]}"  # or with a space
     if hidden != place:
         raise ConfigError(
             f"{option}: {hidden}: expected a location without a password, token or signature, which would be kept with "

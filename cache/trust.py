@@ -5,7 +5,9 @@ sent must not run it. The list is a text file of SHA-256 digests, one a line, as
 `fit` and `export` add to it what the user named.
 """
 
+import grp
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -72,9 +74,10 @@ def remember(code: Mapping[str, str]) -> str | None:
     reason = "there is no home folder" if place is None else _append(place, lines.encode())
     if reason is None and missing <= _listed(place):
         return None
+    why = reason or "others may write to it, or to its folder"
     return (
-        f"the code that you named cannot be remembered in {place or 'a list'} ({reason or 'anyone may write to it'}): "
-        f"running it again from what was made here needs --trust-code; {VARIABLE} names another list"
+        f"the code that you named cannot be remembered in {place or 'a list'} ({why}): running it again from what was "
+        f"made here needs --trust-code; {VARIABLE} names another list"
     )
 
 
@@ -117,12 +120,29 @@ def tensors_only() -> Iterator[None]:
 
 def _listed(place: Path | None) -> frozenset[str]:
     try:
-        if place is None or place.stat().st_mode & stat.S_IWOTH:  # where anyone may write, anyone could add his code
+        if place is None or not all(_own(each) for each in (place, place.parent)):
             return frozenset()
         data = read_regular(place, _LARGEST_LIST)
     except OSError:
         return frozenset()
     return frozenset(match[1].decode() for match in map(_LINE.match, data.split(b"\n")) if match is not None)
+
+
+def _own(place: Path) -> bool:
+    """Whether nobody but the user, or root, can change what is at a place: whoever could would add his own code."""
+    found = place.stat()
+    sticky = stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISVTX)
+    others = bool(found.st_mode & stat.S_IWOTH) and not sticky
+    group = bool(found.st_mode & stat.S_IWGRP) and not sticky and not _is_private(found.st_gid)
+    return found.st_uid in (0, os.geteuid()) and not others and not group
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group is the one that many systems give each user for himself."""
+    try:
+        return grp.getgrgid(gid).gr_name == pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
 
 
 def _append(place: Path, lines: bytes) -> str | None:

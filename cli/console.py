@@ -45,10 +45,10 @@ class SafeConsole(Console):
 
 def console(*, stderr: bool = False) -> Console:
     """Standard output or error; where it is no terminal and nobody says how wide it is, lines may be long."""
-    plain = SafeConsole(stderr=stderr, highlight=False)
+    plain = SafeConsole(stderr=stderr, highlight=False, emoji=False)
     if plain.is_terminal or "COLUMNS" in os.environ:
         return plain
-    return SafeConsole(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+    return SafeConsole(stderr=stderr, highlight=False, emoji=False, width=_PLAIN_WIDTH)
 
 
 def escape_unprintable() -> None:

@@ -66,6 +66,10 @@ def fit(
     """
     from trainer.config import load_config
 
+    if not resume and os.environ.get("RANK", "0") == "0":
+        from trainer.place import check_place
+
+        check_place(out.absolute())
     extra = [f"workers={workers}"] if workers is not None else []
     resolved = False
     if resume and config is None:
@@ -98,6 +102,7 @@ def ablate(
 
     Ends with a table of paired differences from the first cell.
     """
+    progress_note(f"open: {sweep}")
     from cache.code import naming_models
     from cache.trust import load_trust
     from cli.training import ablation_table

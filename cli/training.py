@@ -65,6 +65,10 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    planned = summary.get("planned_steps", summary["steps"])  # runs of older releases do not stop early
+    if summary["steps"] < planned:
+        why = "the last validations were no better than the best one (patience)"
+        _say(console, f"stopped early, after step {summary['steps']:,} of {planned:,}: {why}")
     scores = summary["validation"]
     outputs = [key for key in scores["base"] if key != "r2"]
     heading = f"R2 on {summary['validation_rows']:,} validation rows"

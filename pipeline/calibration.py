@@ -76,7 +76,7 @@ def _calibrations(
     pending = [spec for spec in specs if spec.name not in found]
     if pending:
         for spec in pending:
-            if (warning := thin_calibration(spec, min(wanted_rows(spec, config), plan.rows))) is not None:
+            if (warning := thin_calibration(spec, wanted_rows(spec, config), plan.rows)) is not None:
                 observer.warn(warning)
         for wanted in sorted({wanted_rows(spec, config) for spec in pending}):
             names = [spec.name for spec in pending if wanted_rows(spec, config) == wanted]
@@ -144,8 +144,9 @@ def _widest(grid: Grid, statistics: Statistics) -> float:
     return float(np.sqrt(np.einsum("ij,ij->i", axes @ correlation, axes).max()))
 
 
-def thin_calibration(spec: TeacherSpec, rows: int) -> str | None:
-    """A warning where `rows` are too few for what is made of this teacher's `global`; None where they suffice."""
+def thin_calibration(spec: TeacherSpec, wanted: int, most: int) -> str | None:
+    """A warning where `wanted` rows, or all of `most`, are too few for a teacher's `global`; None if they suffice."""
+    rows = min(wanted, most)
     channels = max((output.channels for output in spec.outputs if output.grid is None), default=0)
     if channels and rows < ROUGH_ROWS:
         fewer = f"fewer than {ROUGH_ROWS}"
@@ -153,7 +154,5 @@ def thin_calibration(spec: TeacherSpec, rows: int) -> str | None:
         fewer = f"fewer than {ROWS_PER_CHANNEL} for each of the {channels} channels of its global output"
     else:
         return None
-    return (
-        f"teacher {spec.name!r}: calibrated on {rows} rows, {fewer}: the statistics are rough; use more images, or set "
-        "calibration_rows"
-    )
+    advice = "use more images" if rows == most else "raise calibration_rows"
+    return f"teacher {spec.name!r}: calibrated on {rows} rows, {fewer}: the statistics are rough; {advice}"

@@ -1,12 +1,13 @@
 """What a cache records of how it was made, as the configuration that would make it again. Loads no torch."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from cache import layout
-from cache.errors import KpuError
+from cache.errors import ConfigError, KpuError
 from cache.locations import open_storage, stands
 from cache.places import is_plain, require_plain
 from cache.plans import load_plan
@@ -113,6 +114,12 @@ def planned_data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any])
     Raises:
         ConfigError: the plan names a place that is opened only where the user names it.
     """
+    there = is_local(planned.root) and os.path.lexists(planned.root)
+    if not there and any(character in planned.root for character in "*?[{"):
+        raise ConfigError(
+            f"{layout.PLAN}: names {planned.root!r} as the source, which does not exist, and could be a pattern; name "
+            "the images in a configuration given with -c, as data.source"
+        )
     require_plain(planned.root, said_by=layout.PLAN, advice="in a configuration given with -c, as data.source")
     options = {name: value for name, value in planned.options.items() if value is not None}
     own = DataConfig.model_validate({"source": planned.root, "limit": samples, **options})

@@ -20,7 +20,8 @@ from cache.leases import close_lock
 from cache.localstore import FULL, sync_folder
 
 MOST_BYTES: Final = 2**36
-"""Of one file of a run or an export; a model of 16e9 parameters has as many."""
+"""Of one file of tensors of a run or an export; a model of 16e9 parameters has as many. Documents have less."""
+_MOST_BY_KIND: Final = {".json": 2**28, ".jsonl": 2**30, ".yaml": 2**20, ".py": 2**24, ".md": 2**24}
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _OPEN: Final = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -33,7 +34,7 @@ def read_file(path: Path) -> bytes:
         CorruptError: it is too large to be one of ours.
         OSError: it cannot be read.
     """
-    return beneath.read_file(path, MOST_BYTES)
+    return beneath.read_file(path, _MOST_BY_KIND.get(path.suffix, MOST_BYTES))
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ def check_place(path: Path) -> None:
     if (path / CONFIG).exists():
         raise ConfigError(f"out: {path}: a run exists there; continue it with --resume, or choose another folder")
     if path.exists() and (not path.is_dir() or any(not _left_over(file) for file in path.iterdir())):
-        raise ConfigError(f"out: {path}: expected a new path or an empty folder, found other files; choose another")
+        raise ConfigError(f"out: {path}: expected a new path or an empty folder, found {what_is(path)}; choose another")
 
 
 def require_run(path: Path) -> None:
@@ -30,7 +30,17 @@ def require_run(path: Path) -> None:
         ConfigError: there is none.
     """
     if not (path / CONFIG).is_file():
-        raise ConfigError(f"{path}: expected a run of kpu-train, found no {CONFIG}; check the path")
+        raise ConfigError(f"{path}: expected a run of kpu-train, found no {CONFIG} but {what_is(path)}; check the path")
+
+
+def what_is(path: Path) -> str:
+    """What a message calls that which is at a path."""
+    if not os.path.lexists(path):
+        return "nothing"
+    if not path.is_dir():
+        return "a file"
+    known = {CONFIG: "a run", "plan.json": "a cache", "student_model.py": "an export", "student.pt2": "an export"}
+    return next((name for file, name in known.items() if (path / file).exists()), "other files")
 
 
 def require_nothing(path: Path) -> None:

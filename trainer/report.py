@@ -21,6 +21,7 @@ def summarise(training: Training, stream: Stream, seconds: float, steps: int) ->
     rows_per_step = training.config.batch_size * training.config.optim.accumulate
     return {
         "steps": training.step,
+        "planned_steps": training.steps,
         "rows": training.step * rows_per_step,
         "train_rows": stream.rows,
         "validation_rows": len(stream.held_back),
@@ -57,8 +58,13 @@ def doubts(config: TrainConfig, stream: Stream, steps: int) -> list[str]:
         )
     elif held < FEW_ROWS:
         found.append(f"only {held} rows are held back for validation: R2 on so few is rough; raise validation")
-    if steps < FEW_STEPS:
-        size = config.batch_size * config.optim.accumulate
+    size = config.batch_size * config.optim.accumulate
+    if size > stream.rows:
+        found.append(
+            f"batch_size: a step takes {size:,} rows, more than the {stream.rows:,} to train on, so that each is in it "
+            "several times; lower it"
+        )
+    elif steps < FEW_STEPS:
         found.append(
             f"only {steps} steps: {config.optim.epochs} epochs of {stream.rows:,} rows, {size:,} rows a step; lower "
             "batch_size, or raise optim.epochs"

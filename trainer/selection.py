@@ -173,6 +173,8 @@ def _find(folder: Path) -> Best | None:
     """The best that is kept; damaged ones are passed over."""
     found = []
     for path in folder.glob("step-*"):
+        if path.is_symlink():
+            continue
         try:
             scores = _scores_of(path)
             found.append(Best(scores["step"], scores["r2"], path))

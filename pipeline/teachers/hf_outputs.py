@@ -100,6 +100,11 @@ class HfFeatures(nn.Module):
         """The map after each layer; where the library gives them reshaped to the image, these are taken."""
         states = _first_of(found, "reshaped_hidden_states", "hidden_states")
         count = self._facts.layers
+        if getattr(self.model.config, "model_type", None) == "pvt":
+            raise TeacherError(
+                f"{self._who}: layers: expected a hidden state for each layer, found one for each block and the "
+                "last one once more: which is which cannot be told; leave layers out"
+            )
         if states is None or len(states) not in (count, count + 1):
             raise TeacherError(
                 f"{self._who}: layers: expected {count} or {count + 1} hidden states of a model with {count} layers, "

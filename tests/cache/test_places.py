@@ -92,3 +92,23 @@ def test_what_an_artefact_may_name(place: str, plain: bool) -> None:
         require_plain(place, said_by="plan.json", advice="set --images to where they are")
     assert str(caught.value).startswith(f"plan.json: names {place!r}: expected a local path or an object store (")
     assert str(caught.value).endswith("set --images to where they are")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "sftp://user:pa'ss@host/x", 'sftp://user:pa"ss@host/x', "sftp://user:pa ss@host/x", "sftp://user:p@ss@host/x",
+        "s3://key:sec/ret@bucket/x", "git+https://ss@host/x", "az://c/x?account_key=ss", "https://h/x?jwt=ss",
+        "https://h/x#token=ss",
+    ],
+)  # fmt: skip
+def test_unusual_passwords_are_refused_and_not_shown(place: str) -> None:
+    with pytest.raises(ConfigError, match="expected a location without a password") as error:
+        refuse_password(place, "out")
+    shown = str(error.value).partition(": expected")[0]
+    assert not any(part in shown for part in ("ss", "ret", "sec"))
+
+
+def test_names_with_an_at_sign_are_no_passwords() -> None:
+    for place in ("s3://bucket/icon@2x.png", "s3://bucket:9000/a@b", "abfs://container@account/x", "/home/me@work/x"):
+        refuse_password(place, "out")

@@ -24,6 +24,22 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.mark.parametrize(("mode", "folder"), [(0o622, 0o700), (0o664, 0o700), (0o600, 0o777)])
+def test_a_list_that_others_may_write_to_is_ignored(
+    mode: int, folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "kpu/trusted-code"
+    place.parent.mkdir(mode=0o700)
+    place.write_text("0" * 64 + "\n")
+    place.chmod(0o600)
+    monkeypatch.setenv("KPU_TRUSTED_CODE", str(place))
+    assert load_trust().listed == {"0" * 64}
+    monkeypatch.setattr("cache.trust._is_private", lambda _: False)
+    place.chmod(mode)
+    place.parent.chmod(folder)
+    assert load_trust().listed == frozenset()
+
+
 def test_where_the_list_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KPU_TRUSTED_CODE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -80,7 +96,7 @@ def test_a_list_that_anyone_may_write_to_is_none(listed: Path) -> None:
     listed.write_text(f"{KEY}\n")
     listed.chmod(0o666)
     assert load_trust().listed == frozenset()
-    assert "anyone may write to it" in (remember({KEY: "/a.py"}) or "")
+    assert "others may write to it" in (remember({KEY: "/a.py"}) or "")
 
 
 # --- what runs ---

@@ -95,3 +95,18 @@ def test_a_file_of_the_user_in_front_of_a_package_is_told(packages: Path, tmp_pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/pipeline.py").write_text("raise SystemExit('ran')")
     assert "found another one" in called(packages, tmp_path / "mine").stderr
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(kpu_cache, ["status", str(tmp_path / ":smile:[red].kpu")])
+    assert f"{tmp_path}/:smile:[red].kpu" in refused.stderr
+
+
+def test_an_interruption_before_anything_is_imported_is_one_line() -> None:
+    code = (
+        "import builtins, sys\nfrom cli.entry import kpu_train\ndo = builtins.__import__\n"
+        "def stop(name, *more):\n    if name == 'cli.train': raise KeyboardInterrupt\n    return do(name, *more)\n"
+        "builtins.__import__ = stop\nkpu_train()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (1, "stopped: nothing was begun\n")

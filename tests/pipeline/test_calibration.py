@@ -115,11 +115,12 @@ def test_a_step_too_small_for_usual_values_is_refused(name: Literal["uniform", "
 
 def test_too_few_rows_are_told() -> None:
     rotated = teacher(100).model_copy(update={"codec": CodecSpec(name="rotated")})
-    assert thin_calibration(rotated, 1000) is None
-    assert thin_calibration(teacher(100), 256) is None
+    assert thin_calibration(rotated, 1000, 10**6) is None
+    assert thin_calibration(teacher(100), 2048, 256) is None
     for spec, rows, fewer in ((rotated, 999, "10 for each of the 100 channels"), (teacher(100), 255, "256: ")):
-        warning = thin_calibration(spec, rows)
-        assert warning is not None
+        warning = thin_calibration(spec, rows, 10**6)
+        assert warning is not None and warning.endswith("; raise calibration_rows")
+        assert (thin_calibration(spec, 2048, rows) or "").endswith("; use more images")
         assert f"teacher 'base': calibrated on {rows} rows, fewer than {fewer}" in warning
 
 

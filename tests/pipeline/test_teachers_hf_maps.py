@@ -110,7 +110,7 @@ def test_layer_0_is_the_first_stage_where_no_embeddings_come_first(tmp_path: Pat
 def test_other_numbers_of_hidden_states_are_refused(tmp_path: Path) -> None:
     save(tmp_path, "swiftformer", embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64)
     with pytest.raises(TeacherError, match=r"layers: expected 4 or 5 hidden states .* found 8,.* leave layers out"):
-        build(tmp_path, 64, layers=[0])
+        build(tmp_path, 64, outputs=["global"], layers=[0])
     assert grids(build(tmp_path, 64)) == {"global": None, "patch": (2, 2)}
 
 
@@ -237,3 +237,12 @@ def test_towers_that_cannot_be_loaded_alone_are_refused_with_the_way_round(tmp_p
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match=r"found MetaClip2VisionConfig, .* vision tower as docs/teachers\.md shows"):
         build(tmp_path, 28)
+
+
+def test_states_of_blocks_are_no_layers(tmp_path: Path) -> None:
+    """PVT gives one for each block and the last one again; with a block a stage these are as many as stages and one."""
+    stages = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}
+    save(tmp_path, "pvt", image_size=64, **stages)
+    assert build(tmp_path, 64, outputs=["global"]).outputs
+    with pytest.raises(TeacherError, match=r"one for each block and the last one once more.*leave layers out"):
+        build(tmp_path, 64, outputs=["global"], layers=[0])

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from trainer.evaluation.evaluate import evaluate
 from trainer.loop import fit
 from trainer.selection import Selection, overall_r2, validation_interval
 from trainer.training import Training
+from trainer.world import World
 
 WORSE = {"optim": {"epochs": 12, "lr": 0.03, "warmup": 0.0}, "validate_every": 4, "log": {"every": 50, "checkpoint": 8}}
 
@@ -95,6 +97,15 @@ def test_damaged_best_weights_are_never_kept(
     (best / "model.safetensors").write_bytes(data[:-8] + bytes(8))
     with pytest.raises(CorruptError, match=rf"{best.name}/model.safetensors"):
         fit(config, tmp_path / "run", resume=True)
+
+
+def test_a_link_is_no_best_state(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away/scores.json").write_text('{"step": 1, "r2": 0.9, "digests": {}}')
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/step-000000001").symlink_to(tmp_path / "away")
+    world = World(0, 1, torch.device("cpu"), "fp32")
+    assert Selection(configure(), world, tmp_path / "best", 10, np.arange(2)).best is None
 
 
 def test_validation_is_frequent_enough_and_cheap_enough(configure: Configure) -> None:

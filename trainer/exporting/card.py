@@ -162,7 +162,7 @@ def _scores(trained: Trained) -> str:
     keys = [f"r2_{output}" for output in trained.config.outputs]
     head = f"\n| R2 on {summary['validation_rows']:,} validation rows | {' | '.join(k[3:] for k in keys)} |\n"
     rows = [*scores["teachers"].items(), ("the base itself", scores["base"])]
-    body = "\n".join(f"| {name} | {' | '.join(_figure(values[key]) for key in keys)} |" for name, values in rows)
+    body = "\n".join(f"| {name} | {' | '.join(_figure(values.get(key)) for key in keys)} |" for name, values in rows)
     return f"{head}|{'---|' * (len(keys) + 1)}\n{body}\n"
 
 
