@@ -65,18 +65,14 @@ def fit(
     `kpu-train fit -o RUN --resume` needs no more than that: the run knows how it was begun.
     """
     from trainer.config import load_config
+    from trainer.place import CONFIG, check_place, require_run
 
-    if not resume and os.environ.get("RANK", "0") == "0":
-        from trainer.place import check_place
-
-        check_place(out.absolute())
+    if os.environ.get("RANK", "0") == "0":
+        (require_run if resume else check_place)(out.absolute())
     extra = [f"workers={workers}"] if workers is not None else []
-    resolved = False
-    if resume and config is None:
-        from trainer.place import CONFIG, require_run
-
-        require_run(out)
-        config, resolved = out / CONFIG, True  # a run knows how it was begun
+    resolved = resume and config is None
+    if resolved:
+        config = out / CONFIG  # a run knows how it was begun
     assigned = [*(overrides or ()), *extra]
     loaded = load_config(config, caches=cache or (), overrides=assigned, resolved=resolved)
     summary = _fit(loaded, out.absolute(), resume, ray_address, _trust(loaded, trust_code, named=not resolved))
@@ -266,7 +262,7 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
     if os.environ.get("RANK", "0") == "0":
         from trainer.start import check_start
 
-        check_start(config, out, resume=resume)
+        check_start(config)
         _say(f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
     with watching(console()) as watch:
         from trainer.world import under_launcher

@@ -30,7 +30,9 @@ def require_run(path: Path) -> None:
         ConfigError: there is none.
     """
     if not (path / CONFIG).is_file():
-        raise ConfigError(f"{path}: expected a run of kpu-train, found no {CONFIG} but {what_is(path)}; check the path")
+        raise ConfigError(
+            f"{path}: expected a run of kpu-train, found no {CONFIG} (at this path: {what_is(path)}); check the path"
+        )
 
 
 def what_is(path: Path) -> str:

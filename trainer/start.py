@@ -1,4 +1,4 @@
-"""What a training can be refused for before torch is loaded: its folder, its caches, the device."""
+"""What a training can be refused for before torch is loaded, beside its folder: its caches, the device."""
 
 import sys
 from pathlib import Path
@@ -7,24 +7,19 @@ from typing import Final
 from cache import open_cache
 from cache.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.place import check_place, require_run
 from trainer.targets import choose_outputs, not_among, require
 
 _GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
-def check_start(config: TrainConfig, out: Path, *, resume: bool) -> None:
+def check_start(config: TrainConfig) -> None:
     """Look at all that is cheap to look at; `trainer.loop.fit` looks again, and at more.
 
     Raises:
-        ConfigError: a run exists at `out` or, with `resume`, none; a cache lacks the base or no cache has one of the
-            teachers; or a GPU is asked for on a machine without one.
+        ConfigError: a cache lacks the base or no cache has one of the teachers; or a GPU is asked for on a machine
+            without one.
         NotACacheError: one of the caches is none.
     """
-    if resume:
-        require_run(out)
-    else:
-        check_place(out)
     if config.device == "cuda" and sys.platform == "linux" and not any(map(_exists, _GPU_DEVICES)):
         raise ConfigError("device: expected a GPU, found none on this machine; use --set device=cpu")
     caches = [open_cache(path) for path in config.caches]
