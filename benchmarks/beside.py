@@ -2,8 +2,8 @@
 
     python benchmarks/beside.py my.kpu --teacher general --output patch
 
-Random rows are read by one thread, in batches of 256, by each of the two readers (`cache.gather` says which serves
-when), while the main thread launches operations that take no time by themselves.
+Random rows are read by one thread, in batches of 256, by each of the two readers (`kpu.reading.tensorstore` says
+which serves when), while the main thread launches operations that take no time by themselves.
 """
 
 import threading
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import typer
 
-from cache import Cache, gather, open_cache
+from kpu import Cache, open_cache
+from kpu.reading import tensorstore
 
 SECONDS = 4.0
 BATCH = 256
@@ -64,7 +65,7 @@ def main(
     alone = launch()
     print(f"nothing is read: {alone:,.0f} operations/s")
     for name, fewest in (("our own reader", 10**6), ("tensorstore", 1)):
-        gather.FEWEST_CORES = fewest
+        tensorstore.FEWEST_CORES = fewest
         rate, loaded = beside(open_cache(path), teacher, output)
         print(f"{name}: {rate:,.0f} operations/s ({rate / alone:.2f}) beside {loaded:,.0f} rows/s")
 

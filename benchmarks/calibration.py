@@ -21,15 +21,15 @@ import typer
 from PIL import Image
 from real_data import DATA, REPOSITORY, RESNET
 
-from cache.chunks import encode_chunk, use_one_thread
-from cache.codecs import calibrated, make_grid
-from cache.fidelity import measure
-from cache.pixels.resize import geometry, resize_image
-from cache.spec import CodecSpec
-from cache.statistics import F32, Accumulator, Statistics
+from kpu.format.codecs import calibrated, make_grid
+from kpu.format.fidelity import measure
+from kpu.format.spec import CodecSpec
+from kpu.format.statistics import F32, Accumulator, Statistics
+from kpu.pixels.resize import geometry, resize_image
+from kpu.shards.chunk import encode_chunk, use_one_thread
 from pipeline.config import TeacherConfig
-from pipeline.moments import moments
 from pipeline.teachers import Teacher, build_teacher
+from pipeline.worker.moments import moments
 
 BATCH: Final = 64  # also the vectors of a chunk
 TEACHERS: Final[dict[str, dict[str, Any]]] = {

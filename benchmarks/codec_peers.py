@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache.chunks import CRC_BYTES, crc, decode_chunk, encode_chunk
-from cache.codecs import make_grid
-from cache.spec import CodecSpec
-from cache.statistics import F32, Statistics
+from kpu.format.codecs import make_grid
+from kpu.format.spec import CodecSpec
+from kpu.format.statistics import F32, Statistics
+from kpu.shards.chunk import CRC_BYTES, crc, decode_chunk, encode_chunk
 
 Stored = npt.NDArray[Any]
 VECTORS: Final = 64  # rows in a chunk of vectors

@@ -33,12 +33,12 @@ from numcodecs import blosc
 from rich.console import Console
 from rich.table import Table
 
-from cache.chunks import crc, decode_chunk, encode_chunk, use_one_thread
-from cache.codecs import calibrated, make_grid
-from cache.fidelity import measure, summarise
-from cache.reader import open_cache
-from cache.spec import CodecSpec, Fidelity
-from cache.statistics import F32, Accumulator, Statistics, snap
+from kpu.format.codecs import calibrated, make_grid
+from kpu.format.fidelity import measure, summarise
+from kpu.format.spec import CodecSpec, Fidelity
+from kpu.format.statistics import F32, Accumulator, Statistics, snap
+from kpu.reading.cache import open_cache
+from kpu.shards.chunk import crc, decode_chunk, encode_chunk, use_one_thread
 
 STEPS: Final = (0.02, 0.05, 0.1, 0.2)
 DEFAULT: Final = "uniform 0.05"

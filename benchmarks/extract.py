@@ -34,8 +34,8 @@ from real_data import DATA, REPOSITORY, RESNET, cifar_teacher, cifar_weights
 from timm.data import create_transform, resolve_model_data_config
 
 from pipeline.config import validate_config
-from pipeline.device import choose_device
 from pipeline.extract import extract
+from pipeline.worker.device import choose_device
 
 CIFAR = {"general": "resnet56", "animals": "resnet20", "vehicles": "resnet20"}
 

@@ -30,7 +30,7 @@ from real_data import DATA, REPOSITORY, cifar_teacher
 from rich.console import Console
 from rich.table import Table
 
-from trainer.ablate import reach
+from trainer.sweep.ablate import reach
 
 app = typer.Typer(add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where caches, runs and results lie.")]
@@ -70,8 +70,8 @@ def controls(folder: Folder = HOME) -> None:
 
     Vectors are standardised by the training cache's statistics; penalties are chosen on the validation rows.
     """
-    from trainer.corpus import Corpus
-    from trainer.data import Upload
+    from trainer.data.corpus import Corpus
+    from trainer.data.loading import Upload
     from trainer.evaluation.probes import knn, linear_probe
 
     train, test = (
@@ -125,7 +125,7 @@ def run(
 def _one(tier: str, cell: str, seed: int, folder: Path, keep: bool) -> dict[str, Any]:
     from trainer.config import validate_config
     from trainer.evaluation.evaluate import evaluate
-    from trainer.loop import fit
+    from trainer.loop.fit import fit
 
     chosen = TIERS[tier]()
     keys = {"seed": seed, "teachers": list(ALL), **chosen.common, **chosen.cells[cell].keys}

@@ -33,14 +33,14 @@ def write_source(folder: Path, rows: int) -> None:
 
 def plan(folder: Path) -> None:
     """Plan everything in `folder`, then look for what is left to do as `extract` does; print what it took."""
-    from cache.leases import lease
-    from cache.locations import open_storage
-    from cache.sources import open_source
-    from cache.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
+    from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
+    from kpu.sources import open_source
+    from kpu.storage.leases import lease
+    from kpu.storage.open import open_storage
     from pipeline.config import validate_config
     from pipeline.extract import remaining_tasks
-    from pipeline.observers import Silent
     from pipeline.planning import plan_cache
+    from pipeline.run.observers import Silent
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     out = folder / "big.kpu"

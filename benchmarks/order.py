@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trainer.order import FullOrder, WindowedOrder
+from trainer.data.order import FullOrder, WindowedOrder
 
 OURS: Final = 61_600  # bytes of a row
 HALF: Final = 152_000

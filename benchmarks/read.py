@@ -34,7 +34,7 @@ from read_peers import BASE, PEERS, STEP, WAYS, Chunks, Task, standardise
 from rich.console import Console
 from rich.table import Table
 
-from trainer.allocator import keep_freed_memory
+from trainer.util.allocator import keep_freed_memory
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-read"
 CASES: Final = {
@@ -165,8 +165,8 @@ def _show(name: str, found: dict[str, list[dict[str, float]]]) -> None:
 
 def _show_stages(folder: Path, rows: int) -> None:
     """Where our time goes: each stage alone, on one core, over the same random rows."""
-    from cache import open_cache
-    from cache.chunks import decode_chunk, is_intact
+    from kpu import open_cache
+    from kpu.shards.chunk import decode_chunk, is_intact
 
     torch.set_num_threads(1)
     table = Table(title="processor time of a sample in us, each stage alone")
@@ -212,7 +212,7 @@ def _median(stage: Any, times: int = 9) -> float:
 
 
 def _corpus(folder: Path, teachers: tuple[str, ...], *outputs: str) -> Any:
-    from trainer.corpus import Corpus
+    from trainer.data.corpus import Corpus
 
     return Corpus([str(folder / "zarr.kpu")], dict.fromkeys(teachers, outputs), teachers[0])
 

@@ -11,15 +11,17 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
-from cache.fidelity import RowFidelity, measure
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import publish_plan
-from cache.samples import Samples, row_digest, sample_schema, split_parts
-from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, ShardFormat, SourceSpec, TeacherSpec
-from cache.statistics import Accumulator, Statistics
-from cache.teachers import publish_teacher
+from kpu.commit.images import publish_images
+from kpu.commit.plan import publish_plan
+from kpu.commit.teacher import publish_teacher
+from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.format.fidelity import RowFidelity, measure
+from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, Plan, ShardFormat, SourceSpec, TeacherSpec
+from kpu.format.statistics import Accumulator, Statistics
+from kpu.records.images import UnitImages
+from kpu.records.samples import Samples, row_digest, sample_schema, split_parts
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 
 TOKENS: Final = 197
 CHANNELS: Final = 384

@@ -16,7 +16,7 @@ import torch
 from read_data import OUTPUTS, TEACHERS
 from torch import Tensor
 
-from cache import open_cache
+from kpu import open_cache
 
 BASE: Final = TEACHERS[0]
 STEP: Final = 0.05
@@ -151,8 +151,8 @@ class Ours:
         self._cache, self._memory, self._upload = cache, memory, upload
 
     def __call__(self, task: Task) -> Iterator[Batch]:
-        from trainer.corpus import Corpus
-        from trainer.data import Loader, Upload
+        from trainer.data.corpus import Corpus
+        from trainer.data.loading import Loader, Upload
 
         corpus = Corpus([str(task.folder / self._cache)], {BASE: task.outputs}, BASE, memory=self._memory)
         upload, standardisers = Upload(corpus, torch.device("cpu")), corpus.standardisers()
@@ -174,8 +174,8 @@ class Ours:
 def draw(task: Task, corpus: Any) -> Iterator[Any]:
     """The trainer's order `full`, batch after batch."""
     from trainer.config import OrderConfig
-    from trainer.data import Stream
-    from trainer.order import make_order
+    from trainer.data.loading import Stream
+    from trainer.data.order import make_order
 
     stream = Stream(make_order(OrderConfig(), corpus.units(), corpus.digest, 0), corpus.validation(0.0))
     position = 0

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from codec_peers import VECTORS, Codec, chunks_of, peers
 
-from cache import open_cache
+from kpu import open_cache
 
 if TYPE_CHECKING:
-    from trainer.corpus import HostBatch
+    from trainer.data.corpus import HostBatch
 
 ROWS: Final = 256  # that sizes are taken from
 Outputs = dict[tuple[str, str], Codec]

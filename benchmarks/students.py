@@ -27,9 +27,9 @@ from rich.table import Table
 from student_peers import peers_of, restored, size_of
 from train_data import CODECS, LOSSLESS, SIDE, extract_cifar
 
-from cache import open_cache
-from cache.status import status
-from trainer.ablate import reach
+from kpu import open_cache
+from kpu.tools.status import status
+from trainer.sweep.ablate import reach
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
 LIVE: Final = "live"
@@ -49,7 +49,7 @@ def main(
     from cli.live import run_teachers
     from trainer.config import validate_config
     from trainer.evaluation.evaluate import evaluate
-    from trainer.loop import fit
+    from trainer.loop.fit import fit
 
     lossless = extract_cifar(folder, "train", rows, LOSSLESS)
     others = peers_of(lossless)
@@ -129,11 +129,11 @@ def _show(
 
 def _said(run: Path, cache: Path) -> np.ndarray[Any, Any]:
     """What the student has each teacher's head say of every row, int64 [teachers * rows]."""
-    from trainer.data import Loader, Upload
+    from trainer.data.loading import Loader, Upload
     from trainer.evaluation.measured import open_measured
     from trainer.evaluation.measures import OwnHead
-    from trainer.evaluation.scores import batches_of
     from trainer.evaluation.trained import load_trained
+    from trainer.loop.scores import batches_of
 
     trained = load_trained(run)
     corpus = open_measured(trained, [str(cache)], [])

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import transformers
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 

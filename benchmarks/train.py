@@ -36,10 +36,10 @@ from train_data import SIDE, extract_cifar, extract_vits
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
-    from trainer.corpus import Corpus
-    from trainer.data import Batch
+    from trainer.data.corpus import Corpus
+    from trainer.data.loading import Batch
+    from trainer.loop.world import World
     from trainer.model import Inheritance
-    from trainer.world import World
 
 HOME: Final = Path(__file__).parents[1] / "build/benchmark-train"
 STUDENTS: Final[dict[str, dict[str, Any]]] = {
@@ -179,12 +179,12 @@ def _copy_rate(origin: torch.Tensor, device: torch.device) -> float:
 
 
 def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, device: str) -> dict[str, float]:
-    from trainer.batches import open_corpus
     from trainer.config import validate_config
-    from trainer.corpus import Corpus
+    from trainer.data.corpus import Corpus
+    from trainer.loop.batches import open_corpus
+    from trainer.loop.training import Training
+    from trainer.loop.world import join_world
     from trainer.model import Inheritance
-    from trainer.training import Training
-    from trainer.world import join_world
 
     values = {
         "loader": {"memory": 0},
@@ -228,8 +228,8 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
 
 
 def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", world: "World") -> "Generator[Batch]":
-    from trainer.batches import draw_batches, open_loader, open_stream
-    from trainer.data import Upload
+    from trainer.data.loading import Upload
+    from trainer.loop.batches import draw_batches, open_loader, open_stream
 
     live: Callable[..., Any] | None = None
     if config.targets.source == "live":

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 
-from cli.console import console
 from cli.failures import reported
 from cli.options import CachePath, Json, TrustCode, print_result
+from cli.output import console
 from cli.start import start
 from cli.upkeep import bench, gc, info, repair, status, verify
 
 if TYPE_CHECKING:
-    from cache.trust import Trust
+    from kpu.trust.list import Trust
 
     # these load torch and pyarrow, which takes seconds: help and usage errors should not wait for them
     from pipeline.config import ExtractConfig
-    from pipeline.runs import RunSummary
+    from pipeline.run.records import RunSummary
 
 app = typer.Typer(
     help="Extract frozen multi-teacher features into a crash-safe, compressed cache, once, and look after it.",
@@ -63,8 +63,8 @@ def extract(
 
     Exits with 0 where the cache is complete, with 1 where units are left, with 2 where it could not start.
     """
-    from cli.progress import open_observer
-    from cli.show import show_estimate, show_summary, summary_json
+    from cli.views.progress import open_observer
+    from cli.views.show import show_estimate, show_summary, summary_json
     from pipeline.config import load_config
     from pipeline.recorded import data_of
 
@@ -108,8 +108,8 @@ def retry_failed(
 
     It runs here; --executor ray spreads it.
     """
-    from cache.trust import load_trust
-    from cli.show import show_summary, summary_json
+    from cli.views.show import show_summary, summary_json
+    from kpu.trust.list import load_trust
     from pipeline.config import load_config
     from pipeline.retry import failed_runs, retry_configs, with_executor
 
@@ -211,7 +211,7 @@ def import_command(
 def _extract(
     config: "ExtractConfig", units: frozenset[int] | None, as_json: bool, trust: "Trust | None" = None
 ) -> "RunSummary":
-    from cli.progress import open_observer
+    from cli.views.progress import open_observer
     from pipeline.extract import extract as run_extract
 
     with open_observer(console(stderr=as_json)) as observer:

@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from cache.convert import Conversion, convert
-from cache.errors import ConfigError
-from cache.spec import CodecSpec, ShardFormat
-from cache.theia.export import TheiaExport, export_theia
-from cache.theia.imported import TheiaImport, import_theia
-from cli.console import progress_bar
-from cli.units import human_bytes, plural
+from cli.output import progress_bar
+from cli.views.units import human_bytes, plural
+from kpu.errors import ConfigError
+from kpu.format.spec import CodecSpec, ShardFormat
+from kpu.interop.convert import Conversion, convert
+from kpu.interop.theia.export import TheiaExport, export_theia
+from kpu.interop.theia.imported import TheiaImport, import_theia
 from pipeline.paths import absolute
 from pipeline.planning import choose_unit_rows
 from pipeline.target import left_as_it_was, standing_plan

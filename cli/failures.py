@@ -8,10 +8,10 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from cache.errors import KpuError
-from cache.faults import FAULTS
-from cache.places import redact
-from cli.console import console
+from cli.output import console
+from kpu.errors import KpuError
+from kpu.storage.places import redact
+from kpu.util.faults import FAULTS
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Cache
-from cache.pixels.resize import Geometry, geometry
-from cache.teachers import check_same
-from cache.trust import Trust
-from pipeline.deep import ship_again
+from kpu.commit.teacher import check_same
+from kpu.pixels.resize import Geometry, geometry
+from kpu.reading.cache import Cache
+from kpu.trust.list import Trust
 from pipeline.teachers import Teacher, load_shipped
+from pipeline.verify_deep import ship_again
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus, HostBatch
-from trainer.data import Fetch
-from trainer.images import ImageReader
-from trainer.resident import Rows
+from trainer.data.corpus import Corpus, HostBatch
+from trainer.data.images import ImageReader
+from trainer.data.loading import Fetch
+from trainer.data.resident import Rows
 
 
 def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch, trust: Trust | None = None) -> Fetch:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cache.errors import ConfigError
-from cli.console import console, dump_json, printable
-from cli.tables import FORMATS, Table
+from cli.output import console, dump_json, printable
+from cli.views.tables import FORMATS, Table
+from kpu.errors import ConfigError
 
 CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Path or URL of a cache, such as my.kpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of text.")]

@@ -1,23 +1,19 @@
 """What both commands do first."""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from cache.errors import ConfigError
-from cli.console import escape_unprintable
-from cli.names import check_names
+from cli.output import escape_unprintable
+from kpu import __version__
+from kpu.errors import ConfigError
+from kpu.own_packages import ROOT, overwritten_packages
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            found = version("kpu")
-        except PackageNotFoundError:
-            found = "not installed as a distribution"
-        typer.echo(f"kpu {found}, Python {sys.version.split()[0]}")
+        typer.echo(f"kpu {__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit
 
 
@@ -26,10 +22,14 @@ def start(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Prepare the streams, and see that the packages to be imported are KPU's."""
+    """Prepare the streams, and check that the packages to be imported are KPU's."""
     escape_unprintable()
-    try:
-        check_names()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    if overwritten := overwritten_packages():
+        name = overwritten[0]
+        typer.echo(
+            f"error: import name {name!r}: expected KPU's package in {ROOT / name}, found another one or none: another "
+            "distribution of that name was installed over it, or removed it; install KPU in an environment of its own, "
+            "as with `pipx install` or `uv tool install`, or reinstall it",
+            err=True,
+        )
+        raise typer.Exit(ConfigError.exit_code)

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.errors import IncompleteError
-from cli.console import console, dump_json, progress_bar, progress_note
 from cli.failures import reported
 from cli.options import Csv, Json, Latex, Markdown, TrustCode, print_tables, table_format
+from cli.output import console, dump_json, progress_bar, progress_note
 from cli.start import start
+from kpu.errors import IncompleteError
 
 if TYPE_CHECKING:
-    from cache.trust import Trust
+    from kpu.trust.list import Trust
+    from trainer.config import TrainConfig
 
     # these load torch, which takes seconds: help and usage errors should not wait for it
-    from trainer.batches import Live
-    from trainer.config import TrainConfig
+    from trainer.loop.batches import Live
 
 app = typer.Typer(
     help="Train one student that inherits what all teachers of a feature cache know; no teacher is loaded.",
@@ -65,7 +65,7 @@ def fit(
     `kpu-train fit -o RUN --resume` needs no more than that: the run knows how it was begun.
     """
     from trainer.config import load_config
-    from trainer.place import CONFIG, check_place, require_run
+    from trainer.run.place import CONFIG, check_place, require_run
 
     if os.environ.get("RANK", "0") == "0":
         (require_run if resume else check_place)(out.absolute())
@@ -77,7 +77,7 @@ def fit(
     loaded = load_config(config, caches=cache or (), overrides=assigned, resolved=resolved)
     summary = _fit(loaded, out.absolute(), resume, ray_address, _trust(loaded, trust_code, named=not resolved))
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
-        from cli.training import show_summary
+        from cli.views.training import show_summary
 
         show_summary(console(), out, summary)
 
@@ -99,11 +99,11 @@ def ablate(
     Ends with a table of paired differences from the first cell.
     """
     progress_note(f"open: {sweep}")
-    from cache.code import naming_models
-    from cache.trust import load_trust
-    from cli.training import ablation_table
-    from trainer.ablate import ablate as run_sweep
-    from trainer.sweeps import load_sweep
+    from cli.views.training import ablation_table
+    from kpu.trust.code import naming_models
+    from kpu.trust.list import load_trust
+    from trainer.sweep.ablate import ablate as run_sweep
+    from trainer.sweep.sweeps import load_sweep
 
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     loaded = load_sweep(sweep, out)
@@ -146,8 +146,8 @@ def evaluate(
     The result is kept with the run, for `compare`.
     """
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
-    from cache.trust import load_trust
-    from trainer.place import require_run
+    from kpu.trust.list import load_trust
+    from trainer.run.place import require_run
 
     require_run(run)
     progress_note(f"open: {run}")
@@ -167,7 +167,7 @@ def evaluate(
     if form == "json":
         typer.echo(dump_json(found))
     else:
-        from cli.evaluation import evaluated_rows, evaluation_tables
+        from cli.views.evaluation import evaluated_rows, evaluation_tables
 
         if form == "text":
             _say(evaluated_rows(found))
@@ -190,14 +190,14 @@ def export(
     trust_code: TrustCode = False,
 ) -> None:
     """Write the student as its user runs it, on images; first its features are compared with those from the cache."""
-    from trainer.place import require_nothing, require_run
+    from trainer.run.place import require_nothing, require_run
 
     require_run(run)
     require_nothing(out)
     progress_note(f"open: {run}")
-    from cache.trust import load_trust
-    from cli.evaluation import show_export
-    from trainer.exporting.export import export as write
+    from cli.views.evaluation import show_export
+    from kpu.trust.list import load_trust
+    from trainer.export.export import export as write
 
     progress_note("check: the student on images against the cache; then write it")
     trust = load_trust(everything=trust_code)
@@ -217,7 +217,7 @@ def compare(
 ) -> None:
     """Put runs side by side: a table, and a plot. With --cache, what `eval` found on that cache."""
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
-    from trainer.place import require_run
+    from trainer.run.place import require_run
 
     for run in runs:
         require_run(run)
@@ -228,7 +228,7 @@ def compare(
     if form == "json":
         typer.echo(dump_json([each.as_json() for each in found]))
     else:
-        from cli.evaluation import comparison_notes, comparison_table
+        from cli.views.evaluation import comparison_notes, comparison_table
 
         print_tables([comparison_table(found)], form)
         _notes(comparison_notes(found), form)
@@ -249,23 +249,23 @@ def _say(line: str, *, stderr: bool = False) -> None:
 
 def _trust(config: "TrainConfig", everything: bool, *, named: bool) -> "Trust":
     """Which code may run: of the student's, too, where the user `named` it, and not a run."""
-    from cache.code import naming_models
-    from cache.trust import load_trust
+    from kpu.trust.code import naming_models
+    from kpu.trust.list import load_trust
 
     trust = load_trust(everything=everything)
     return naming_models(trust, config.student.model) if named else trust
 
 
 def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None, trust: "Trust") -> dict[str, Any]:
-    from cli.training import watching
+    from cli.views.training import watching
 
     if os.environ.get("RANK", "0") == "0":
-        from trainer.start import check_start
+        from trainer.run.start import check_start
 
         check_start(config)
         _say(f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
     with watching(console()) as watch:
-        from trainer.world import under_launcher
+        from trainer.loop.world import under_launcher
 
         live: Live | None = None
         if config.targets.source == "live":
@@ -276,7 +276,7 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
             from trainer.ray_train import fit_with_ray
 
             return fit_with_ray(config, out, resume=resume, address=ray_address, watch=watch, live=live, trust=trust)
-        from trainer.loop import fit as run_fit
+        from trainer.loop.fit import fit as run_fit
 
         return run_fit(config, out, resume=resume, watch=watch, live=live, trust=trust).summary
 

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from cache.errors import ConfigError
-from cli.console import progress_bar
 from cli.failures import reported
 from cli.options import CachePath, Json, TrustCode, print_result
+from cli.output import progress_bar
+from kpu.errors import ConfigError
 
 
 @reported()
@@ -16,8 +16,8 @@ def status(cache: CachePath, as_json: Json = False) -> None:
 
     Exits with 1 where units are left to do.
     """
-    from cache.status import status as read_status
-    from cli.show import show_status
+    from cli.views.show import show_status
+    from kpu.tools.status import status as read_status
 
     result = read_status(cache)
     print_result(result.as_json(), as_json, lambda console: show_status(console, result))
@@ -28,8 +28,8 @@ def status(cache: CachePath, as_json: Json = False) -> None:
 @reported()
 def info(cache: CachePath, as_json: Json = False) -> None:
     """Say what a cache holds: its data, teachers, outputs, codecs and preprocessing."""
-    from cache.reader import open_cache
-    from cli.show import describe_cache, show_info
+    from cli.views.show import describe_cache, show_info
+    from kpu.reading.cache import open_cache
 
     described = describe_cache(open_cache(cache))
     print_result(described, as_json, lambda console: show_info(console, described))
@@ -51,8 +51,8 @@ def verify(
 
     Reads every byte, lists all problems, and exits with 1 if there is one. --deep looks further where there is none.
     """
-    from cache.verify import verify as prove
-    from cli.show import show_verification
+    from cli.views.show import show_verification
+    from kpu.tools.verify import verify as prove
 
     if images is not None and not deep:
         raise ConfigError(f"--images {images}: expected with --deep, which alone reads images; add it, or leave it out")
@@ -60,8 +60,8 @@ def verify(
         report = prove(cache, progress=progress)
     again = 0
     if deep and report.ok:
-        from cache.trust import load_trust
-        from pipeline.deep import verify_deep
+        from kpu.trust.list import load_trust
+        from pipeline.verify_deep import verify_deep
 
         trust = load_trust(everything=trust_code)
         report, again = verify_deep(cache, report, rows=rows, seed=seed, images=images, trust=trust)
@@ -80,8 +80,8 @@ def repair(
 
     Nothing is deleted: records are moved into quarantine, which gc empties. Exits with 1 where work or damage is left.
     """
-    from cache.repair import repair as mend
-    from cli.show import show_repair
+    from cli.views.show import show_repair
+    from kpu.tools.repair import repair as mend
 
     with progress_bar("verify") as progress:
         repaired = mend(cache, dry_run=dry_run, progress=progress)
@@ -100,8 +100,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure how fast the cache reads here, and what other codecs would make of its features. Changes nothing."""
-    from cache.bench import bench as run_bench
-    from cli.bench import show_bench
+    from cli.views.bench import show_bench
+    from kpu.tools.bench import bench as run_bench
 
     with progress_bar("bench") as progress:
         result = run_bench(cache, teachers=teacher or (), rows=rows, progress=progress)
@@ -111,14 +111,14 @@ def bench(
 @reported()
 def gc(cache: CachePath, as_json: Json = False) -> None:
     """Remove what dead runs left half written, and what was put into quarantine; never anything that stands."""
-    from cache import layout
-    from cache.errors import NotACacheError
-    from cache.leases import collect_garbage
-    from cache.locations import open_storage
-    from cli.units import human_bytes
+    from cli.views.units import human_bytes
+    from kpu.errors import NotACacheError
+    from kpu.storage import paths
+    from kpu.storage.leases import collect_garbage
+    from kpu.storage.open import open_storage
 
     storage = open_storage(cache)
-    if storage.size(layout.PLAN) is None and storage.size(layout.TEACHERS) is None:
-        raise NotACacheError(f"{storage.url}: expected a cache, found no {layout.PLAN}; check the path")
+    if storage.size(paths.PLAN) is None and storage.size(paths.TEACHERS) is None:
+        raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
     freed = collect_garbage(storage, quarantine=True)
     print_result({"freed_bytes": freed}, as_json, lambda console: console.print(f"freed {human_bytes(freed)}"))

@@ -1,6 +1,6 @@
 """Check an installed KPU: its import names are its own, and torch and torchvision are a pair.
 
-The packages have plain names (`cache`, `pipeline`, `trainer`, `cli`), which another distribution could install too
+The packages have plain names (`pipeline`, `trainer`, `cli`), which another distribution could install too
 and so shadow ours. Run it with the interpreter of the environment to check; it exits with 1 and says what is wrong.
 """
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 DISTRIBUTION = "kpu"
-NAMES = ("cache", "pipeline", "trainer", "cli")
+NAMES = ("kpu", "pipeline", "trainer", "cli")
 
 
 def linked_checkout(installed: Distribution) -> Path | None:

@@ -6,21 +6,18 @@ from typing import Final
 
 import numpy as np
 
-from cache.codecs import Grid, make_grid
-from cache.errors import ConfigError
-from cache.spec import Plan, TeacherSpec
-from cache.statistics import Statistics
-from cache.storage import Storage
-from cache.teachers import (
-    publish_teacher,
-    standing_statistics,
-    teacher_names,
-)
+from kpu.commit.teacher import publish_teacher, standing_statistics
+from kpu.errors import ConfigError
+from kpu.format.codecs import Grid, make_grid
+from kpu.format.spec import Plan, TeacherSpec
+from kpu.format.statistics import Statistics
+from kpu.records.teachers import teacher_names
+from kpu.storage.base import Storage
 from pipeline.checks import Calibration, borrow, check_calibration
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor
-from pipeline.observers import Observer
-from pipeline.worker import Description
+from pipeline.run.observers import Observer
+from pipeline.worker.worker import Description
 
 ROWS_PER_CHANNEL: Final = 10  # where a covariance is used
 USUAL_ROWS: Final = 2048  # for means and standard deviations, whatever the number of channels

@@ -7,18 +7,18 @@ from typing import TypeGuard
 
 import pyarrow.compute as pc
 
-from cache import layout
-from cache.errors import ConfigError, MismatchError, NotACacheError
-from cache.locations import open_storage, stands
-from cache.plans import load_plan, read_checked
-from cache.published import STATISTICS
-from cache.samples import Samples
-from cache.sources import Source
-from cache.spec import LABEL_OF_NOTHING, Plan, TeacherSpec
-from cache.statistics import Statistics, load_statistics, same_statistics
-from cache.teachers import OWN_CALIBRATION, check_same, load_teacher, read_teacher, teacher_names
+from kpu.commit.teacher import OWN_CALIBRATION, check_same
+from kpu.errors import ConfigError, MismatchError, NotACacheError
+from kpu.format.spec import LABEL_OF_NOTHING, Plan, TeacherSpec
+from kpu.format.statistics import Statistics, load_statistics, same_statistics
+from kpu.records.plan import load_plan, read_checked
+from kpu.records.samples import Samples
+from kpu.records.teachers import STATISTICS, load_teacher, read_teacher, teacher_names
+from kpu.sources import Source
+from kpu.storage import paths
+from kpu.storage.open import open_storage, stands
 from pipeline.config import ExtractConfig
-from pipeline.observers import Observer
+from pipeline.run.observers import Observer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
         standing = read_teacher(storage, spec.name)
         check_same(standing.spec, spec)
         if borrowed is not None:
-            file = f"{layout.teacher(spec.name)}/{STATISTICS}"
+            file = f"{paths.teacher(spec.name)}/{STATISTICS}"
             raw = read_checked(storage, file, standing.files[STATISTICS], teacher=spec.name)
             check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
 

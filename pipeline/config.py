@@ -7,13 +7,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cache import layout
-from cache.errors import ConfigError
-from cache.places import refuse_password
-from cache.setting_paths import anchor_paths
-from cache.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
-from cache.spec import CodecSpec, CropSpec, Pool, ShardFormat
-from cache.timm_args import ModelArgs
+from kpu.config.paths import anchor_paths
+from kpu.config.settings import Positive, Section, read_yaml, section, split, validate, validate_overridden
+from kpu.errors import ConfigError
+from kpu.format.spec import CodecSpec, CropSpec, Pool, ShardFormat
+from kpu.format.timm_args import ModelArgs
+from kpu.storage import paths
+from kpu.storage.places import refuse_password
 
 Text = Annotated[str, Field(min_length=1)]
 Auto = Literal["auto"]
@@ -172,7 +172,7 @@ class ExtractConfig(Section):
     def _names(cls, value: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
         for name in value:
             try:
-                layout.check_name("teacher", name)
+                paths.check_name("teacher", name)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return value
@@ -257,6 +257,15 @@ def _fill_data(
         found = planned(out)
         if found is not None:
             values["data"] = {**found, **(data or {})}
+
+
+def as_config(config: ExtractConfig | Mapping[str, Any] | str | os.PathLike[str]) -> ExtractConfig:
+    """A configuration as it is, from its plain values, or from the YAML file at a path. Raises as `load_config`."""
+    if isinstance(config, ExtractConfig):
+        return config
+    if isinstance(config, Mapping):
+        return validate_config(config, "config")
+    return load_config(config)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> ExtractConfig:

@@ -5,32 +5,25 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from cache.listing import listed_rows
-from cache.locations import open_storage
-from cache.places import redact
-from cache.records import count_rows, units_left
-from cache.sources import Source
-from cache.spec import Frozen, Plan, TeacherSpec
-from cache.teachers import teacher_names
+from kpu.format.spec import Frozen, Plan, TeacherSpec
+from kpu.records.teachers import teacher_names
+from kpu.records.units import count_rows, units_left
+from kpu.sources import Source
+from kpu.sources.rows import listed_rows
+from kpu.storage.open import open_storage
+from kpu.storage.places import redact
 from pipeline.calibration import wanted_rows
 from pipeline.checks import check_teachers
 from pipeline.config import ExtractConfig
 from pipeline.executors import open_executor
-from pipeline.measure import Measurement
-from pipeline.observers import Observer
 from pipeline.paths import resolve_paths
-from pipeline.planning import (
-    check_listing,
-    check_settings,
-    choose_threads,
-    choose_unit_rows,
-    open_data,
-    tell_left_out,
-)
-from pipeline.runs import new_run_id
+from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, open_data, tell_left_out
+from pipeline.run.observers import Observer
+from pipeline.run.records import new_run_id
 from pipeline.target import standing_plan
 from pipeline.teachers import ship
-from pipeline.worker import WorkerSetup
+from pipeline.worker.measure import Measurement
+from pipeline.worker.worker import WorkerSetup
 
 WARM_BATCHES, TIMED_BATCHES = 1, 3
 

@@ -3,32 +3,33 @@
 Whatever was done before is found in the cache and not done again, so the same call resumes.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache import layout
-from cache.code import places_of
-from cache.errors import CorruptError, IncompleteError, LinkError, StorageError
-from cache.failpoints import failpoint
-from cache.leases import collect_garbage, lease
-from cache.locations import open_storage
-from cache.places import redact
-from cache.published import teacher_folders
-from cache.records import Mask, count_rows, lost_images, units_left
-from cache.samples import Samples
-from cache.spec import Plan
-from cache.storage import Storage
-from cache.trust import Trust, remember
-from pipeline.config import ExtractConfig
-from pipeline.observers import Observer, Silent
+from kpu.errors import CorruptError, IncompleteError, LinkError, StorageError
+from kpu.format.spec import Plan
+from kpu.records.samples import Samples
+from kpu.records.teachers import teacher_folders
+from kpu.records.units import Mask, count_rows, lost_images, units_left
+from kpu.storage import paths
+from kpu.storage.base import Storage
+from kpu.storage.leases import collect_garbage, lease
+from kpu.storage.open import open_storage
+from kpu.storage.places import redact
+from kpu.trust.code import places_of
+from kpu.trust.list import Trust, remember
+from kpu.util.failpoints import failpoint
+from pipeline.config import ExtractConfig, as_config
 from pipeline.paths import resolve_paths
 from pipeline.planning import check_settings, choose_threads, open_data, plan_cache
 from pipeline.recorded import unfinished
-from pipeline.reports import Task
-from pipeline.runs import Run, RunSummary, new_run_id
+from pipeline.run.observers import Observer, Silent
+from pipeline.run.records import Run, RunSummary, new_run_id
+from pipeline.run.reports import Task
 from pipeline.target import left_as_it_was, standing_plan
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ FAILURES_IN_A_ROW = 20
 
 
 def extract(
-    config: ExtractConfig,
+    config: ExtractConfig | Mapping[str, Any] | str | os.PathLike[str],
     observer: Observer | None = None,
     units: frozenset[int] | None = None,
     *,
@@ -47,7 +48,7 @@ def extract(
     """Bring the cache at `config.out` to completion for the configured teachers.
 
     Args:
-        config: what to extract.
+        config: what to extract: a configuration, its plain values, or the path of a YAML file.
         observer: is told how it goes.
         units: restricts the work to some units.
         trust: which code may run, where a file and not the user named the teachers; None where the user did: then their
@@ -61,7 +62,7 @@ def extract(
             committed is touched.
     """
     observer = observer or Silent()
-    config = resolve_paths(config)
+    config = resolve_paths(as_config(config))
     run_id, begun = new_run_id(), perf_counter()
 
     standing = standing_plan(config.out)
@@ -78,7 +79,7 @@ def extract(
     from pipeline.checks import check_teachers, warn_of_heads, warn_of_labels, warn_of_order
     from pipeline.executors import open_executor
     from pipeline.teachers import ship
-    from pipeline.worker import WorkerSetup
+    from pipeline.worker.worker import WorkerSetup
 
     shipped = {name: ship(teacher, trust) for name, teacher in config.teachers.items()}
     threads = choose_threads(config.executor, standing, observer)
@@ -155,7 +156,7 @@ def _work_off(
 def _check_images(storage: Storage, plan: Plan, missing: Mapping[str, Mask]) -> None:
     for unit, teacher in sorted(lost_images(storage, plan, {name: ~each for name, each in missing.items()}).items()):
         raise CorruptError(
-            layout.commit(layout.IMAGES, unit),
+            paths.commit(paths.IMAGES, unit),
             f"is missing, though teacher {teacher!r} committed the unit; `kpu-cache repair {storage.url}` "
             "withdraws it, for this command to extract it again",
             unit=unit,

@@ -8,15 +8,16 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from cache.errors import MismatchError, SourceError
-from cache.listing import listed_rows
-from cache.plans import load_plan, publish_plan
-from cache.samples import Fingerprint, Samples, split_parts
-from cache.sources import Source, describe_left_out, open_source
-from cache.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, TeacherSpec
-from cache.storage import Storage
+from kpu.commit.plan import publish_plan
+from kpu.errors import MismatchError, SourceError
+from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, TeacherSpec
+from kpu.records.plan import load_plan
+from kpu.records.samples import Fingerprint, Samples, split_parts
+from kpu.sources import Source, describe_left_out, open_source
+from kpu.sources.rows import listed_rows
+from kpu.storage.base import Storage
 from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
-from pipeline.observers import Observer
+from pipeline.run.observers import Observer
 
 SHARD_BYTES = 64 * 2**20
 UNIT_BYTES = 2**30

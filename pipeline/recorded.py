@@ -6,17 +6,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cache import layout
-from cache.errors import ConfigError, KpuError
-from cache.locations import open_storage, stands
-from cache.places import is_plain, require_plain
-from cache.plans import load_plan
-from cache.records import count_rows, units_left
-from cache.runs import latest_run
-from cache.sources import open_source
-from cache.sources.files import is_local
-from cache.spec import Plan, SourceSpec, TeacherSpec
-from cache.teachers import read_teacher, teacher_names
+from kpu.errors import ConfigError, KpuError
+from kpu.format.spec import Plan, SourceSpec, TeacherSpec
+from kpu.records.plan import load_plan
+from kpu.records.runs import latest_run
+from kpu.records.teachers import read_teacher, teacher_names
+from kpu.records.units import count_rows, units_left
+from kpu.sources import open_source
+from kpu.sources.files import is_local
+from kpu.storage import paths
+from kpu.storage.open import open_storage, stands
+from kpu.storage.places import is_plain, require_plain
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
 from pipeline.paths import absolute
 
@@ -117,10 +117,10 @@ def planned_data(planned: SourceSpec, samples: int, recorded: Mapping[str, Any])
     there = is_local(planned.root) and os.path.lexists(planned.root)
     if not there and any(character in planned.root for character in "*?[{"):
         raise ConfigError(
-            f"{layout.PLAN}: names {planned.root!r} as the source, which does not exist, and could be a pattern; name "
+            f"{paths.PLAN}: names {planned.root!r} as the source, which does not exist, and could be a pattern; name "
             "the images in a configuration given with -c, as data.source"
         )
-    require_plain(planned.root, said_by=layout.PLAN, advice="in a configuration given with -c, as data.source")
+    require_plain(planned.root, said_by=paths.PLAN, advice="in a configuration given with -c, as data.source")
     options = {name: value for name, value in planned.options.items() if value is not None}
     own = DataConfig.model_validate({"source": planned.root, "limit": samples, **options})
     try:

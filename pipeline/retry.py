@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from cache.errors import ConfigError
-from cache.locations import open_storage
-from cache.reader import Cache, open_cache
-from cache.runs import RunRecord, load_runs
-from cache.settings import validate
-from cache.spec import CropSpec
-from cache.status import status
+from kpu.config.settings import validate
+from kpu.errors import ConfigError
+from kpu.format.spec import CropSpec
+from kpu.reading.cache import Cache, open_cache
+from kpu.records.runs import RunRecord, load_runs
+from kpu.storage.open import open_storage
+from kpu.tools.status import status
 from pipeline.config import ExecutorConfig, ExtractConfig
 from pipeline.paths import absolute
 from pipeline.recorded import planned_data, teacher_config

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cache import layout
-from cache.created import Created
-from cache.errors import ConfigError, KpuError, StorageError
-from cache.leases import MUTEX, live_runs, mutex
-from cache.localstore import LocalStorage
-from cache.locations import open_storage
-from cache.plans import load_plan
-from cache.published import teacher_names
-from cache.spec import FORMAT, Plan
+from kpu.errors import ConfigError, KpuError, StorageError
+from kpu.format.spec import FORMAT, Plan
+from kpu.records.plan import load_plan
+from kpu.records.teachers import teacher_names
+from kpu.storage import paths
+from kpu.storage.created import Created
+from kpu.storage.leases import MUTEX, live_runs, mutex
+from kpu.storage.local import LocalStorage
+from kpu.storage.open import open_storage
 from pipeline.paths import is_url
 
 
@@ -80,11 +80,11 @@ def _refuse_foreign(path: Path) -> None:
         names = {entry.name for entry in path.iterdir()}
     except OSError as error:
         raise StorageError(f"out: {path}: cannot list it: {error.strerror}") from None
-    for marker in (layout.PLAN, layout.ROOT):
+    for marker in (paths.PLAN, paths.ROOT):
         if marker in names and FORMAT in _text(path / marker):
             return
-    begun = layout.TEMPORARY in names  # a run was interrupted before anything else stood
-    others = sorted(names - {layout.TEMPORARY, layout.RUNS} if begun else names)
+    begun = paths.TEMPORARY in names  # a run was interrupted before anything else stood
+    others = sorted(names - {paths.TEMPORARY, paths.RUNS} if begun else names)
     if others:
         listed = ", ".join(map(repr, others[:3])) + (", ..." if len(others) > 3 else "")
         raise ConfigError(

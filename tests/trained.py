@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cache.digests import digest_of
+from kpu.util.digests import digest_of
 from tests.toys import kpu, write_teacher
 from trainer.config import validate_config
-from trainer.loop import fit
+from trainer.loop.fit import fit
 
 CLASSES, EACH = 3, 40
 LABELS = {"general": "[null,null,null]", "big": "[0,1,null]"}

@@ -9,7 +9,7 @@ features = student([image])["global"]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.exporting.load import load_student
+    from trainer.export.load import load_student
 
 __distribution__ = "kpu"
 __all__ = ["load_student"]
@@ -17,7 +17,7 @@ __all__ = ["load_student"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_student":
-        from trainer.exporting.load import load_student
+        from trainer.export.load import load_student
 
         return load_student
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

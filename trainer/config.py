@@ -8,11 +8,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cache import open_cache
-from cache.errors import KpuError
-from cache.places import refuse_password, require_plain
-from cache.setting_paths import anchor_paths
-from cache.settings import Positive, Section, read_yaml, validate, validate_overridden
+from kpu.config.paths import anchor_paths
+from kpu.config.settings import Positive, Section, read_yaml, validate, validate_overridden
+from kpu.errors import KpuError
+from kpu.reading.cache import open_cache
+from kpu.storage.places import refuse_password, require_plain
 
 Text = Annotated[str, Field(min_length=1)]
 Target = Annotated[str, Field(pattern="^(global|patch)$")]
@@ -294,6 +294,15 @@ def load_config(
             if resolved and not given:
                 require_plain(place, said_by=f"{path}: {key}", advice=f"give it with {flag}")
     return config
+
+
+def as_config(config: TrainConfig | Mapping[str, Any] | str | os.PathLike[str]) -> TrainConfig:
+    """A configuration as it is, from its plain values, or from the YAML file at a path. Raises as `load_config`."""
+    if isinstance(config, TrainConfig):
+        return config
+    if isinstance(config, Mapping):
+        return validate_config(config, "config")
+    return load_config(config)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.code import CodeLoader
+from kpu.trust.code import CodeLoader
 from trainer.config import TrainConfig
-from trainer.corpus import Source
-from trainer.data import Batch, move
+from trainer.data.corpus import Source
+from trainer.data.loading import Batch, move
+from trainer.data.shapes import OutputShape
 from trainer.objective.balance import coefficients, uniforms
 from trainer.objective.losses import row_loss, weighted_mean
 from trainer.objective.normalize import Normalizer, make_normalizer
 from trainer.objective.projectors import Projectors, slot
 from trainer.objective.spaces import make_space
 from trainer.objective.unify import SharedSpace
-from trainer.shapes import OutputShape
 from trainer.students import BaseInfo, Student, make_student
 
 Features = dict[str, Tensor]

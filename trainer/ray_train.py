@@ -1,6 +1,6 @@
 """Trainings in processes that Ray starts: one in several (Ray Train), or several at once (Ray Tune).
 
-The only module of the trainer that knows Ray. Every process runs `trainer.loop.fit`.
+The only module of the trainer that knows Ray. Every process runs `trainer.loop.fit.fit`.
 """
 
 import logging
@@ -8,9 +8,8 @@ import math
 import os
 import secrets
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Empty
 from threading import Event, Thread
@@ -22,16 +21,17 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cache.code import naming_models
-from cache.cores import usable_cores
-from cache.errors import ConfigError, IncompleteError, KpuError
-from cache.trust import Trust, load_trust
-from trainer.batches import Live
+from kpu.errors import ConfigError, IncompleteError, KpuError
+from kpu.trust.code import naming_models
+from kpu.trust.list import Trust, load_trust
+from kpu.util.cores import usable_cores
 from trainer.config import TrainConfig
-from trainer.files import remove_folder, write_error
-from trainer.loop import Watch, fit
+from trainer.loop.batches import Live
+from trainer.loop.fit import Watch, fit
+from trainer.util.files import remove_folder, write_error
 
 OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
+_WORKERS: Final = {"worker_process_setup_hook": "kpu.own_packages.find_own_packages_first"}
 _POLL_SECONDS: Final = 0.5
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,7 +49,7 @@ def fit_with_ray(
     live: Live | None = None,
     trust: Trust | None = None,
 ) -> dict[str, Any]:
-    """`trainer.loop.fit` in `config.workers` processes; the run's summary. `out` must be the same place for all.
+    """`trainer.loop.fit.fit` in `config.workers` processes; the run's summary. `out` must be the same place for all.
 
     `trust` is as for `fit`, by default what is trusted where this is called.
 
@@ -141,7 +141,7 @@ def _at_once(threads: int, gpu: int) -> int:
 def connected(address: str | None, cpus: int) -> Iterator[Path]:
     """Ray for the length of a block: the cluster at `address`, or one on this machine with at least `cpus`.
 
-    Yields the folder where relative paths begin, which is not this process's meanwhile.
+    Yields the working directory, where relative paths begin in the other processes as well.
 
     Raises:
         ConfigError: there is no such cluster, or it is too small.
@@ -153,9 +153,6 @@ def connected(address: str | None, cpus: int) -> Iterator[Path]:
         extra["num_cpus"] = max(cpus, usable_cores())
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     with ExitStack() as stack:
-        # Workers put the driver's folder first on their import path: a file cache.py there would replace our package.
-        empty = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpu-ray-"))
-        stack.enter_context(chdir(empty))
         stack.callback(ray.shutdown)
         try:
             ray.init(
@@ -163,6 +160,7 @@ def connected(address: str | None, cpus: int) -> Iterator[Path]:
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                runtime_env=_WORKERS,
                 **extra,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import zarr
 
-from cache import open_cache
+from kpu import open_cache
 
 FIRST_TEST_IMAGE = 1297  # train_teachers.py never saw the images from this number on
 ROWS_SHOWN = 64

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from pipeline.observers import Observer, Progress
-from pipeline.reports import Task, UnitReport
-from pipeline.worker import WorkerSetup
+from pipeline.run.observers import Observer, Progress
+from pipeline.run.reports import Task, UnitReport
+from pipeline.worker.worker import WorkerSetup
 
 
 class Executor(Protocol):

@@ -8,11 +8,11 @@ from socket import gethostname
 import numpy as np
 import pyarrow as pa
 
-from cache.errors import KpuError
-from cache.statistics import Statistics
-from pipeline.measure import Measurement
-from pipeline.reports import Task, UnitReport
-from pipeline.worker import Description, Worker, WorkerSetup
+from kpu.errors import KpuError
+from kpu.format.statistics import Statistics
+from pipeline.run.reports import Task, UnitReport
+from pipeline.worker.measure import Measurement
+from pipeline.worker.worker import Description, Worker, WorkerSetup
 
 
 class ActorWorker:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from cache.cores import usable_cores
-from pipeline.device import choose_device
-from pipeline.observers import TELL_EVERY_SECONDS, Observer, Progress
-from pipeline.reports import Task, UnitReport
-from pipeline.worker import Worker, WorkerSetup
+from kpu.util.cores import usable_cores
+from pipeline.run.observers import TELL_EVERY_SECONDS, Observer, Progress
+from pipeline.run.reports import Task, UnitReport
+from pipeline.worker.device import choose_device
+from pipeline.worker.worker import Worker, WorkerSetup
 
 IN_FLIGHT = 2
 

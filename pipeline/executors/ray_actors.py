@@ -2,10 +2,9 @@
 
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, chdir
+from contextlib import ExitStack
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from cache.cores import usable_cores
-from cache.errors import ConfigError, IncompleteError, KpuError
+from kpu.errors import ConfigError, IncompleteError, KpuError
+from kpu.util.cores import usable_cores
 from pipeline.executors.actor import ActorWorker
 from pipeline.executors.addresses import check_listening, not_reached
 from pipeline.executors.room import (
@@ -28,9 +27,9 @@ from pipeline.executors.room import (
 )
 from pipeline.executors.seats import Seat, TaskQueue
 from pipeline.executors.signals import stop_signals_kept
-from pipeline.observers import TELL_EVERY_SECONDS, Observer, Progress
-from pipeline.reports import Failure, Task, UnitReport
-from pipeline.worker import WorkerSetup
+from pipeline.run.observers import TELL_EVERY_SECONDS, Observer, Progress
+from pipeline.run.reports import Failure, Task, UnitReport
+from pipeline.worker.worker import WorkerSetup
 
 IN_FLIGHT = 2
 DEATHS_ALLOWED = 2
@@ -38,6 +37,7 @@ OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
 LOOK_SECONDS = 10.0  # how often the cluster is looked at while no worker runs
 LOOKS_ALLOWED = 6  # in which no worker gets a place: the first is placed before its process has loaded its modules
 PATIENCE_SECONDS = 600.0  # how long a cluster may be without room for any worker
+WORKERS = {"worker_process_setup_hook": "kpu.own_packages.find_own_packages_first"}
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # the second is Ray's own killing before the memory is full
 ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
 
@@ -90,10 +90,6 @@ class RayExecutor:
         self._cleanup.close()
 
     def _connect(self) -> None:
-        # Workers put the driver's directory first on their import path: a file cache.py there would replace our
-        # package. An empty directory has none.
-        empty = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kpu-ray-"))
-        self._cleanup.enter_context(chdir(empty))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = self._config.address or os.environ.get("RAY_ADDRESS")
         local = address is None
@@ -110,6 +106,7 @@ class RayExecutor:
                     include_dashboard=False if local else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    runtime_env=WORKERS,
                     **extra,
                 )
         except Exception as error:  # Ray raises a plain one where its processes take too long to start

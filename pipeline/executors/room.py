@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
 from pipeline.config import ExecutorConfig
 
 Nodes = Sequence[Mapping[str, float]]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.reports import Task
+from pipeline.run.reports import Task
 
 
 @dataclass

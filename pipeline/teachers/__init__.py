@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from cache.code import CodeLoader, naming
-from cache.errors import ConfigError
-from cache.trust import Trust, load_trust
+from kpu.errors import ConfigError
+from kpu.trust.code import CodeLoader, naming
+from kpu.trust.list import Trust, load_trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.custom import load_custom, read_source
+from pipeline.teachers.custom.factory import load_custom, read_source
 
 __all__ = ["ShippedTeacher", "Teacher", "build_teacher", "load_shipped", "ship"]
 
@@ -61,11 +61,11 @@ def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", see
     if kind == "torch":
         backbone = load_custom(name, config, shipped.source, shipped.trust, seed)
     elif kind == "timm":
-        from pipeline.teachers.timm_models import load_timm  # timm takes seconds to import
+        from pipeline.teachers.timm.models import load_timm  # timm takes seconds to import
 
         backbone = load_timm(name, config, seed)
     elif kind == "hf":
-        from pipeline.teachers.hf_models import load_hf  # so does transformers, and it is optional
+        from pipeline.teachers.hf.models import load_hf  # so does transformers, and it is optional
 
         backbone = load_hf(name, config, seed)
     else:

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cache.errors import TeacherError
-from cache.spec import InputSpec
+from kpu.errors import TeacherError
+from kpu.format.spec import InputSpec
 from pipeline.config import InputConfig, TeacherConfig
 
 _RGB = ("red", "green", "blue")

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError, TeacherError
-from cache.layout import check_name
-from cache.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
+from kpu.errors import ConfigError, TeacherError
+from kpu.format.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
+from kpu.storage.paths import check_name
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, proportional_grid, reason
+from pipeline.teachers.custom.programs import check_rows_alone, freeze
 from pipeline.teachers.locality import pictures
-from pipeline.teachers.programs import check_rows_alone, freeze
 from pipeline.teachers.proof import Claims, prove, recall, remember
 from pipeline.teachers.weights import weights_digest
 

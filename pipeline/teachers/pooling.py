@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 
 CLASS, MEAN, BOTH = "class token", "mean of patches", "class token and mean of patches"
 _RELATIVE = {torch.float32: 1e-4}  # of the largest value

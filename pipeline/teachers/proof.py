@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 from pipeline.teachers.locality import CHECK, Judgement, judge
 
 _PIXELS_AT_ONCE = 2 * 518 * 518  # so that large inputs need no more memory than a small batch

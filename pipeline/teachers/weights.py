@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cache.checkpoints import NAMED_AT_MOST, explain_misfits, list_misfits, pick_tensors, split_entry
-from cache.digests import DIGEST_BYTES, canonical_json, digest
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
+from kpu.torch.checkpoints import NAMED_AT_MOST, explain_misfits, list_misfits, pick_tensors, split_entry
+from kpu.util.digests import DIGEST_BYTES, canonical_json, digest
 
 RANDOM = "random"
 

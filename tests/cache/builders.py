@@ -13,17 +13,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.codecs import calibrated
-from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
-from cache.fidelity import RowFidelity, measure
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import publish_plan
-from cache.samples import Samples, row_digest, sample_schema, split_parts
-from cache.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
-from cache.statistics import Accumulator, Statistics
-from cache.storage import Storage
-from cache.teachers import PublishedTeacher, publish_teacher
+from kpu.commit.images import publish_images
+from kpu.commit.plan import publish_plan
+from kpu.commit.teacher import publish_teacher
+from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.format.codecs import calibrated
+from kpu.format.fidelity import RowFidelity, measure
+from kpu.format.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
+from kpu.format.statistics import Accumulator, Statistics
+from kpu.records.images import UnitImages
+from kpu.records.samples import Samples, row_digest, sample_schema, split_parts
+from kpu.records.teachers import PublishedTeacher
+from kpu.storage.base import Storage
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 
 UNIT_ROWS, ROWS, UNITS = 8, 20, 3
 MASKED_ROW, NONFINITE_ROW = 5, 13

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cache.chunks import CRC_BYTES, crc
-from cache.digests import DIGEST_BYTES, digest, digest_of
-from cache.shards import ArrayLayout
+from kpu.shards.chunk import CRC_BYTES, crc
+from kpu.shards.layout import ArrayLayout
+from kpu.util.digests import DIGEST_BYTES, digest, digest_of
 
 _PLACEHOLDER = "." * (2 * DIGEST_BYTES)
 Document = dict[str, Any]

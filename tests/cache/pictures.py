@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cache.pixels.decode import decode_image
-from cache.spec import Decoding
+from kpu.format.spec import Decoding
+from kpu.pixels.decode import decode_image
 
 Values = npt.NDArray[Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.arrays import array_layout, array_metadata, group_metadata
-from cache.errors import CorruptError
-from cache.shards import ArrayLayout
+from kpu.errors import CorruptError
+from kpu.shards.layout import ArrayLayout
+from kpu.shards.zarr_metadata import array_layout, array_metadata, group_metadata
 
 LAYOUTS = [
     ArrayLayout(100, 64, 1, (197, 384), np.dtype("int16"), -32768, "bytes"),

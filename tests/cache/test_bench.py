@@ -4,8 +4,8 @@ import tracemalloc
 
 import numpy as np
 
-from cache.bench import draw_rows
-from cache.spec import Plan, SourceSpec
+from kpu.format.spec import Plan, SourceSpec
+from kpu.tools.bench import draw_rows
 
 
 def plan_of(rows: int, unit_rows: int) -> Plan:

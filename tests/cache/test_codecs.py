@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache.codecs import FOLDED_LIMIT, LIMIT, MASKED, Grid, calibrated, fold, make_grid, unfold
-from cache.errors import CorruptError, MismatchError
-from cache.fidelity import measure
-from cache.shards import ArrayLayout, encode_shard
-from cache.spec import CodecSpec
-from cache.statistics import Accumulator, Statistics
+from kpu.errors import CorruptError, MismatchError
+from kpu.format.codecs import FOLDED_LIMIT, LIMIT, MASKED, Grid, calibrated, fold, make_grid, unfold
+from kpu.format.fidelity import measure
+from kpu.format.spec import CodecSpec
+from kpu.format.statistics import Accumulator, Statistics
+from kpu.shards.layout import ArrayLayout
+from kpu.shards.writer import encode_shard
 
 UNIFORM = CodecSpec()
 ROTATED = CodecSpec(name="rotated")

@@ -4,21 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.commits import (
-    committed_units,
-    load_images,
-    load_record,
-    publish_images,
-    publish_unit,
-)
-from cache.errors import CorruptError, MismatchError, MissingUnitError
-from cache.leases import lease
-from cache.localstore import LocalStorage
-from cache.locations import open_storage
-from cache.samples import Samples, row_digest
-from cache.shards import encode_shard
-from cache.spec import ImageStatus, OutputSpec
-from cache.verify import verify
+from kpu.commit.images import publish_images
+from kpu.commit.unit import publish_unit
+from kpu.errors import CorruptError, MismatchError, MissingUnitError
+from kpu.format.spec import ImageStatus, OutputSpec
+from kpu.records.images import load_images
+from kpu.records.samples import Samples, row_digest
+from kpu.records.units import committed_units, load_record
+from kpu.shards.writer import encode_shard
+from kpu.storage.leases import lease
+from kpu.storage.local import LocalStorage
+from kpu.storage.open import open_storage
+from kpu.tools.verify import verify
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.convert import convert
-from cache.errors import ConfigError, CorruptError, MismatchError
-from cache.leases import collect_garbage, dead_runs, lease
-from cache.locations import open_storage
-from cache.records import load_record
-from cache.verify import verify
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, MismatchError
+from kpu.interop.convert import convert
+from kpu.records.units import load_record
+from kpu.storage.leases import collect_garbage, dead_runs, lease
+from kpu.storage.open import open_storage
+from kpu.tools.verify import verify
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,
@@ -51,7 +51,9 @@ def test_a_plan_that_comes_between_the_files_of_another_driver_stands(
             make_plan(Hooked(storage, "publish", "plan.json", lambda: 1 // 0), "other", unit_rows=16)
 
     hooked = Hooked(storage, "publish", "plan.json", other)
-    monkeypatch.setattr("cache.convert.open_storage", lambda path, **_: hooked if path == out else open_storage(path))
+    monkeypatch.setattr(
+        "kpu.interop.convert.open_storage", lambda path, **_: hooked if path == out else open_storage(path)
+    )
     with lease(storage, "r"):
         convert(source, out, shards="zarr", run="r")
     assert tree(out) == tree(source)
@@ -98,7 +100,7 @@ def test_dequantised_values_are_the_decoded_ones(built_cache, tmp_path: Path, co
 def server() -> ForkServerContext:
     """Forks processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.cache.builders", "cache.convert"])
+    context.set_forkserver_preload(["tests.cache.builders", "kpu.interop.convert"])
     return context
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.leases import collect_garbage, dead_runs
-from cache.verify import verify
+from kpu.storage.leases import collect_garbage, dead_runs
+from kpu.tools.verify import verify
 from tests.cache.builders import SmallCache, build, tree
 
 PUBLISHING = ("publish.temporary", "publish.synced", "publish.linked", "publish.done")

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from cache.fidelity import RowFidelity, measure, summarise
-from cache.spec import Fidelity
-from cache.statistics import Statistics
+from kpu.format.fidelity import RowFidelity, measure, summarise
+from kpu.format.spec import Fidelity
+from kpu.format.statistics import Statistics
 
 
 def make_statistics(centre: list[float], std: list[float]) -> Statistics:

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load, save
 
-from cache import open_cache
-from cache.errors import CorruptError
-from cache.status import status
-from cache.theia.names import parse_splits
-from cache.verify import verify
+from kpu import open_cache
+from kpu.errors import CorruptError
+from kpu.interop.theia.names import parse_splits
+from kpu.tools.status import status
+from kpu.tools.verify import verify
 from tests.cache.builders import SmallCache
 from tests.cache.forging import forge_document, forge_group, reseal
 

@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load, save
 
-from cache import open_cache
-from cache.errors import KpuError
-from cache.repair import repair
-from cache.status import status
-from cache.verify import verify
-from cli.show import describe_cache, show_info, show_status, show_verification
+from cli.views.show import describe_cache, show_info, show_status, show_verification
+from kpu import open_cache
+from kpu.errors import KpuError
+from kpu.tools.repair import repair
+from kpu.tools.status import status
+from kpu.tools.verify import verify
 from tests.cache.builders import SmallCache, tree
 from tests.cache.forging import forge_document, forge_unit, reseal
 from tests.hostile import mangle, mangle_bytes
@@ -175,7 +175,7 @@ def forge_chunk(small: SmallCache, file: str, rng: random.Random) -> str:
     folder, _, rest = file.partition("/c/")
     unit = int(rest.partition("/")[0])
     if folder.startswith("images/"):
-        from cache.plans import image_layouts
+        from kpu.records.plan import image_layouts
 
         layout = image_layouts(20, 8)[folder.removeprefix("images/")]
     else:

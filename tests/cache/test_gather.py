@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import gather, open_cache
-from cache.errors import CorruptError
-from cache.verify import verify
+from kpu import open_cache
+from kpu.errors import CorruptError
+from kpu.reading import tensorstore
+from kpu.tools.verify import verify
 from tests.cache.builders import MASKED_ROW, ROWS
 from tests.cache.forging import forge_unit
 
@@ -19,21 +20,21 @@ ORDER = np.random.default_rng(0).permutation(np.tile(np.arange(ROWS), 2))
 
 @pytest.fixture(autouse=True)
 def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "FEWEST_CORES", 1)
+    monkeypatch.setattr(tensorstore, "FEWEST_CORES", 1)
 
 
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Of every gather, the number of rows and whether they came."""
     calls: list[tuple[int, bool]] = []
-    read = gather.Gather.read
+    read = tensorstore.Gather.read
 
-    def noted(self: gather.Gather, rows: Any, out: Any, valid: Any) -> bool:
+    def noted(self: tensorstore.Gather, rows: Any, out: Any, valid: Any) -> bool:
         done = read(self, rows, out, valid)
         calls.append((len(rows), done))
         return done
 
-    monkeypatch.setattr(gather.Gather, "read", noted)
+    monkeypatch.setattr(tensorstore.Gather, "read", noted)
     return calls
 
 
@@ -47,7 +48,7 @@ def test_it_is_used_for_many_rows_on_many_cores(
     built_cache: Any, gathered: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for codec, cores, expected in (("uniform", 1, [(ROWS, True)]), ("uniform", 10**6, []), ("uniform in tars", 1, [])):
-        monkeypatch.setattr(gather, "FEWEST_CORES", cores)
+        monkeypatch.setattr(tensorstore, "FEWEST_CORES", cores)
         cache = open_cache(built_cache(codec).path)
         cache.read_encoded("alpha", "patch", slice(None))
         cache.read_encoded("alpha", "patch", [0, 1])
@@ -77,8 +78,8 @@ def test_a_shard_that_disappears_is_no_zeros(cache_of: Any, codec: str) -> None:
 
 
 def test_a_shard_that_disappears_later_is_noticed(cache_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "_MEMORY", 0)  # else what was read before may serve
-    gather._engine.cache_clear()
+    monkeypatch.setattr(tensorstore, "_MEMORY", 0)  # else what was read before may serve
+    tensorstore._engine.cache_clear()
     path = cache_of("uniform").path
     cache = open_cache(path)
     cache.read_encoded("alpha", "patch", slice(None))

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import StorageError
-from cache.leases import collect_garbage, dead_runs, lease, mutex
-from cache.localstore import LocalStorage
-from cache.locations import open_storage
+from kpu.errors import StorageError
+from kpu.storage.leases import collect_garbage, dead_runs, lease, mutex
+from kpu.storage.local import LocalStorage
+from kpu.storage.open import open_storage
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from cache.locations import open_storage
-from cache.leases import lease
+from kpu.storage.open import open_storage
+from kpu.storage.leases import lease
 storage = open_storage(sys.argv[1])
 with lease(storage, sys.argv[2]):
     open(f"{sys.argv[1]}/.tmp/{sys.argv[2]}/half-written", "wb").write(b"x" * 1000)
@@ -28,8 +28,8 @@ with lease(storage, sys.argv[2]):
 
 ENTER = """
 import sys
-from cache.locations import open_storage
-from cache.leases import mutex
+from kpu.storage.open import open_storage
+from kpu.storage.leases import mutex
 storage = open_storage(sys.argv[1])
 print("waiting", flush=True)
 with mutex(storage):

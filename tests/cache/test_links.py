@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from cache import beneath
-from cache.errors import CorruptError, LinkError, StorageError
-from cache.leases import collect_garbage, dead_runs, lease
-from cache.localstore import LocalStorage
-from cache.locations import open_storage
-from cache.reader import open_cache
-from cache.repair import repair
-from cache.status import status
-from cache.verify import verify
+from kpu.errors import CorruptError, LinkError, StorageError
+from kpu.reading.cache import open_cache
+from kpu.storage import beneath
+from kpu.storage.leases import collect_garbage, dead_runs, lease
+from kpu.storage.local import LocalStorage
+from kpu.storage.open import open_storage
+from kpu.tools.repair import repair
+from kpu.tools.status import status
+from kpu.tools.verify import verify
 from tests.cache.builders import SmallCache
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cache.errors import CorruptError, FullDiskError, StorageError, StorageFault
-from cache.leases import collect_garbage, lease
-from cache.localstore import LocalStorage
-from cache.locations import open_storage
+from kpu.errors import CorruptError, FullDiskError, StorageError, StorageFault
+from kpu.storage.leases import collect_garbage, lease
+from kpu.storage.local import LocalStorage
+from kpu.storage.open import open_storage
 
 ROOT = Path(__file__).parents[2]
 DATA = bytes(range(251)) * 400
@@ -23,8 +23,8 @@ KEY = "teachers/t/patch/c/7/0/0"
 
 PUBLISH = f"""
 import sys
-from cache.locations import open_storage
-from cache.leases import lease
+from kpu.storage.open import open_storage
+from kpu.storage.leases import lease
 storage = open_storage(sys.argv[1])
 with lease(storage, sys.argv[2]):
     for line in sys.stdin if len(sys.argv) > 3 else [""]:
@@ -128,7 +128,7 @@ def test_a_quota_reads_like_a_full_disk(tmp_path: Path) -> None:
         "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n" + PUBLISH, tmp_path, "r"
     )
     _, errors = limited.communicate(timeout=60)
-    assert "cache.errors.FullDiskError" in errors
+    assert "kpu.errors.FullDiskError" in errors
     assert open_storage(tmp_path).size(KEY) is None
 
 

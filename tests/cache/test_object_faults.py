@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import ConfigError, CorruptError, SourceError, StorageError, StorageFault
-from cache.locations import open_storage
-from cache.sources import open_source
+from kpu.errors import ConfigError, CorruptError, SourceError, StorageError, StorageFault
+from kpu.sources import open_source
+from kpu.storage.open import open_storage
 from tests.cache.sources import Data
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache.chunks import CRC_BYTES
-from cache.errors import CorruptError, StorageError
-from cache.locations import open_storage
-from cache.objectstore import ObjectStorage
-from cache.shards import ArrayLayout, encode_shard, open_shard
-from cache.spec import ShardRecord
-from cache.storage import Storage
+from kpu.errors import CorruptError, StorageError
+from kpu.format.spec import ShardRecord
+from kpu.shards.chunk import CRC_BYTES
+from kpu.shards.layout import ArrayLayout
+from kpu.shards.reader import open_shard
+from kpu.shards.writer import encode_shard
+from kpu.storage.base import Storage
+from kpu.storage.object_store import ObjectStorage
+from kpu.storage.open import open_storage
 
 
 @pytest.fixture

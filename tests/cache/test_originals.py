@@ -10,11 +10,11 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.errors import ConfigError, MismatchError, SourceError
-from cache.originals import Originals
-from cache.sources.files import MOST_BYTES
-from cache.theia.export import export_theia
+from kpu import open_cache
+from kpu.errors import ConfigError, MismatchError, SourceError
+from kpu.interop.theia.export import export_theia
+from kpu.reading.originals import Originals
+from kpu.sources.files import MOST_BYTES
 from tests.cache.builders import key_of
 from tests.cache.theia_builders import build_pictured
 

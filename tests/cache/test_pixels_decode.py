@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from cache.pixels.decode import decode_image, image_to_rgb
-from cache.spec import Decoding, ImageStatus
+from kpu.format.spec import Decoding, ImageStatus
+from kpu.pixels.decode import decode_image, image_to_rgb
 from tests.cache.pictures import chunk, encode, pixels, png
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ def test_broken_files_print_nothing(tmp_path: Path, photo: Image.Image) -> None:
             name = f"{kind}-{options.get('compression')}-{number}"
             (tmp_path / name).write_bytes(damage(encode(photo, kind, **options)))
     script = (
-        "import sys, pathlib, cache.pixels.decode as i\n"
+        "import sys, pathlib, kpu.pixels.decode as i\n"
         "for p in pathlib.Path(sys.argv[1]).iterdir(): i.decode_image(p.read_bytes())"
     )
     command = [sys.executable, "-W", "error", "-c", script, str(tmp_path)]

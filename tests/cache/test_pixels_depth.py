@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.pixels.decode import decode_image, image_to_rgb
-from cache.spec import Decoding, ImageStatus
+from kpu.format.spec import Decoding, ImageStatus
+from kpu.pixels.decode import decode_image, image_to_rgb
 from tests.cache.pictures import chunk, encode, pixels, png, tiff
 
 RNG = np.random.default_rng(0)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.pixels.decode import decode_image
-from cache.pixels.sizes import pixels_before_opening
-from cache.reasons import reason, remedy
-from cache.spec import Decoding, ImageStatus
+from kpu.format.reasons import reason, remedy
+from kpu.format.spec import Decoding, ImageStatus
+from kpu.pixels.decode import decode_image
+from kpu.pixels.sizes import pixels_before_opening
 from tests.cache.pictures import chunk, encode, pixels, png, tiff
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -87,7 +87,7 @@ def test_other_formats_are_named(data: bytes, status: ImageStatus) -> None:
 )
 def test_a_missing_plugin_is_named(module: str, data: bytes, status: ImageStatus, extra: str) -> None:
     code = (
-        f"import sys; sys.modules[{module!r}] = None; from cache.pixels.decode import decode_image; "
+        f"import sys; sys.modules[{module!r}] = None; from kpu.pixels.decode import decode_image; "
         f"print(decode_image({data!r}).name)"
     )
     found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)

@@ -10,12 +10,12 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from cache.pixels import resize
-from cache.pixels.decode import decode_image
-from cache.pixels.resize import geometry, resize_image
-from cache.pixels.views import View
-from cache.sources import open_source, source_reader
-from cache.spec import InputSpec
+from kpu.format.spec import InputSpec
+from kpu.pixels import resize
+from kpu.pixels.decode import decode_image
+from kpu.pixels.resize import geometry, resize_image
+from kpu.pixels.views import View
+from kpu.sources import open_source, source_reader
 from tests.cache.sources import Data, listed
 
 SIZES = [(500, 375), (375, 500), (224, 224), (225, 224), (1, 1), (7, 300), (1300, 640), (31, 33), (224, 256)]

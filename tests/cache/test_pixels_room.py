@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.pixels import room
-from cache.pixels.decode import Decoded, decode_image
-from cache.pixels.room import ALWAYS, BYTES_PER_PIXEL, Claim
-from cache.spec import Decoding
+from kpu.format.spec import Decoding
+from kpu.pixels import room
+from kpu.pixels.decode import Decoded, decode_image
+from kpu.pixels.room import ALWAYS, BYTES_PER_PIXEL, Claim
 from tests.cache.pictures import encode
 
 LARGE = ALWAYS // BYTES_PER_PIXEL  # pixels: all that is given without asking

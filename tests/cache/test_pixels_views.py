@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from cache.pixels.views import FULL, View, draw_views, resolve_view
-from cache.samples import sample_schema
-from cache.spec import CropSpec
+from kpu.format.spec import CropSpec
+from kpu.pixels.views import FULL, View, draw_views, resolve_view
+from kpu.records.samples import sample_schema
 
 
 def test_one_view_is_the_full_image() -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cache.errors import ConfigError
-from cache.locations import open_storage
-from cache.places import is_plain, redact, refuse_password, require_plain
-from cache.sources.locate import locate
+from kpu.errors import ConfigError
+from kpu.sources.locate import locate
+from kpu.storage.open import open_storage
+from kpu.storage.places import is_plain, redact, refuse_password, require_plain
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.digests import seal_document
-from cache.errors import CorruptError, MismatchError, NotACacheError, SourceError
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import check_same_plan, load_plan, publish_plan
-from cache.samples import Samples, split_parts
-from cache.spec import Plan
+from kpu.commit.plan import check_same_plan, publish_plan
+from kpu.errors import CorruptError, MismatchError, NotACacheError, SourceError
+from kpu.format.spec import Plan
+from kpu.records.plan import load_plan
+from kpu.records.samples import Samples, split_parts
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
+from kpu.util.digests import seal_document
 from tests.cache.builders import Hooked, SmallCache, make_plan, sample_table, tree
 
 
@@ -162,12 +163,12 @@ from functools import partial
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
-from cache.leases import lease
-from cache.samples import Samples, sample_schema
-from cache.locations import open_storage
-from cache.plans import publish_plan
-from cache.samples import split_parts
-from cache.spec import Plan, SourceSpec
+from kpu.storage.leases import lease
+from kpu.records.samples import Samples, sample_schema
+from kpu.storage.open import open_storage
+from kpu.commit.plan import publish_plan
+from kpu.records.samples import split_parts
+from kpu.format.spec import Plan, SourceSpec
 
 ROWS, UNIT = int(sys.argv[2]), 4096
 schema = sample_schema("tar")

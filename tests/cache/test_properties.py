@@ -12,18 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import gather, open_cache
-from cache.codecs import calibrated
-from cache.commits import EncodedOutput, UnitImages, publish_images, publish_unit
-from cache.errors import CacheError
-from cache.fidelity import RowFidelity, measure
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.samples import Samples, row_digest
-from cache.spec import CodecSpec, ImageStatus, OutputSpec
-from cache.statistics import Accumulator
-from cache.teachers import publish_teacher
-from cache.verify import verify
+from kpu import open_cache
+from kpu.commit.images import publish_images
+from kpu.commit.teacher import publish_teacher
+from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.errors import CacheError
+from kpu.format.codecs import calibrated
+from kpu.format.fidelity import RowFidelity, measure
+from kpu.format.spec import CodecSpec, ImageStatus, OutputSpec
+from kpu.format.statistics import Accumulator
+from kpu.reading import tensorstore
+from kpu.records.images import UnitImages
+from kpu.records.samples import Samples, row_digest
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
+from kpu.tools.verify import verify
 from tests.cache.builders import make_plan, sample_table, teacher_spec
 
 ERRORS = {"uniform": 0.025, "rotated": 0.025, "fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -99,7 +102,7 @@ def _never(_output: str, _stored: Any) -> RowFidelity:
 def written(made: Made, fewest: int) -> Iterator[Path]:
     """A cache of it; tensorstore reads where there are at least `fewest` cores."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gather, "FEWEST_CORES", fewest)
+        patch.setattr(tensorstore, "FEWEST_CORES", fewest)
         path = Path(folder) / "any.kpu"
         write(path, made)
         yield path

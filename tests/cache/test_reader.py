@@ -11,9 +11,10 @@ import pytest
 import tensorstore
 import zarr
 
-from cache import gather, open_cache
-from cache.digests import open_document, seal_document
-from cache.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from kpu.reading import tensorstore as gathering
+from kpu.util.digests import open_document, seal_document
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,
@@ -36,8 +37,8 @@ ALL = [("alpha", "global"), ("alpha", "patch"), ("beta", "global"), ("beta", "la
 @pytest.fixture(autouse=True, params=["own", "tensorstore"])
 def _reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds for both readers."""
-    monkeypatch.setattr(gather, "FEWEST_CORES", 1 if request.param == "tensorstore" else 10**6)
-    monkeypatch.setattr(gather, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(gathering, "FEWEST_CORES", 1 if request.param == "tensorstore" else 10**6)
+    monkeypatch.setattr(gathering, "FEWEST_ROWS", 1)
 
 
 def expected_mask(teacher: str | None) -> np.ndarray:

@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cache.recent import Recent
+from kpu.util.lru import Recent
 
 
 def test_the_values_used_last_are_kept() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cache.records import count_rows, mask_digest, pack_mask, units_left, unpack_mask
+from kpu.records.units import count_rows, mask_digest, pack_mask, units_left, unpack_mask
 from tests.cache.builders import SmallCache
 
 

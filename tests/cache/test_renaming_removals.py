@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import SourceError
-from cache.leases import collect_garbage, lease
-from cache.locations import open_storage
-from cache.reader import open_cache
-from cache.verify import verify
+from kpu.errors import SourceError
+from kpu.reading.cache import open_cache
+from kpu.storage.leases import collect_garbage, lease
+from kpu.storage.open import open_storage
+from kpu.tools.verify import verify
 from pipeline.target import left_as_it_was
 from tests.cache.builders import build, make_plan
 from tests.toys import kpu, write_images, write_teacher

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import NotACacheError, StorageError
-from cache.leases import lease
-from cache.localstore import LocalStorage
-from cache.repair import repair
-from cache.status import status
-from cache.verify import verify
+from kpu.errors import NotACacheError, StorageError
+from kpu.storage.leases import lease
+from kpu.storage.local import LocalStorage
+from kpu.tools.repair import repair
+from kpu.tools.status import status
+from kpu.tools.verify import verify
 from tests.cache.builders import OUTPUTS, SmallCache, build, commit_unit, make_plan, make_teacher, teacher_spec, tree
 
 TEACHERS = tuple(OUTPUTS)

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.locations import open_storage
-from cache.runs import Failure, latest_run, load_runs
+from kpu.records.runs import Failure, latest_run, load_runs
+from kpu.storage.open import open_storage
 
 
 def write(path: Path, name: str, document: object) -> None:

@@ -3,8 +3,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import CorruptError
-from cache.samples import Fingerprint, Samples, row_digest, sample_schema, split_parts, write_part
+from kpu.errors import CorruptError
+from kpu.records.samples import Fingerprint, Samples, row_digest, sample_schema, split_parts, write_part
 from tests.cache.builders import ROWS, UNIT_ROWS, SmallCache, key_of, sample_table
 
 
@@ -37,8 +37,8 @@ def test_a_row_outside_the_table_is_an_error(samples: Samples, row: int) -> None
 
 
 def test_rows_are_taken_across_parts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from cache.leases import lease
-    from cache.locations import open_storage
+    from kpu.storage.leases import lease
+    from kpu.storage.open import open_storage
     from tests.cache.builders import make_plan
 
     storage = open_storage(tmp_path_factory.mktemp("parts") / "a.kpu", create=True)

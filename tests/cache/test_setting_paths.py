@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from cache.errors import ConfigError
-from cache.setting_paths import anchor_paths
+from kpu.config.paths import anchor_paths
+from kpu.errors import ConfigError
 from pipeline.config import load_config
 from trainer.config import load_config as load_train_config
-from trainer.sweeps import load_sweep
+from trainer.sweep.sweeps import load_sweep
 
 EXTRACT = """
 data: {source: [images, "more/{0..2}.tar", "s3://bucket/x", /abs]}

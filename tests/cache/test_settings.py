@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from cache.errors import ConfigError
-from cache.settings import Positive, Section, override, read_yaml, section, split, validate
+from kpu.config.settings import Positive, Section, override, read_yaml, section, split, validate
+from kpu.errors import ConfigError
 
 
 class Inner(Section):

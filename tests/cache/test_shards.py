@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
-from cache import layout as places
-from cache.arrays import array_metadata, group_metadata
-from cache.chunks import Packing, crc, decode_chunk, encode_chunk
-from cache.errors import CorruptError
-from cache.localstore import LocalStorage
-from cache.shards import ArrayLayout, ShardReader, encode_shard, open_shard
-from cache.spec import ShardRecord
+from kpu.errors import CorruptError
+from kpu.format.codecs import Packing
+from kpu.format.spec import ShardRecord
+from kpu.shards.chunk import crc, decode_chunk, encode_chunk
+from kpu.shards.layout import ArrayLayout
+from kpu.shards.reader import ShardReader, open_shard
+from kpu.shards.writer import encode_shard
+from kpu.shards.zarr_metadata import array_metadata, group_metadata
+from kpu.storage import paths as places
+from kpu.storage.local import LocalStorage
 from tests.cache.forging import forge_shard
 
 # name: (dtype, fill, packing) of every codec, and of the arrays below images/

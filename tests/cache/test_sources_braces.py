@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.sources.braces import _count, expand_braces
+from kpu.sources.braces import _count, expand_braces
 
 
 @pytest.mark.parametrize(

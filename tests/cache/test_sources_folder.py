@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache.errors import ConfigError, SourceError
-from cache.sources import files, open_source, source_reader
+from kpu.errors import ConfigError, SourceError
+from kpu.sources import files, open_source, source_reader
 from tests.cache.sources import Data, contents, fill, listed, listing
 
 

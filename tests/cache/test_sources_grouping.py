@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import SourceError
+from kpu.errors import SourceError
 from tests.cache.sources import contents, left_out, listing, pack
 
 

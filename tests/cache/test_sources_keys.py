@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache.errors import SourceError
-from cache.sources import keys
-from cache.sources.keys import unique_keys
-from cache.sources.tables import sample_batch
+from kpu.errors import SourceError
+from kpu.sources import keys
+from kpu.sources.keys import unique_keys
+from kpu.sources.tables import sample_batch
 
 
 def batches(names: list[str], size: int = 1000) -> Iterator[pa.RecordBatch]:

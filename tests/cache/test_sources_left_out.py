@@ -7,9 +7,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from cache.errors import SourceError
-from cache.leftout import LeftOut, Tally, describe_left_out
-from cache.sources import open_source
+from kpu.errors import SourceError
+from kpu.records.leftout import LeftOut, Tally, describe_left_out
+from kpu.sources import open_source
 from tests.cache.sources import Data, contents, fill, left_out, listed, listing, pack
 
 

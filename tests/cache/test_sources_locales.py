@@ -13,7 +13,7 @@ import pytest
 LISTING = """
 import json, sys
 from tests.cache.sources import Data, listed
-from cache.sources import open_source, source_reader
+from kpu.sources import open_source, source_reader
 found = []
 for name in sys.argv[1:]:
     source = open_source(Data(name))

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import SourceError
-from cache.sources import files, open_source, rowgroups, source_reader
+from kpu.errors import SourceError
+from kpu.sources import files, open_source, source_reader
+from kpu.sources.parquet import row_groups
 from tests.cache.sources import Data, contents, listed, listing
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -229,8 +230,8 @@ def test_damaged_pages_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("block_bytes", [1, 500, 2**26])
 def test_rows_come_in_the_order_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
     # Small blocks stand for row groups that are larger than memory.
-    monkeypatch.setattr(rowgroups, "_BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(rowgroups, "_HELD_BYTES", 4 * block_bytes)
+    monkeypatch.setattr(row_groups, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(row_groups, "_HELD_BYTES", 4 * block_bytes)
     rng = np.random.default_rng(0)
     values = [rng.bytes(size) for size in rng.integers(1, 90, 100)]
     write(tmp_path / "a.parquet", {"image": pa.array(values)}, 40)
@@ -257,7 +258,7 @@ def test_many_threads_read_at_once(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_by_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowgroups, "_HELD_BYTES", 300_000)
+    monkeypatch.setattr(row_groups, "_HELD_BYTES", 300_000)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": [os.urandom(1000) for _ in range(2000)]}), path, row_group_size=100)
     source = open_source(Data(str(path)))

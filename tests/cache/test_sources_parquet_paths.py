@@ -8,9 +8,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.pixels.decode import decode_image
-from cache.sources import open_source, source_reader
-from cache.spec import ImageStatus
+from kpu.format.spec import ImageStatus
+from kpu.pixels.decode import decode_image
+from kpu.sources import open_source, source_reader
 from tests.cache.sources import Data, contents, listed
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

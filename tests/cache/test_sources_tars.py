@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from cache.errors import ConfigError, SourceError
-from cache.sources import open_source, source_reader
+from kpu.errors import ConfigError, SourceError
+from kpu.sources import open_source, source_reader
 from tests.cache.sources import FORMATS, Data, contents, listed, listing, pack
 
 SMALL = [

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cache.spec import InputSpec
-from cache.teachers import list_differences
+from kpu.commit.teacher import list_differences
+from kpu.format.spec import InputSpec
 from tests.cache.builders import teacher_spec
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import CorruptError, SourceError
-from cache.statistics import Accumulator, Statistics, dump_statistics, load_statistics, snap
+from kpu.errors import CorruptError, SourceError
+from kpu.format.statistics import Accumulator, Statistics, dump_statistics, load_statistics, snap
 
 
 def accumulate(x: np.ndarray, cuts: list[int] | None = None) -> Statistics:

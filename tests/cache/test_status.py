@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.digests import seal_document
-from cache.errors import CorruptError, NotACacheError
-from cache.images import load_status
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import publish_plan
-from cache.records import load_record
-from cache.samples import split_parts
-from cache.spec import ImageStatus, Plan, SourceSpec
-from cache.status import status
+from kpu import open_cache
+from kpu.commit.plan import publish_plan
+from kpu.errors import CorruptError, NotACacheError
+from kpu.format.spec import ImageStatus, Plan, SourceSpec
+from kpu.records.images import load_status
+from kpu.records.samples import split_parts
+from kpu.records.units import load_record
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
+from kpu.tools.status import status
+from kpu.util.digests import seal_document
 from tests.cache.builders import (
     MASKED_ROW,
     NONFINITE_ROW,
@@ -67,7 +67,7 @@ def test_masked_rows_of_several_units_are_looked_up_at_once_in_an_object_store(
         together.wait(timeout=20)
         return load_status(*arguments)
 
-    monkeypatch.setattr("cache.status.load_status", load)
+    monkeypatch.setattr("kpu.tools.status.load_status", load)
     masked = [(row.row, row.key) for row in status(path).masked if row.reason == "truncated"]
     assert masked == [(row, key_of(row)) for row in (5, 9, 18)]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CorruptError, NotACacheError, StorageError
-from cache.leases import lease
-from cache.locations import open_storage, stands
-from cache.storage import Storage
+from kpu.errors import CorruptError, NotACacheError, StorageError
+from kpu.storage.base import Storage
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage, stands
 
 RUN = "run-1"
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cache.strict_json import MOST_DEPTH, parse_json, parse_json_object
+from kpu.util.strict_json import MOST_DEPTH, parse_json, parse_json_object
 
 
 @pytest.mark.parametrize(

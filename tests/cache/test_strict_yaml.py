@@ -2,7 +2,7 @@ import datetime
 
 import pytest
 
-from cache.strict_yaml import MOST_DEPTH, MOST_NODES, parse_yaml
+from kpu.config.strict_yaml import MOST_DEPTH, MOST_NODES, parse_yaml
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)

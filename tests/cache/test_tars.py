@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from cache.arrays import array_layout, array_metadata
-from cache.chunks import Packing
-from cache.errors import CorruptError
-from cache.members import decode_member, encode_member, is_fill, member_name
-from cache.shards import ArrayLayout, encode_shard
+from kpu.errors import CorruptError
+from kpu.format.codecs import Packing
+from kpu.shards.layout import ArrayLayout
+from kpu.shards.tar import decode_member, encode_member, is_fill, member_name
+from kpu.shards.writer import encode_shard
+from kpu.shards.zarr_metadata import array_layout, array_metadata
 
 KINDS: dict[str, tuple[str, float, Packing]] = {
     "uniform": ("int16", -32768, "gzip"),

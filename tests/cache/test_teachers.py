@@ -4,21 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.errors import ConfigError, CorruptError, MismatchError
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import load_plan
-from cache.spec import CodecSpec, OutputSpec
-from cache.storage import Storage
-from cache.teachers import (
-    check_same,
-    load_teacher,
-    publish_teacher,
-    read_teacher,
-    standing_statistics,
-    teacher_folders,
-    teacher_names,
-)
+from kpu.commit.teacher import check_same, publish_teacher, standing_statistics
+from kpu.errors import ConfigError, CorruptError, MismatchError
+from kpu.format.spec import CodecSpec, OutputSpec
+from kpu.records.plan import load_plan
+from kpu.records.teachers import load_teacher, read_teacher, teacher_folders, teacher_names
+from kpu.storage.base import Storage
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 from tests.cache.builders import (
     Hooked,
     SmallCache,

@@ -11,9 +11,9 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from cache import open_cache
-from cache.errors import ConfigError, FullDiskError, MismatchError, StorageError
-from cache.theia.export import export_theia
+from kpu import open_cache
+from kpu.errors import ConfigError, FullDiskError, MismatchError, StorageError
+from kpu.interop.theia.export import export_theia
 from tests.cache.builders import MASKED_ROW, NONFINITE_ROW, ROWS, SmallCache, key_of
 from tests.cache.theia_builders import build_pictured, members, pixels_of
 
@@ -82,7 +82,7 @@ def test_rows_masked_for_a_teacher_that_is_left_out_are_kept(place: Path, tmp_pa
 
 
 def test_a_thousand_samples_a_tar(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.theia.writer.SAMPLES_PER_TAR", 7)
+    monkeypatch.setattr("kpu.interop.theia.writer.SAMPLES_PER_TAR", 7)
     export(place, tmp_path)
     for column in ("images", "alpha", "gamma"):
         tars = sorted((tmp_path / "small" / column).iterdir())

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from cache import open_cache
-from cache.errors import ConfigError, CorruptError, KpuError, MismatchError, SourceError
-from cache.pixels.decode import decode_image
-from cache.sources import source_reader
-from cache.spec import CodecSpec, TeacherSpec
-from cache.theia.export import export_theia
-from cache.theia.imported import import_theia
-from cache.verify import verify
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, KpuError, MismatchError, SourceError
+from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.interop.theia.export import export_theia
+from kpu.interop.theia.imported import import_theia
+from kpu.pixels.decode import decode_image
+from kpu.sources import source_reader
+from kpu.tools.verify import verify
 from tests.cache.builders import tree
 from tests.cache.test_theia_export import KEPT
 from tests.cache.theia_builders import build_pictured, members, pixels_of, rewrite
@@ -84,7 +84,7 @@ def test_features_are_the_exported_ones(original: Path, tmp_path: Path, codec: s
 def test_the_plan_is_one_that_extract_can_go_on_with(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.theia.imported.usable_cores", lambda: 3)
+    monkeypatch.setattr("kpu.interop.theia.imported.usable_cores", lambda: 3)
     take_in(original / "root", tmp_path / "o.kpu")
     cache = open_cache(tmp_path / "o.kpu")
     assert cache.plan.source.options == {"image": "image", "label": None}

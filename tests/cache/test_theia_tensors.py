@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from cache.theia.tensors import dump_features, load_features
+from kpu.interop.theia.tensors import dump_features, load_features
 
 RNG = np.random.default_rng(0)
 EMBEDDING = (RNG.standard_normal((5, 2, 3)) * 1e3).astype(np.float32)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.code import Code, CodeLoader, find_module, naming, read_code, sha256
-from cache.errors import MismatchError, TrustError
-from cache.trust import Trust, load_trust, remember, trust_list
+from kpu.errors import MismatchError, TrustError
+from kpu.trust.code import Code, CodeLoader, find_module, naming, read_code, sha256
+from kpu.trust.list import Trust, load_trust, remember, trust_list
 
 KEY = "ab" * 32
 
@@ -34,7 +34,7 @@ def test_a_list_that_others_may_write_to_is_ignored(
     place.chmod(0o600)
     monkeypatch.setenv("KPU_TRUSTED_CODE", str(place))
     assert load_trust().listed == {"0" * 64}
-    monkeypatch.setattr("cache.trust._is_private", lambda _: False)
+    monkeypatch.setattr("kpu.trust.list._is_private", lambda _: False)
     place.chmod(mode)
     place.parent.chmod(folder)
     assert load_trust().listed == frozenset()

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.digests import open_document, seal_document
-from cache.errors import CorruptError, KpuError, NotACacheError
-from cache.reader import open_cache
-from cache.status import status
-from cache.verify import VerifyReport, verify
+from kpu.errors import CorruptError, KpuError, NotACacheError
+from kpu.reading.cache import open_cache
+from kpu.tools.status import status
+from kpu.tools.verify import VerifyReport, verify
+from kpu.util.digests import open_document, seal_document
 from tests.cache.builders import SmallCache, build, tree
 
 SHARD_OF = {

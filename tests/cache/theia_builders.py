@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cache.commits import UnitImages, publish_images, publish_unit
-from cache.digests import digest_bytes
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.samples import Samples, row_digest
-from cache.spec import OutputSpec
+from kpu.commit.images import publish_images
+from kpu.commit.unit import publish_unit
+from kpu.format.spec import OutputSpec
+from kpu.records.images import UnitImages
+from kpu.records.samples import Samples, row_digest
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
+from kpu.util.digests import digest_bytes
 from tests.cache.builders import (
     MASKED_ROW,
     ROWS,

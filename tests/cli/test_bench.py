@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.bench import bench
+from kpu.tools.bench import bench
 from tests.cache.builders import UNIT_ROWS, build
 from tests.toys import assert_refused, kpu, kpu_json, snapshot
 

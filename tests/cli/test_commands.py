@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from cache import open_cache
 from cli.cache import app
+from kpu import open_cache
 from tests.toys import assert_refused, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 COMMANDS = ("status", "info", "verify", "repair", "bench", "gc", "retry-failed")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.panel import Panel
 
-from cli.console import SafeConsole, dump_json, printable
-from cli.tables import Table
+from cli.output import SafeConsole, dump_json, printable
+from cli.views.tables import Table
 from tests.cache.builders import build
 from tests.cache.forging import forge_document, reseal
 from tests.toys import kpu

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import open_cache
-from cache.pixels.views import resolve_view
+from kpu import open_cache
+from kpu.pixels.views import resolve_view
 from tests.cache.builders import tree
 from tests.cache.theia_builders import members
 from tests.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
 from trainer.config import StudentConfig
-from trainer.corpus import Corpus
-from trainer.images import ImageReader
+from trainer.data.corpus import Corpus
+from trainer.data.images import ImageReader
 from trainer.students.base import BaseInfo
 from trainer.students.models import build_base
 from trainer.students.parallel import ParallelStudent

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import Result
 
-from cache import open_cache
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import sample_digests
-from cache.teachers import publish_teacher
+from kpu import open_cache
+from kpu.commit.teacher import publish_teacher
+from kpu.records.plan import sample_digests
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 from tests.toys import assert_refused, files, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 ROWS = 70  # two units of 64 rows

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import typer
 
-from cache.errors import ConfigError, KpuError, MissingUnitError, SourceError
 from cli.failures import reported
+from kpu.errors import ConfigError, KpuError, MissingUnitError, SourceError
 
 
 @pytest.fixture(autouse=True)

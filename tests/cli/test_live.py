@@ -10,18 +10,18 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from cache import open_cache
-from cache.errors import MismatchError
 from cli import live
 from cli.live import run_teachers
+from kpu import open_cache
+from kpu.errors import MismatchError
 from pipeline.teachers import Teacher, load_shipped
 from tests.toys import TOY, kpu, write_images, write_teacher
-from trainer.batches import open_loader
 from trainer.config import validate_config
-from trainer.corpus import Corpus
-from trainer.data import Drawn, Upload
+from trainer.data.corpus import Corpus
+from trainer.data.loading import Drawn, Upload
+from trainer.data.targets import choose_outputs
+from trainer.loop.batches import open_loader
 from trainer.model import Inheritance
-from trainer.targets import choose_outputs
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from cli.progress import LiveObserver, Meter, PlainObserver, open_observer
-from pipeline.reports import Failure, Task, UnitReport
-from pipeline.runs import RunSummary
+from cli.views.progress import LiveObserver, Meter, PlainObserver, open_observer
+from pipeline.run.records import RunSummary
+from pipeline.run.reports import Failure, Task, UnitReport
 
 SUMMARY = RunSummary("id", "o.kpu", 128, 2.0, 4000, 1, 0, ())
 
@@ -43,7 +43,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cli.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("cli.views.progress.time.monotonic", lambda: now)
     out = io.StringIO()
     observer = PlainObserver(Console(file=out))
     observer.begin(total=256, pending=256, workers=1)
@@ -57,7 +57,7 @@ def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_calibration_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("cli.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("cli.views.progress.time.monotonic", lambda: now)
     out = io.StringIO()
     observer = PlainObserver(Console(file=out))
     observer.phase("calibrate", "t on 2,048 rows")
@@ -100,7 +100,7 @@ def test_a_terminal_shows_a_bar_with_rate_and_stages() -> None:
 
 def test_the_rate_is_of_the_last_units(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cli.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("cli.views.progress.time.monotonic", lambda: now)
     meter = Meter(64 * 1000)
     assert meter.counts == "0/64,000 rows, 0 rows/s, starting"
     for unit in range(100):

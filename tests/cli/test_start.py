@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.cache import app as kpu_cache
-from cli.names import PACKAGES
 from cli.train import app as kpu_train
+from kpu.own_packages import PACKAGES
 from tests.trained import small_run
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +69,17 @@ def test_what_needs_no_model_is_refused_before_torch_is_loaded(place: Path, tmp_
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
     """A copy of what an installation holds."""
-    for name in PACKAGES:
+    for name in ("kpu", *PACKAGES):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
 def called(packages: Path, *before: Path) -> subprocess.CompletedProcess[str]:
     path = [str(each) for each in (*before, packages)]
-    code = f"import sys; sys.path[:0] = {path!r}; from cli.train import app; app(['compare', 'none'])"
+    code = (
+        f"import sys; sys.path[:0] = {path!r}; sys.argv = ['kpu-train', 'compare', 'none']\n"
+        "from kpu.entry import kpu_train; kpu_train()"
+    )
     return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=packages)
 
 
@@ -91,10 +94,11 @@ def test_a_package_that_another_distribution_overwrote_is_told(packages: Path) -
     assert "import name 'trainer': expected KPU's package" in called(packages).stderr
 
 
-def test_a_file_of_the_user_in_front_of_a_package_is_told(packages: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/pipeline.py").write_text("raise SystemExit('ran')")
-    assert "found another one" in called(packages, tmp_path / "mine").stderr
+def test_files_of_the_user_do_not_replace_packages(packages: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine/trainer").mkdir(parents=True)
+    for name in ("pipeline.py", "cache.py", "cli.py", "trainer/__init__.py"):
+        (tmp_path / "mine" / name).write_text("raise SystemExit('ran')")
+    assert called(packages, tmp_path / "mine").stderr == called(packages).stderr
 
 
 def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -104,7 +108,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
 
 def test_an_interruption_before_anything_is_imported_is_one_line() -> None:
     code = (
-        "import builtins, sys\nfrom cli.entry import kpu_train\ndo = builtins.__import__\n"
+        "import builtins, sys\nfrom kpu.entry import kpu_train\ndo = builtins.__import__\n"
         "def stop(name, *more):\n    if name == 'cli.train': raise KeyboardInterrupt\n    return do(name, *more)\n"
         "builtins.__import__ = stop\nkpu_train()"
     )

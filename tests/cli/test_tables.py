@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from cli.tables import Table
+from cli.views.tables import Table
 
 
 def wide_table() -> Table:

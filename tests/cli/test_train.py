@@ -218,5 +218,5 @@ def test_a_run_without_digests_is_read_and_says_so(run: Path, tmp_path: Path) ->
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, cli.train, cli.evaluation, trainer; sys.exit('torch' in sys.modules)"
+    code = "import sys, cli.train, cli.views.evaluation, trainer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

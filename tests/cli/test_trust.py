@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cache.errors import CorruptError, TrustError
+from kpu.errors import CorruptError, TrustError
 from tests.cli.test_train import kpu_train
 from tests.toys import assert_refused, kpu, snapshot, write_images
 from trainer import load_student

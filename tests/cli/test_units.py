@@ -2,7 +2,7 @@
 
 import pytest
 
-from cli.units import human_bytes, human_seconds, plural
+from cli.views.units import human_bytes, human_seconds, plural
 
 
 @pytest.mark.parametrize(

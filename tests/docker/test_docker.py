@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+import kpu
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 
@@ -35,11 +37,11 @@ def test_a_foreign_distribution_with_one_of_the_names_is_found(tmp_path: Path, m
     metadata = tmp_path / "rival-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 1.0\n")
-    (metadata / "top_level.txt").write_text("cache\n")
+    (metadata / "top_level.txt").write_text("trainer\n")
     monkeypatch.syspath_prepend(tmp_path)
     problems = _check_install().name_problems(distribution("kpu"))
     assert len(problems) == 1
-    assert "'cache'" in problems[0] and "rival" in problems[0]
+    assert "'trainer'" in problems[0] and "rival" in problems[0]
 
 
 def test_every_direct_dependency_is_pinned() -> None:
@@ -55,7 +57,7 @@ def _normal(name: str) -> str:
 
 
 def test_manifests_name_the_pinned_ray_and_this_version_of_the_image() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = kpu.__version__
     image = f"kpu:{version}"
     job = next(
         item for item in yaml.safe_load_all((DOCKER / "kuberay-job.yaml").read_text()) if item["kind"] == "RayJob"

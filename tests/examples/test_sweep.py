@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import load_config
-from trainer.sweeps import load_sweep
+from trainer.sweep.sweeps import load_sweep
 
 ROOT = Path(__file__).parents[2]
 

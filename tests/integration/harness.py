@@ -23,9 +23,9 @@ from typing import ClassVar, TypeVar
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples/demo"
-PRELOADED = ("cli.cache", "cli.show", "cli.progress", "pipeline.deep", "pipeline.dry_run", "pipeline.extract",
-             "pipeline.executors.inline", "pipeline.executors.ray_actors", "safetensors.torch", "cli.train",
-             "cli.training", "trainer.loop")  # fmt: skip
+PRELOADED = ("cli.cache", "cli.views.show", "cli.views.progress", "pipeline.verify_deep", "pipeline.dry_run",
+             "pipeline.extract", "pipeline.executors.inline", "pipeline.executors.ray_actors", "safetensors.torch",
+             "cli.train", "cli.views.training", "trainer.loop.fit")  # fmt: skip
 PATIENCE = 240.0  # seconds; only a test that fails waits so long
 T = TypeVar("T")
 

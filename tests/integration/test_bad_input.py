@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cache import open_cache
+from kpu import open_cache
 from tests.toys import assert_refused, kpu, kpu_json, noise, write_images, write_teacher
-from trainer.images import ImageReader
+from trainer.data.images import ImageReader
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.failpoints import NAMES
+from kpu import open_cache
+from kpu.util.failpoints import NAMES
 from tests.integration.harness import (
     Command,
     Failpoint,

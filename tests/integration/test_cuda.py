@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from cache import open_cache
+from kpu import open_cache
 from tests.integration.harness import Ended, Failpoint, Training, contents, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.status import status
-from cache.verify import verify
+from kpu import open_cache
+from kpu.tools.status import status
+from kpu.tools.verify import verify
 from pipeline.config import validate_config
 from pipeline.extract import extract
 

@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from cache.errors import IncompleteError
-from cache.failpoints import NAMES
-from cache.settings import read_yaml
+from kpu.config.settings import read_yaml
+from kpu.errors import IncompleteError
+from kpu.util.failpoints import NAMES
 from pipeline.config import validate_config
 from pipeline.executors import ray_actors
 from pipeline.extract import extract
-from pipeline.observers import Silent
-from pipeline.reports import UnitReport
+from pipeline.run.observers import Silent
+from pipeline.run.reports import UnitReport
 from tests.integration.harness import (
     ROOT,
     Command,

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from cache import open_cache
-from cache.locations import open_storage
-from cache.verify import verify
+from kpu import open_cache
+from kpu.storage.open import open_storage
+from kpu.tools.verify import verify
 from pipeline.config import load_config
 from pipeline.extract import extract
 

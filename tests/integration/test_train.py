@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cache.digests import seal_document
+from kpu.util.digests import seal_document
 from tests.integration.harness import DEMO, ROOT, Ended, Failpoint, Training, run
 from tests.toys import assert_refused, snapshot
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cache.failpoints import NAMES
+from kpu.util.failpoints import NAMES
 from tests.integration.harness import Command, Failpoint, assert_verified, differences, run
 
 SKIPS = {"plan": (0,), "teacher": (0, 1), "publish": (0, 1, *range(2, 70, 18)), "unit": (0, 3), "run": (0,)}

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.codecs import calibrated
-from cache.errors import ConfigError
-from cache.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
-from cache.statistics import Accumulator
+from kpu import open_cache
+from kpu.errors import ConfigError
+from kpu.format.codecs import calibrated
+from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
+from kpu.format.statistics import Accumulator
 from pipeline import calibration
 from pipeline.calibration import check_range, choose_rows, thin_calibration, wanted_rows
 from pipeline.config import ExtractConfig
-from pipeline.engine import Engine
 from pipeline.extract import extract
-from pipeline.observers import Silent
+from pipeline.run.observers import Silent
+from pipeline.worker.engine import Engine
 from tests.toys import write_images, write_teacher
 
 PINNED = [23434, 34058, 67044]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import ConfigError
-from cache.spec import CodecSpec
+from kpu.errors import ConfigError
+from kpu.format.spec import CodecSpec
 from pipeline.config import ExtractConfig, load_config, validate_config
 
 MINIMAL = {"data": {"source": "images"}, "out": "my.kpu", "teachers": {"dino": {"model": "timm:vit_tiny_patch16_224"}}}

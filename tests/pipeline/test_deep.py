@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.verify import VerifyReport
-from pipeline.deep import verify_deep
+from kpu import open_cache
+from kpu.tools.verify import VerifyReport
 from pipeline.recorded import teacher_config
-from pipeline.worker import Worker
+from pipeline.verify_deep import verify_deep
+from pipeline.worker.worker import Worker
 from tests.toys import assert_refused, kpu, write_images, write_teacher
 
 

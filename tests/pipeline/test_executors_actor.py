@@ -6,14 +6,14 @@ from socket import gethostname
 
 import pytest
 
-from cache.errors import TeacherError
-from cache.sources import open_source
+from kpu.errors import TeacherError
+from kpu.sources import open_source
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.executors.actor import ActorWorker
 from pipeline.extract import extract
-from pipeline.reports import Task
+from pipeline.run.reports import Task
 from pipeline.teachers import ship
-from pipeline.worker import WorkerSetup
+from pipeline.worker.worker import WorkerSetup
 from tests.toys import write_images, write_teacher
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cache import layout
-from cache.errors import ConfigError, StorageError
-from cache.localstore import LocalStorage
-from cache.spec import Decoding
-from pipeline import loading
+from kpu.errors import ConfigError, StorageError
+from kpu.format.spec import Decoding
+from kpu.storage import paths
+from kpu.storage.local import LocalStorage
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.extract import extract
-from pipeline.observers import Silent
-from pipeline.reports import UnitReport
+from pipeline.run.observers import Silent
+from pipeline.run.reports import UnitReport
+from pipeline.worker import loading
 from tests.toys import kpu, snapshot, write_images, write_teacher
 
 ROWS = 130  # three units, the last one of two rows
@@ -62,7 +62,7 @@ def test_a_commit_is_looked_up_by_the_worker_that_is_given_its_unit(
 ) -> None:
     out = tmp_path / "o.kpu"
     assert extract(config(place, out)).complete
-    commits = {unit: out / layout.commit(layout.teacher("toy"), unit) for unit in range(3)}
+    commits = {unit: out / paths.commit(paths.teacher("toy"), unit) for unit in range(3)}
     records = {unit: path.read_bytes() for unit, path in commits.items()}
     asked: list[str] = []
     threads: set[Thread] = set()
@@ -118,7 +118,7 @@ def test_teachers_share_one_decoding(place: Path, tmp_path: Path, monkeypatch: p
 def test_a_location_that_fails_on_the_way_leaves_work_undone(place: Path, tmp_path: Path) -> None:
     """Not wrong usage: whoever runs the command again where its exit code is 1 gets to the end."""
     out = tmp_path / "o.kpu"
-    commits = out / layout.commit(layout.teacher("toy"), 0).rpartition("/")[0]
+    commits = out / paths.commit(paths.teacher("toy"), 0).rpartition("/")[0]
 
     class Lost(Silent):
         def report(self, report: UnitReport) -> None:  # noqa: ARG002

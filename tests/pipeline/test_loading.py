@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache.pixels.resize import Geometry
-from cache.pixels.views import draw_views
-from cache.samples import sample_schema
-from cache.sources import source_reader
-from cache.spec import SourceSpec
-from pipeline.loading import Loader
-from pipeline.reports import Stopwatch
+from kpu.format.spec import SourceSpec
+from kpu.pixels.resize import Geometry
+from kpu.pixels.views import draw_views
+from kpu.records.samples import sample_schema
+from kpu.sources import source_reader
+from pipeline.run.reports import Stopwatch
+from pipeline.worker.loading import Loader
 from tests.toys import noise
 
 GEOMETRY = Geometry((8, 8), (8, 8), "bilinear")

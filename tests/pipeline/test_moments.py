@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache.statistics import Accumulator
-from pipeline.moments import moments
+from kpu.format.statistics import Accumulator
+from pipeline.worker.moments import moments
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (50, 9, 6)])

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import MismatchError, SourceError
-from cache.leases import lease
-from cache.locations import open_storage
-from cache.plans import load_plan
-from cache.samples import Samples
-from cache.sources import Source, open_source
-from cache.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, InputSpec, OutputSpec, Plan, TeacherSpec
+from kpu.errors import MismatchError, SourceError
+from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, InputSpec, OutputSpec, Plan, TeacherSpec
+from kpu.records.plan import load_plan
+from kpu.records.samples import Samples
+from kpu.sources import Source, open_source
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
-from pipeline.observers import Observer, Silent
 from pipeline.planning import check_settings, choose_threads, choose_unit_rows, open_data, plan_cache
+from pipeline.run.observers import Observer, Silent
 from tests.cache.builders import Hooked
 from tests.cache.sources import pack
 from tests.toys import write_images

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.prefetch import prefetch
+from pipeline.worker.prefetch import prefetch
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cache import codecs
-from cache.codecs import MASKED, Grid, make_grid
-from cache.fidelity import measure
-from cache.spec import DEFAULT_STEP, CodecSpec
-from cache.statistics import Accumulator, Statistics, snap
-from pipeline.quantise import DeviceGrid
+from kpu.format import codecs
+from kpu.format.codecs import MASKED, Grid, make_grid
+from kpu.format.fidelity import measure
+from kpu.format.spec import DEFAULT_STEP, CodecSpec
+from kpu.format.statistics import Accumulator, Statistics, snap
+from pipeline.worker.quantise import DeviceGrid
 
 Codec = Literal["uniform", "fp32", "fp16", "bf16"]
 CODECS: Sequence[Codec] = ("uniform", "fp32", "fp16", "bf16")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cache import open_cache
-from cache.errors import ConfigError
-from cache.spec import SourceSpec
+from kpu import open_cache
+from kpu.errors import ConfigError
+from kpu.format.spec import SourceSpec
 from pipeline.recorded import data_of, planned_data
 from tests.toys import assert_refused, kpu, snapshot, write_images, write_teacher
 

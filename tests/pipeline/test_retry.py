@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import NotACacheError
-from cache.status import Status, status
+from kpu.errors import NotACacheError
+from kpu.tools.status import Status, status
 from pipeline.retry import failed_runs
 from tests.cache.builders import build
 

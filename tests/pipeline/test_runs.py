@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from cache.leases import lease
-from cache.leftout import LeftOut
-from cache.locations import open_storage
-from cache.runs import load_runs
-from cache.storage import Storage
+from kpu.records.leftout import LeftOut
+from kpu.records.runs import load_runs
+from kpu.storage.base import Storage
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 from pipeline.config import ExtractConfig, validate_config
-from pipeline.reports import STAGES, Failure, Task, UnitReport
-from pipeline.runs import LINES_PER_PART, Run, new_run_id
+from pipeline.run.records import LINES_PER_PART, Run, new_run_id
+from pipeline.run.reports import STAGES, Failure, Task, UnitReport
 from tests.cache.builders import make_plan
 
 ID = "20200101T000000Z-abcdef"

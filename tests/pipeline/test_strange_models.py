@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cache.errors import ConfigError, TeacherError
-from cache.trust import tensors_only
+from kpu.errors import ConfigError, TeacherError
+from kpu.trust.list import tensors_only
 from pipeline.config import TeacherConfig
 from pipeline.teachers import build_teacher
 from trainer.students.models import build_model

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import SourceError
-from cache.leases import lease
-from cache.locations import open_storage
+from kpu.errors import SourceError
+from kpu.storage.leases import lease
+from kpu.storage.open import open_storage
 from pipeline.target import left_as_it_was, standing_plan
 from tests.cache.builders import build, make_plan
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cache
-from cache.digests import digest
-from cache.errors import TeacherError
-from cache.spec import CodecSpec
+import kpu
+from kpu.errors import TeacherError
+from kpu.format.spec import CodecSpec
+from kpu.util.digests import digest
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher, load_shipped, ship
 
@@ -249,12 +249,12 @@ def test_labels_must_fit_the_head(tmp_path: Path) -> None:
 
 
 def test_a_stray_module_beside_the_file_shadows_nothing(tmp_path: Path) -> None:
-    (tmp_path / "cache.py").write_text("raise RuntimeError('shadowed')")
+    (tmp_path / "kpu.py").write_text("raise RuntimeError('shadowed')")
     (tmp_path / "torch.py").write_text("raise RuntimeError('shadowed')")
     before = list(sys.path)
-    build(write(tmp_path, "import cache.errors"))
+    build(write(tmp_path, "import kpu.errors"))
     assert sys.path == before
-    assert sys.modules["cache"] is cache
+    assert sys.modules["kpu"] is kpu
 
 
 def test_neighbours_are_imported_each_teacher_its_own(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 

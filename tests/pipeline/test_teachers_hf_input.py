@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.errors import TeacherError
-from cache.pixels.resize import resize_image
-from cache.spec import InputSpec
+from kpu.errors import TeacherError
+from kpu.format.spec import InputSpec
+from kpu.pixels.resize import resize_image
 from pipeline.config import InputConfig, TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.hf_input import hf_input
-from pipeline.teachers.hf_processor import study
-from pipeline.teachers.hf_trials import pictures
+from pipeline.teachers.hf.input import hf_input
+from pipeline.teachers.hf.processor import study
+from pipeline.teachers.hf.trials import pictures
 
 transformers = pytest.importorskip("transformers")
 
@@ -272,7 +272,7 @@ def test_input_of_an_earlier_cache_is_taken_as_it_was(tmp_path: Path) -> None:
 def test_processor_is_run_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path, KINDS["vit"] | {"size": 48})
     first = read(folder)
-    monkeypatch.setattr("pipeline.teachers.hf_trials.pictures", None)
+    monkeypatch.setattr("pipeline.teachers.hf.trials.pictures", None)
     assert read(folder) == first
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.errors import TeacherError
-from cache.spec import CodecSpec
+from kpu.errors import TeacherError
+from kpu.format.spec import CodecSpec
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
-from pipeline.teachers.hf_maps import read_facts, reading_of
+from pipeline.teachers.hf.maps import read_facts, reading_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.locality import judge, pictures

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from cache.code import CodeLoader
-from cache.errors import ConfigError, TeacherError
-from cache.spec import CodecSpec, TeacherSpec
-from cache.teachers import check_same, list_differences
-from cache.trust import Trust
+from kpu.commit.teacher import check_same, list_differences
+from kpu.errors import ConfigError, TeacherError
+from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.trust.code import CodeLoader
+from kpu.trust.list import Trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers import Teacher, build_teacher
 from trainer.students.factories import from_factory

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from timm.models.metaformer import MlpHead
 from torch import nn
 
-from cache.errors import ConfigError, TeacherError
-from cache.spec import CodecSpec, TeacherSpec
-from cache.teachers import check_same, list_differences
-from cache.timm_args import LAYERS, check_model_args, with_layers
+from kpu.commit.teacher import check_same, list_differences
+from kpu.errors import ConfigError, TeacherError
+from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.format.timm_args import LAYERS, check_model_args, with_layers
 from pipeline.checks import warn_of_heads
 from pipeline.config import TeacherConfig, load_config
-from pipeline.observers import Silent
 from pipeline.recorded import teacher_config
+from pipeline.run.observers import Silent
 from pipeline.teachers import Teacher, build_teacher
 from pipeline.teachers.backbone import reason
-from pipeline.teachers.classifiers import linear_head
+from pipeline.teachers.timm.classifiers import linear_head
 from tests.toys import kpu, write_images
 from trainer.students.models import build_base
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cache.errors import TeacherError
+from kpu.errors import TeacherError
 from pipeline.teachers.weights import initialise, load_strictly, read_weights, seeded, weights_digest
 
 PINNED = [

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from cache.errors import TeacherError
-from cache.sources import open_source
+from kpu.errors import TeacherError
+from kpu.sources import open_source
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.extract import extract
-from pipeline.reports import Task
+from pipeline.run.reports import Task
 from pipeline.teachers import ship
-from pipeline.worker import Worker, WorkerSetup
+from pipeline.worker.worker import Worker, WorkerSetup
 from tests.toys import write_images, write_teacher
 
 FULL = """

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tests.toys import kpu, write_images, write_teacher
-from trainer import prepare
 from trainer.config import TrainConfig, validate_config
+from trainer.loop import prepare
 
 IMAGES, BROKEN, RED = 70, 7, 20
 """How many images; the row of the one that cannot be decoded; that of the one for which `shy` gives NaN."""

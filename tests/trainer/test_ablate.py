@@ -12,15 +12,15 @@ import yaml
 from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
-from cache.errors import ConfigError, IncompleteError, MismatchError
+from kpu.errors import ConfigError, IncompleteError, MismatchError
 from tests.toys import snapshot
 from tests.trainer.conftest import Extract, small_config
-from trainer import ablate as ablation
-from trainer.ablate import ablate, compare, run_trial
 from trainer.config import TrainConfig
-from trainer.loop import Fitted
-from trainer.runs import RunFolder
-from trainer.sweeps import Sweep, load_sweep
+from trainer.loop.fit import Fitted
+from trainer.run.runs import RunFolder
+from trainer.sweep import ablate as ablation
+from trainer.sweep.ablate import ablate, compare, run_trial
+from trainer.sweep.sweeps import Sweep, load_sweep
 
 
 def write_sweep(folder: Path, toys: Path, **changes: Any) -> Path:

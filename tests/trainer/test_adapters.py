@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.shapes import OutputShape
+from trainer.data.shapes import OutputShape
 from trainer.students.adapters import (
     Beside,
     Bottleneck,

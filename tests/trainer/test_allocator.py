@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from trainer.allocator import keep_freed_memory
+from trainer.util.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 np.ones(2**25)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from cache.errors import CorruptError, FullDiskError
-from trainer import files
-from trainer.checkpoint import KEPT, Checkpoint, load_checkpoint, pack_tensors, save_checkpoint
+from kpu.errors import CorruptError, FullDiskError
+from trainer.run.checkpoint import KEPT, Checkpoint, load_checkpoint, pack_tensors, save_checkpoint
+from trainer.util import files
 
 
 def checkpoint(step: int, average: bool = True) -> Checkpoint:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cache.errors import ConfigError, CorruptError
+from kpu.errors import ConfigError, CorruptError
 from trainer.config import validate_config
 from trainer.evaluation.compare import compare, mean_r2, plot
-from trainer.selection import overall_r2
+from trainer.loop.selection import overall_r2
 
 
 def scores_of(**r2: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
 from trainer.config import TrainConfig, load_config, validate_config
 
 MINIMAL = {"caches": ["a.kpu"], "base": "dino"}

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from cache import open_cache
-from cache.errors import ConfigError, MismatchError
+from kpu import open_cache
+from kpu.errors import ConfigError, MismatchError
 from tests.toys import write_images
 from tests.trainer.conftest import BROKEN, IMAGES, RED, Configure, Extract
 from trainer.config import validate_config
-from trainer.corpus import Corpus, HostBatch
-from trainer.data import Upload
-from trainer.targets import choose_outputs
+from trainer.data.corpus import Corpus, HostBatch
+from trainer.data.loading import Upload
+from trainer.data.targets import choose_outputs
 
 OUTPUTS = ("global", "patch")
 ALL = {"general": OUTPUTS, "big": OUTPUTS, "shy": OUTPUTS}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.trainer.conftest import Configure
-from trainer import data
-from trainer.corpus import Corpus, HostBatch
-from trainer.data import Drawn, Loader, Stream, Upload, loader_threads
-from trainer.order import FullOrder
+from trainer.data import loading
+from trainer.data.corpus import Corpus, HostBatch
+from trainer.data.loading import Drawn, Loader, Stream, Upload, loader_threads
+from trainer.data.order import FullOrder
 
 OUTPUTS = ("global", "patch")
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_batches_come_in_order_whatever_the_threads(threads: int, ahead: int) ->
 def test_more_threads_read_where_a_gpu_waits_for_images(
     cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "usable_cores", lambda: cores)
+    monkeypatch.setattr(loading, "usable_cores", lambda: cores)
     gpu = torch.device("cuda")
     found = [loader_threads(device, images=images) for device, images in ((CPU, True), (gpu, False), (gpu, True))]
     assert found == [2, 2, expected]

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from cache import open_cache
-from cache.errors import ConfigError, CorruptError, MismatchError
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, MismatchError
 from tests.toys import kpu, write_images
 from tests.trained import labelled_cache, labelled_images, small_run
-from trainer.data import Batch
+from trainer.data.loading import Batch
+from trainer.data.shapes import OutputShape
+from trainer.data.split import validation_mask
 from trainer.evaluation import controls
 from trainer.evaluation.controls import PENALTY, LinearMaps
 from trainer.evaluation.evaluate import evaluate, evaluation_file
 from trainer.evaluation.measures import mapped_accuracy
 from trainer.evaluation.trained import load_trained
 from trainer.objective.losses import resize_map
-from trainer.runs import RunFolder
-from trainer.shapes import OutputShape
-from trainer.split import validation_mask
+from trainer.run.runs import RunFolder
 
 KEYS = {"agreement", "kappa", "majority", "accuracy", "r2_global", "r2_patch"}
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cache import open_cache
+from kpu import open_cache
 from tests.toys import kpu
 from tests.trained import labelled_cache, labelled_images, small_run
-from trainer.corpus import Corpus
+from trainer.data.corpus import Corpus
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.labels import Numbering
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache import leases
-from cache.errors import ConfigError, FullDiskError, StorageError
-from trainer.events import Events
-from trainer.files import held
-from trainer.runs import RunFolder
-from trainer.world import World
+from kpu.errors import ConfigError, FullDiskError, StorageError
+from kpu.storage import leases
+from trainer.loop.events import Events
+from trainer.loop.world import World
+from trainer.run.runs import RunFolder
+from trainer.util.files import held
 
 SCORES = {f"score{number}": 0.5 for number in range(40)}
 

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cache import open_cache
-from cache.errors import ConfigError, CorruptError, MismatchError, SourceError
-from cache.spec import DEFAULT_MAX_PIXELS, Decoding
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, MismatchError, SourceError
+from kpu.format.spec import DEFAULT_MAX_PIXELS, Decoding
 from tests.trained import blocks_cache, labelled_cache, labelled_images, small_run, timm_cache
 from trainer import load_student
 from trainer.evaluation.trained import load_trained
-from trainer.exporting.description import BASE, CONFIG, STUDENT
-from trainer.exporting.export import export
-from trainer.exporting.exported import Affine
-from trainer.exporting.program import PROGRAM, relative_rmse
+from trainer.export.description import BASE, CONFIG, STUDENT
+from trainer.export.export import export
+from trainer.export.exported import Affine
+from trainer.export.program import PROGRAM, relative_rmse
 from trainer.objective.normalize import make_normalizer
 
 SIDE = (("width", 8), ("depth", 1), ("merge", "add"))
@@ -262,7 +262,7 @@ def test_a_timm_base_with_layers(model: str, place: Path, tmp_path: Path) -> Non
 def test_other_images_or_another_base_are_refused_before_anything_is_written(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.exporting import export as module
+    from trainer.export import export as module
 
     pixels = module._pixels
     monkeypatch.setattr(module, "_pixels", lambda *arguments: pixels(*arguments).flip(1))

@@ -14,23 +14,23 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from cache.digests import digest, digest_of
-from cache.errors import KpuError
+from kpu.errors import KpuError
+from kpu.util.digests import digest, digest_of
 from tests.cache.builders import build, tree
 from tests.cache.test_fuzz import forge as forge_cache
 from tests.cache.test_fuzz import restore
 from tests.hostile import mangle, mangle_bytes
 from tests.trained import small_run
 from trainer import load_student
-from trainer.checkpoint import load_checkpoint
 from trainer.config import validate_config
-from trainer.corpus import Corpus
+from trainer.data.corpus import Corpus
+from trainer.data.targets import choose_outputs
 from trainer.evaluation.compare import compare, plot
 from trainer.evaluation.trained import load_trained
-from trainer.exporting.export import export
-from trainer.runs import MAY_CHANGE, RunFolder
-from trainer.sealed import plain, seal_yaml
-from trainer.targets import choose_outputs
+from trainer.export.export import export
+from trainer.run.checkpoint import load_checkpoint
+from trainer.run.runs import MAY_CHANGE, RunFolder
+from trainer.util.sealed import plain, seal_yaml
 
 
 def attempt(call: Callable[[], object]) -> bool:

@@ -11,24 +11,24 @@ import pytest
 import torch
 import yaml
 
-from cache.digests import digest
-from cache.errors import ConfigError, CorruptError, LinkError
-from cache.theia.writer import beside
-from cache.trust import Trust
+from kpu.errors import ConfigError, CorruptError, LinkError
+from kpu.interop.theia.writer import beside
+from kpu.trust.list import Trust
+from kpu.util.digests import digest
 from tests.trained import small_run
 from tests.trainer.conftest import Configure
-from trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import load_config
-from trainer.corpus import Corpus
+from trainer.data.corpus import Corpus
+from trainer.data.targets import choose_outputs
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.trained import load_trained
-from trainer.exporting.description import Description, read_bytes, read_description
-from trainer.exporting.export import _publish, export
-from trainer.files import held, publish_folder, remove_folder, replace_file
+from trainer.export.description import Description, read_bytes, read_description
+from trainer.export.export import _publish, export
 from trainer.ray_train import _storage
-from trainer.runs import RunFolder
-from trainer.sealed import seal_json
-from trainer.targets import choose_outputs
+from trainer.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from trainer.run.runs import RunFolder
+from trainer.util.files import held, publish_folder, remove_folder, replace_file
+from trainer.util.sealed import seal_json
 
 
 @pytest.fixture

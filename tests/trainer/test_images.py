@@ -14,18 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import Cache, open_cache
-from cache.errors import ConfigError, MismatchError, SourceError
-from cache.pixels.refused import Refused
-from cache.pixels.resize import geometry
-from cache.sources import source_reader
-from cache.spec import ImageStatus, InputSpec
+from kpu import Cache, open_cache
+from kpu.errors import ConfigError, MismatchError, SourceError
+from kpu.format.spec import ImageStatus, InputSpec
+from kpu.pixels.refused import Refused
+from kpu.pixels.resize import geometry
+from kpu.sources import source_reader
 from pipeline.config import InputConfig, TeacherConfig
-from pipeline.loading import Loader
-from pipeline.reports import Stopwatch
+from pipeline.run.reports import Stopwatch
 from pipeline.teachers import build_teacher
+from pipeline.worker.loading import Loader
 from tests.toys import kpu, noise, write_teacher
-from trainer.images import ImageReader, normalise
+from trainer.data.images import ImageReader, normalise
 
 COUNT = 70  # images, of two units at least
 BROKEN = 5  # the place of the one that cannot be decoded
@@ -213,7 +213,7 @@ def test_an_image_that_decodes_no_more_is_named(moved: tuple[Cache, Path], monke
     def refuse(*_: object) -> None:
         raise Refused(ImageStatus.TOO_LARGE)
 
-    monkeypatch.setattr("cache.pixels.decode.open_image", refuse)
+    monkeypatch.setattr("kpu.pixels.decode.open_image", refuse)
     with pytest.raises(MismatchError, match=r"'000\.png'.*expected an image that can be decoded.*TOO_LARGE.*Pillow"):
         ImageReader(cache, toy_input(cache), root=str(images), threads=1).load(np.arange(2))
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.errors import ConfigError, MismatchError, SourceError, TrainingError
+from kpu.errors import ConfigError, MismatchError, SourceError, TrainingError
 from tests.toys import snapshot
 from tests.trainer.conftest import COLLAPSED, Configure
-from trainer import loop
 from trainer.config import TrainConfig
-from trainer.images import ImageReader
-from trainer.loop import fit
-from trainer.runs import RunFolder
-from trainer.training import Training
+from trainer.data.images import ImageReader
+from trainer.loop import fit as loop
+from trainer.loop.fit import fit
+from trainer.loop.training import Training
+from trainer.run.runs import RunFolder
 
 SPEED = ("rows_per_second", "data_wait")  # what differs between two equal trainings
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 from trainer.config import LossConfig
 from trainer.objective.losses import (
     covariance_term,

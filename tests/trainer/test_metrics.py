@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score, r2_score
 
-from trainer.evaluation.metrics import R2, agreement, cohens_kappa, covariance_rank
+from trainer.util.metrics import R2, agreement, cohens_kappa, covariance_rank
 
 RNG = np.random.default_rng(0)
 

@@ -11,12 +11,12 @@ import torch
 
 from tests.trainer.conftest import BROKEN, RED, Configure
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus
-from trainer.data import Batch, Upload
-from trainer.evaluation.scores import score
+from trainer.data.corpus import Corpus
+from trainer.data.loading import Batch, Upload
+from trainer.data.targets import choose_outputs
+from trainer.loop.prepare import prepare_space
+from trainer.loop.scores import score
 from trainer.model import Inheritance
-from trainer.prepare import prepare_space
-from trainer.targets import choose_outputs
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("any_space")

@@ -8,7 +8,7 @@ import timm.optim.muon as timm_muon
 import torch
 from torch import nn
 
-from trainer.muon import Muon
+from trainer.loop.muon import Muon
 
 
 def model_of() -> nn.Module:

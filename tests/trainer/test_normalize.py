@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache.errors import ConfigError
-from cache.statistics import Accumulator, Statistics
+from kpu.errors import ConfigError
+from kpu.format.statistics import Accumulator, Statistics
 from trainer.objective.normalize import UnitVariance, hadamard, make_normalizer, random_orthogonal
 
 

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from trainer.config import OptimConfig, validate_config
-from trainer.optim import clip_gradients, learning_rate, make_average, make_optimizer, make_schedule, optimizer_name
+from trainer.loop.optim import (
+    clip_gradients,
+    learning_rate,
+    make_average,
+    make_optimizer,
+    make_schedule,
+    optimizer_name,
+)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

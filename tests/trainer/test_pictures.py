@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.trainer.conftest import BROKEN, Configure
-from trainer.corpus import Corpus, HostBatch
-from trainer.images import ImageReader
+from trainer.data.corpus import Corpus, HostBatch
+from trainer.data.images import ImageReader
+from trainer.data.resident import Rows
+from trainer.data.targets import choose_outputs
+from trainer.loop.pictures import with_images
 from trainer.model import Inheritance
-from trainer.pictures import with_images
-from trainer.resident import Rows
-from trainer.targets import choose_outputs
 
 ROWS = np.array([3, BROKEN, 60])
 

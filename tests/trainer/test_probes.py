@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 from trainer.evaluation import probes
 from trainer.evaluation.probes import knn, linear_probe
 

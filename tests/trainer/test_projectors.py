@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 from trainer.config import ProjectorConfig
+from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
 from trainer.objective.projectors import PcaProjector, Projector, Projectors, slot
-from trainer.shapes import OutputShape
 
 STUDENT = {"global": OutputShape(6), "patch": OutputShape(6, (4, 4))}
 TEACHERS = {

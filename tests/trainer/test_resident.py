@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache import Cache, memory, open_cache
-from trainer.resident import Shelf, free_memory
+from kpu import Cache, open_cache
+from kpu.util import memory
+from trainer.data.resident import Shelf, free_memory
 
 
 def counting(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:

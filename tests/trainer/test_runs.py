@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import open_cache
-from cache.errors import ConfigError, CorruptError, MismatchError
+from kpu import open_cache
+from kpu.errors import ConfigError, CorruptError, MismatchError
 from tests.toys import write_images
 from tests.trainer.conftest import Configure, Extract
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus
-from trainer.runs import RunFolder
-from trainer.targets import choose_outputs
+from trainer.data.corpus import Corpus
+from trainer.data.targets import choose_outputs
+from trainer.run.runs import RunFolder
 
 
 def corpus_of(config: TrainConfig) -> Corpus:

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.errors import CorruptError
+from kpu.errors import CorruptError
 from tests.trainer.conftest import Configure
 from tests.trainer.test_loop import stopped, told
 from trainer.config import TrainConfig
 from trainer.evaluation.evaluate import evaluate
-from trainer.loop import fit
-from trainer.selection import Selection, overall_r2, validation_interval
-from trainer.training import Training
-from trainer.world import World
+from trainer.loop.fit import fit
+from trainer.loop.selection import Selection, overall_r2, validation_interval
+from trainer.loop.training import Training
+from trainer.loop.world import World
 
 WORSE = {"optim": {"epochs": 12, "lr": 0.03, "warmup": 0.0}, "validate_every": 4, "log": {"every": 50, "checkpoint": 8}}
 

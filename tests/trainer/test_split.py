@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trainer.split import validation_mask
+from trainer.data.split import validation_mask
 
 KEYS = [f"img/{i}.jpg" for i in range(5000)]
 

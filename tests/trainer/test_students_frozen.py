@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
 from trainer.config import StudentConfig
-from trainer.shapes import OutputShape
+from trainer.data.shapes import OutputShape
 from trainer.students import BaseInfo, make_student
 
 BASE = BaseInfo(None, {"global": OutputShape(3), "patch": OutputShape(2, (1, 2))}, {})  # type: ignore[arg-type]

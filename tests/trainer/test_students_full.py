@@ -8,12 +8,12 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
-from cache.code import CodeLoader, naming_models
-from cache.errors import ConfigError, MismatchError
-from cache.trust import Trust
+from kpu.errors import ConfigError, MismatchError
+from kpu.trust.code import CodeLoader, naming_models
+from kpu.trust.list import Trust
 from trainer.config import StudentConfig
+from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
-from trainer.shapes import OutputShape
 from trainer.students import BaseInfo, Student, make_student
 from trainer.students.weights import seeded
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from cache.code import CodeLoader, naming_models
-from cache.errors import ConfigError, MismatchError
-from cache.spec import CodecSpec
-from cache.statistics import Accumulator, Statistics
-from cache.trust import Trust
+from kpu.errors import ConfigError, MismatchError
+from kpu.format.spec import CodecSpec
+from kpu.format.statistics import Accumulator, Statistics
+from kpu.trust.code import CodeLoader, naming_models
+from kpu.trust.list import Trust
 from pipeline.config import TeacherConfig
 from pipeline.teachers import build_teacher
 from trainer.config import StudentConfig
-from trainer.shapes import shape_of
+from trainer.data.shapes import shape_of
 from trainer.students import BaseInfo
 from trainer.students.adapters import Beside
 from trainer.students.parallel import ParallelStudent

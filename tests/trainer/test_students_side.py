@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
 from trainer.config import StudentConfig
-from trainer.shapes import OutputShape
+from trainer.data.shapes import OutputShape
 from trainer.students import BaseInfo, Student, make_student
 
 SHAPES = {

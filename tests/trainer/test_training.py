@@ -13,14 +13,14 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from tests.trainer.conftest import BROKEN, Configure, Extract
-from trainer.corpus import Corpus
-from trainer.data import Upload
-from trainer.loop import fit
+from trainer.data.corpus import Corpus
+from trainer.data.loading import Upload
+from trainer.data.targets import choose_outputs
+from trainer.loop.fit import fit
+from trainer.loop.pictures import with_images
+from trainer.loop.training import Training, measure_gradients, synchronise
+from trainer.loop.world import World
 from trainer.model import Inheritance, Losses
-from trainer.pictures import with_images
-from trainer.targets import choose_outputs
-from trainer.training import Training, measure_gradients, synchronise
-from trainer.world import World
 
 
 def normalised() -> nn.Module:

@@ -8,16 +8,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from cache import open_cache
-from cache.digests import digest_of
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
+from kpu.reading.cache import open_cache
+from kpu.util.digests import digest_of
 from trainer.evaluation.evaluate import evaluation_file
 from trainer.evaluation.origin import Origin, differences
-from trainer.files import replace_file, write_error
-from trainer.measured import check_scores
-from trainer.runs import RunFolder
-from trainer.sealed import open_json
-from trainer.selection import overall_r2
+from trainer.loop.selection import overall_r2
+from trainer.run.measured import check_scores
+from trainer.run.runs import RunFolder
+from trainer.util.files import replace_file, write_error
+from trainer.util.sealed import open_json
 
 _DISTINCT: Final = 0.02  # a teacher whose solo run gains less R2 than this over the frozen base is not divided by
 

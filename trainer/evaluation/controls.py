@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data import Batch
+from trainer.data.loading import Batch
+from trainer.data.resident import Rows
+from trainer.data.shapes import OutputShape
+from trainer.data.split import some_of
 from trainer.objective.projectors import onto_grid
-from trainer.resident import Rows
-from trainer.shapes import OutputShape
-from trainer.split import some_of
 
 PENALTY: Final = 1e-4
 """Of the ridge, relative to the variance of a channel of the base, which is about 1."""

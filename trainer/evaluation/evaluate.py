@@ -1,5 +1,6 @@
 """`kpu-train eval`, from top to bottom: what a finished run knows, measured on any cache, beside two controls."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import StorageError
-from cache.trust import Trust
-from trainer.allocator import keep_freed_memory
-from trainer.corpus import Corpus
-from trainer.data import Batch, Fetch, Loader, Upload
+from kpu.errors import StorageError
+from kpu.trust.list import Trust
+from trainer.data.corpus import Corpus
+from trainer.data.loading import Batch, Fetch, Loader, Upload
+from trainer.data.resident import Rows
+from trainer.data.split import some_of
 from trainer.evaluation.controls import LinearMaps
 from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, split_training
 from trainer.evaluation.labels import Labels
 from trainer.evaluation.measured import open_measured
 from trainer.evaluation.measures import NO_LABEL, OwnHead, TeacherMeasures, mean_of
 from trainer.evaluation.probing import Vectors, add_vectors, probe_all
-from trainer.evaluation.scores import batches_of
 from trainer.evaluation.trained import Trained, load_trained
-from trainer.files import replace_file
-from trainer.repeated import require_distinct, shared_images
-from trainer.resident import Rows
-from trainer.sealed import dump_json
-from trainer.split import some_of
+from trainer.loop.scores import batches_of
+from trainer.run.repeated import require_distinct, shared_images
+from trainer.util.allocator import keep_freed_memory
+from trainer.util.files import replace_file
+from trainer.util.sealed import dump_json
 
 _THREADS: Final = 2
 _AHEAD: Final = 4
@@ -43,7 +44,7 @@ class _Subject:
 
 
 def evaluate(
-    path: Path,
+    path: str | os.PathLike[str],
     caches: Sequence[str] = (),
     *,
     controls: bool = True,
@@ -78,6 +79,7 @@ def evaluate(
         CorruptError: a file of the run is damaged.
         MismatchError: a cache was made with another base or other teachers.
     """
+    path = Path(path)
     trained = load_trained(path, trust)
     notes = list(trained.notes)
     device = torch.device("cuda" if torch.cuda.is_available() and trained.config.device != "cpu" else "cpu")
@@ -143,7 +145,7 @@ class _Reading:
         student, config = self.trained.model.student, self.trained.config
         fetch: Fetch = corpus.fetch
         if student.needs_images:
-            from trainer.pictures import with_images  # decoding is loaded only where it is needed
+            from trainer.loop.pictures import with_images  # decoding is loaded only where it is needed
 
             root = self.trained.images_root if self.images is None else self.images
             place = config.images.model_copy(update={"root": root})

@@ -7,13 +7,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cache.errors import ConfigError, KpuError
-from cache.records import Mask
-from trainer.corpus import Corpus
+from kpu.errors import ConfigError, KpuError
+from kpu.records.units import Mask
+from trainer.data.corpus import Corpus
+from trainer.data.resident import Rows
+from trainer.data.split import some_of, validation_mask
 from trainer.evaluation.measured import open_measured
 from trainer.evaluation.trained import Trained
-from trainer.resident import Rows
-from trainer.split import some_of, validation_mask
 
 FITTED_ROWS: Final = 2**16
 """Probes and linear maps are fitted on as many training rows, at most; probes are measured on as many, at most."""

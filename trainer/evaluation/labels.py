@@ -5,10 +5,10 @@ from typing import Final
 
 import numpy as np
 
-from cache import Cache
-from trainer.corpus import Corpus
+from kpu.reading.cache import Cache
+from trainer.data.corpus import Corpus
+from trainer.data.resident import Rows
 from trainer.evaluation.measures import NO_LABEL
-from trainer.resident import Rows
 
 Names = tuple[str, ...]
 _SHOWN: Final = 200

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from cache import open_cache
-from cache.errors import ConfigError, MismatchError
-from cache.opened import Teacher
-from cache.spec import TeacherSpec
-from trainer.corpus import Corpus
+from kpu.errors import ConfigError, MismatchError
+from kpu.format.spec import TeacherSpec
+from kpu.reading.cache import open_cache
+from kpu.reading.teachers import Teacher
+from trainer.data.corpus import Corpus
 from trainer.evaluation.trained import Trained
 
 _NOT_COMPARED: Final = "outputs"  # a cache may have more of them than the run reads

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.corpus import Source
-from trainer.evaluation.metrics import R2, agreement, cohens_kappa
-from trainer.resident import Rows
+from trainer.data.corpus import Source
+from trainer.data.resident import Rows
+from trainer.util.metrics import R2, agreement, cohens_kappa
 
 Features = Mapping[str, Tensor]
 NO_LABEL: Final = -1

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cache.digests import digest_of
+from kpu.util.digests import digest_of
 from trainer.config import TrainConfig
 from trainer.evaluation.measured import compared_part
-from trainer.runs import RunFolder
+from trainer.run.runs import RunFolder
 
 
 @dataclass(frozen=True)

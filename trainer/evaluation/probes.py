@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 
 PENALTIES: Final = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _STEPS: Final = 200  # of L-BFGS, at most, for each penalty

@@ -9,11 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from cache.statistics import Accumulator
-from trainer.data import Batch
+from kpu.format.statistics import Accumulator
+from trainer.data.loading import Batch
 from trainer.evaluation.measures import NO_LABEL, Features
-from trainer.evaluation.metrics import covariance_rank
 from trainer.evaluation.probes import knn, linear_probe
+from trainer.util.metrics import covariance_rank
 
 STUDENT: Final = "/student"  # a name that no teacher can have
 

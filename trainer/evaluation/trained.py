@@ -6,14 +6,14 @@ from typing import Final
 
 from torch import Tensor
 
-from cache.code import CodeLoader
-from cache.errors import MismatchError
-from cache.places import require_plain
-from cache.trust import Trust
+from kpu.errors import MismatchError
+from kpu.storage.places import require_plain
+from kpu.trust.code import CodeLoader
+from kpu.trust.list import Trust
 from trainer.config import TrainConfig
-from trainer.corpus import Source
+from trainer.data.corpus import Source
 from trainer.model import Inheritance
-from trainer.runs import MODEL, RunFolder
+from trainer.run.runs import MODEL, RunFolder
 from trainer.students.weights import RANDOM, differences
 
 _NAMED_AT_MOST: Final = 5

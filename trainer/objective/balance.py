@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import BalanceConfig
-from trainer.order import scramble
+from trainer.data.order import scramble
 
 _STEP: Final = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's: 2**64 divided by the golden ratio, odd
 _FRACTION_BITS: Final = 53  # of a float64

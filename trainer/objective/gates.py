@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import MismatchError
-from cache.statistics import Accumulator
+from kpu.errors import MismatchError
+from kpu.format.statistics import Accumulator
 from trainer.config import LossConfig, UnifyConfig
-from trainer.evaluation.metrics import R2, covariance_rank
 from trainer.objective.losses import row_loss
 from trainer.objective.unify import SharedSpace, Targets, Weights
+from trainer.util.metrics import R2, covariance_rank
 
 _VECTORS_A_RANK: Final = 4
 """A teacher of which fewer vectors were seen than so many times the limit on the rank is not held against it."""

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 from trainer.config import LossConfig
-from trainer.shapes import Grid
+from trainer.data.shapes import Grid
 
 SMALLEST_NORM: Final = 1e-3  # below it a vector counts as this long, so that the cosine's gradient stays below 1e3
 

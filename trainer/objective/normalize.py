@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError
-from cache.statistics import ALL_DEAD, Statistics
+from kpu.errors import ConfigError
+from kpu.format.statistics import ALL_DEAD, Statistics
 from trainer.objective.losses import over_workers, weighted_moments
 
 F64 = npt.NDArray[np.float64]

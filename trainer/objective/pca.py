@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError
-from cache.statistics import Accumulator
+from kpu.errors import ConfigError
+from kpu.format.statistics import Accumulator
 from trainer.config import UnifyConfig
 from trainer.objective.projectors import PcaProjector, Shapes, onto_grid, slot
 from trainer.objective.unify import Outputs, Restorations, SharedSpace, Targets, Weights

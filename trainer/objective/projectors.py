@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cache.errors import MismatchError
+from kpu.errors import MismatchError
 from trainer.config import ProjectorConfig
+from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
-from trainer.shapes import OutputShape
 
 Shapes = Mapping[str, OutputShape]
 F64 = npt.NDArray[np.float64]

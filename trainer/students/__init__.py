@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from cache.code import CodeLoader
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
+from kpu.trust.code import CodeLoader
 from trainer.config import StudentConfig
 from trainer.students.base import BaseInfo, Student
 from trainer.students.frozen import FrozenStudent

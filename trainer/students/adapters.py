@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.data.shapes import Grid, OutputShape
 from trainer.objective.losses import resize_map
-from trainer.shapes import Grid, OutputShape
 
 _GROUPS = 8
 _EXPANSION = 4

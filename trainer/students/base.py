@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from cache.spec import InputSpec, TeacherSpec
-from cache.statistics import Statistics
-from trainer.shapes import OutputShape
+from kpu.format.spec import InputSpec, TeacherSpec
+from kpu.format.statistics import Statistics
+from trainer.data.shapes import OutputShape
 
 
 @dataclass(frozen=True)

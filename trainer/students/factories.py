@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache.code import Code, CodeLoader
-from cache.errors import ConfigError, MismatchError, TrustError
+from kpu.errors import ConfigError, MismatchError, TrustError
+from kpu.trust.code import Code, CodeLoader
 from trainer.students.weights import RANDOM, Weights, initialise, load_strictly, read_weights, seeded
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from cache.code import CodeLoader
+from kpu.trust.code import CodeLoader
 from trainer.config import StudentConfig
 from trainer.objective.losses import resize_map
 from trainer.students.base import BaseInfo, Student

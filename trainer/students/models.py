@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from cache.code import CodeLoader
-from cache.errors import ConfigError, MismatchError
-from cache.spec import InputSpec, TeacherSpec
-from trainer.shapes import Grid, OutputShape, shape_of
+from kpu.errors import ConfigError, MismatchError
+from kpu.format.spec import InputSpec, TeacherSpec
+from kpu.trust.code import CodeLoader
+from trainer.data.shapes import Grid, OutputShape, shape_of
 from trainer.students.adapters import tokens_of
 from trainer.students.factories import data_config, from_factory
 from trainer.students.timm_models import TimmOutputs, from_timm

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache.code import CodeLoader
-from cache.errors import ConfigError, MismatchError
+from kpu.errors import ConfigError, MismatchError
+from kpu.trust.code import CodeLoader
 from trainer.config import StudentConfig
-from trainer.shapes import Grid
+from trainer.data.shapes import Grid
 from trainer.students.adapters import Beside, Bottleneck
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError
+from kpu.errors import ConfigError
 from trainer.config import StudentConfig
-from trainer.shapes import OutputShape
+from trainer.data.shapes import OutputShape
 from trainer.students.adapters import MapAdapter, VectorAdapter
 from trainer.students.base import BaseInfo, Student
 

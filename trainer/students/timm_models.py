@@ -13,10 +13,10 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from cache.errors import ConfigError
-from cache.timm_args import with_layers
-from cache.trust import tensors_only
-from trainer.shapes import Grid
+from kpu.errors import ConfigError
+from kpu.format.timm_args import with_layers
+from kpu.trust.list import tensors_only
+from trainer.data.shapes import Grid
 from trainer.students.weights import RANDOM, Weights, differences, initialise, load_strictly, read_weights
 
 _MOST_PREFIX_TOKENS = 16

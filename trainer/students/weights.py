@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cache.checkpoints import explain_misfits, list_misfits, pick_tensors, split_entry
-from cache.digests import DIGEST_BYTES, canonical_json, digest
-from cache.errors import ConfigError, MismatchError
+from kpu.errors import ConfigError, MismatchError
+from kpu.torch.checkpoints import explain_misfits, list_misfits, pick_tensors, split_entry
+from kpu.util.digests import DIGEST_BYTES, canonical_json, digest
 
 RANDOM = "random"
 Weights = str | Mapping[str, Tensor] | None

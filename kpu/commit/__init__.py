@@ -1,0 +1,1 @@
+"""Writing a cache: publish, resolve conflicts, commit."""

@@ -1,0 +1,140 @@
+"""Configuration files: YAML read strictly, the command line's values laid over it, the whole validated by a schema."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kpu.config.errors import LARGEST, explain
+from kpu.config.strict_yaml import parse_yaml
+from kpu.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused. A field's description says what is expected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+T = TypeVar("T")
+Schema = TypeVar("Schema", bound=Section)
+
+
+def validate(
+    schema: type[Schema], values: Mapping[str, Any], where: str, how: Mapping[str, str] | None = None
+) -> Schema:
+    """Validate plain values.
+
+    Args:
+        schema: of the whole configuration.
+        values: by key, as a file or the command line gave them.
+        where: names them in messages.
+        how: by key, how to give one that is required, where its name alone does not say it.
+
+    Raises:
+        ConfigError: naming every wrong key, what was expected and what was found.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, schema, values, how or {})}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; none where it is empty.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, is no mapping, or gives a key twice.
+    """
+    try:
+        values = parse_yaml(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if values is None:  # an empty file
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    return values
+
+
+def split(assignment: str, flag: str, form: str) -> tuple[str, str]:
+    """The two sides of a flag's KEY=VALUE; `form` is what messages call it.
+
+    Raises:
+        ConfigError: a side is missing.
+    """
+    key, separator, value = assignment.partition("=")
+    if not separator or not key or not value:
+        raise ConfigError(f"{flag} {assignment!r}: expected {form}")
+    return key, value
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Lay `--set KEY.PATH=YAML` over `values`, one after another.
+
+    Raises:
+        ConfigError: one is malformed, or goes through a key that is no mapping.
+    """
+    for assignment in assignments:
+        key, text = split(assignment, "--set", "KEY=VALUE")
+        *parents, leaf = key.split(".")
+        try:
+            section(values, parents)[leaf] = parse_yaml(text)
+        except ValueError as error:
+            reason = f"the value {error}" if str(error).startswith("is not") else str(error)
+            raise ConfigError(f"--set {key}={text}: {reason}") from None
+
+
+def validate_overridden(
+    values: Mapping[str, Any], assignments: Sequence[str], file: str | None, check: Callable[[dict[str, Any], str], T]
+) -> T:
+    """Lay `--set KEY.PATH=YAML` over `values`, of `file` if there is one, and `check(values, where)` the whole.
+
+    Raises:
+        ConfigError: naming the file, the assignments, or both: whichever it comes from.
+    """
+    changed, where = copy.deepcopy(dict(values)), file or "command line"
+    override(changed, assignments)
+    try:
+        return check(changed, where)
+    except ConfigError as error:
+        if file is None or not assignments:
+            raise
+        wrong = str(error).removeprefix(f"{where}: ")
+        named = [assignment for assignment in assignments if assignment.partition("=")[0] in wrong]
+        flags = " ".join(f"--set {assignment}" for assignment in named or assignments)
+        if _passes(values, check):
+            where = flags
+        elif named:
+            where = f"{file} with {flags}"
+        raise ConfigError(f"{where}: {wrong}") from None
+
+
+def _passes(values: Mapping[str, Any], check: Callable[[dict[str, Any], str], object]) -> bool:
+    try:
+        check(dict(values), "")
+    except ConfigError:
+        return False
+    return True
+
+
+def section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The mapping at `path` within `values`, made where it is missing.
+
+    Raises:
+        ConfigError: something else stands on the way.
+    """
+    for depth, name in enumerate(path):
+        child = values.setdefault(name, {})
+        if child is None:
+            child = values[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{'.'.join(path[: depth + 1])}: expected a mapping of keys, found {child!r}")
+        values = child
+    return values

@@ -1,0 +1,1 @@
+"""The format's own words: specifications, codecs, statistics, fidelity."""

@@ -1,0 +1,1 @@
+"""Reading a cache: rows of features and the images behind them."""

@@ -1,0 +1,1 @@
+"""Parquet files with a column of encoded images."""

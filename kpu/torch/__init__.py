@@ -1,0 +1,1 @@
+"""What needs torch, or is about its checkpoints."""

@@ -1,0 +1,1 @@
+"""Whose Python code may run, and running it."""

@@ -1,0 +1,1 @@
+"""Teachers from a Python file or module of the user's."""

@@ -1,0 +1,1 @@
+"""Teachers from timm."""

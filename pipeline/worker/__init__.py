@@ -1,0 +1,1 @@
+"""One worker: images in, committed units out."""

@@ -1,0 +1,1 @@
+"""From caches to batches: rows, order, splits, resident tensors."""
