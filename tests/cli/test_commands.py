@@ -9,7 +9,7 @@ import typer
 
 from cli.cache import app
 from kpu import open_cache
-from tests.toys import assert_refused, kpu, kpu_json, noise, snapshot, write_images, write_teacher
+from tests.support.toys import assert_refused, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 COMMANDS = ("status", "info", "verify", "repair", "bench", "gc", "retry-failed")
 

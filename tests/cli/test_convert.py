@@ -12,9 +12,9 @@ from PIL import Image
 
 from kpu import open_cache
 from kpu.pixels.views import resolve_view
-from tests.cache.builders import tree
-from tests.cache.theia_builders import members
-from tests.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
+from tests.support.builders import tree
+from tests.support.theia import members
+from tests.support.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
 from trainer.config import StudentConfig
 from trainer.data.corpus import Corpus
 from trainer.data.images import ImageReader

@@ -22,7 +22,7 @@ from kpu.commit.teacher import publish_teacher
 from kpu.records.plan import sample_digests
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
-from tests.toys import assert_refused, files, kpu, kpu_json, noise, snapshot, write_images, write_teacher
+from tests.support.toys import assert_refused, files, kpu, kpu_json, noise, snapshot, write_images, write_teacher
 
 ROWS = 70  # two units of 64 rows
 

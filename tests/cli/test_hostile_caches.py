@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cache.theia_builders import build_pictured
-from tests.toys import kpu, write_images, write_teacher
+from tests.support.theia import build_pictured
+from tests.support.toys import kpu, write_images, write_teacher
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cli.live import run_teachers
 from kpu import open_cache
 from kpu.errors import MismatchError
 from pipeline.teachers import Teacher, load_shipped
-from tests.toys import TOY, kpu, write_images, write_teacher
+from tests.support.toys import TOY, kpu, write_images, write_teacher
 from trainer.config import validate_config
 from trainer.data.corpus import Corpus
 from trainer.data.loading import Drawn, Upload

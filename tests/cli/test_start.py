@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cli.cache import app as kpu_cache
 from cli.train import app as kpu_train
 from kpu.own_packages import PACKAGES
-from tests.trained import small_run
+from tests.support.trained import small_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "import sys\nfrom cli.{name} import app\ntry:\n    app()\nfinally:\n    print('torch' in sys.modules)\n"

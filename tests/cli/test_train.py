@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.train import app
-from tests.toys import assert_refused
-from tests.trained import labelled_cache, small_run
+from tests.support.toys import assert_refused
+from tests.support.trained import labelled_cache, small_run
 from trainer import load_student
 
 PCA = {

@@ -14,7 +14,7 @@ import yaml
 
 from kpu.errors import CorruptError, TrustError
 from tests.cli.test_train import kpu_train
-from tests.toys import assert_refused, kpu, snapshot, write_images
+from tests.support.toys import assert_refused, kpu, snapshot, write_images
 from trainer import load_student
 
 MARKER = "KPU_TEST_MARKER"

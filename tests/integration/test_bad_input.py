@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from kpu import open_cache
-from tests.toys import assert_refused, kpu, kpu_json, noise, write_images, write_teacher
+from tests.support.toys import assert_refused, kpu, kpu_json, noise, write_images, write_teacher
 from trainer.data.images import ImageReader
 
 ROOT = Path(__file__).parents[2]

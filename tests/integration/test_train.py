@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kpu.util.digests import seal_document
 from tests.integration.harness import DEMO, ROOT, Ended, Failpoint, Training, run
-from tests.toys import assert_refused, snapshot
+from tests.support.toys import assert_refused, snapshot
 
 SPEED = ("rows_per_second", "data_wait")
 KILLED = -signal.SIGKILL

@@ -18,7 +18,7 @@ from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.run.observers import Silent
 from pipeline.worker.engine import Engine
-from tests.toys import write_images, write_teacher
+from tests.support.toys import write_images, write_teacher
 
 PINNED = [23434, 34058, 67044]
 

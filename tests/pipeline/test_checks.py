@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.toys import assert_refused, kpu, kpu_json, write_images, write_teacher
+from tests.support.toys import assert_refused, kpu, kpu_json, write_images, write_teacher
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.toys import kpu, kpu_json, snapshot, write_images, write_teacher
+from tests.support.toys import kpu, kpu_json, snapshot, write_images, write_teacher
 
 KEYS = {
     "rows", "rows_left", "units", "unit_rows", "workers", "bytes_per_row", "total_bytes", "largest_shard_bytes",

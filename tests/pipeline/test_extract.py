@@ -19,7 +19,7 @@ from pipeline.extract import extract
 from pipeline.run.observers import Silent
 from pipeline.run.reports import UnitReport
 from pipeline.worker import loading
-from tests.toys import kpu, snapshot, write_images, write_teacher
+from tests.support.toys import kpu, snapshot, write_images, write_teacher
 
 ROWS = 130  # three units, the last one of two rows
 

@@ -14,9 +14,9 @@ from kpu.storage.open import open_storage
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
 from pipeline.planning import check_settings, choose_threads, choose_unit_rows, open_data, plan_cache
 from pipeline.run.observers import Observer, Silent
-from tests.cache.builders import Hooked
-from tests.cache.sources import pack
-from tests.toys import write_images
+from tests.support.builders import Hooked
+from tests.support.sources import pack
+from tests.support.toys import write_images
 
 
 class Listener(Silent):

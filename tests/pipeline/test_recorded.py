@@ -9,7 +9,7 @@ from kpu import open_cache
 from kpu.errors import ConfigError
 from kpu.format.spec import SourceSpec
 from pipeline.recorded import data_of, planned_data
-from tests.toys import assert_refused, kpu, snapshot, write_images, write_teacher
+from tests.support.toys import assert_refused, kpu, snapshot, write_images, write_teacher
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from kpu.errors import NotACacheError
 from kpu.tools.status import Status, status
 from pipeline.retry import failed_runs
-from tests.cache.builders import build
+from tests.support.builders import build
 
 
 def write_run(out: Path, name: str, teachers: list[str], *failed: tuple[str | None, int]) -> None:

@@ -8,7 +8,7 @@ from kpu.errors import SourceError
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 from pipeline.target import left_as_it_was, standing_plan
-from tests.cache.builders import build, make_plan
+from tests.support.builders import build, make_plan
 
 
 def begin(out: Path, run: str = "mine", error: type[BaseException] = SourceError) -> None:

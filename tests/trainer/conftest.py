@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.toys import kpu, write_images, write_teacher
+from tests.support.toys import kpu, write_images, write_teacher
 from trainer.config import TrainConfig, validate_config
 from trainer.loop import prepare
 

@@ -16,11 +16,11 @@ from safetensors.torch import load, save
 
 from kpu.errors import KpuError
 from kpu.util.digests import digest, digest_of
-from tests.cache.builders import build, tree
-from tests.cache.test_fuzz import forge as forge_cache
-from tests.cache.test_fuzz import restore
-from tests.hostile import mangle, mangle_bytes
-from tests.trained import small_run
+from tests.kpu.reading.test_fuzz import forge as forge_cache
+from tests.kpu.reading.test_fuzz import restore
+from tests.support.builders import build, tree
+from tests.support.hostile import mangle, mangle_bytes
+from tests.support.trained import small_run
 from trainer import load_student
 from trainer.config import validate_config
 from trainer.data.corpus import Corpus

@@ -1,0 +1,1 @@
+"""What tests share: caches, runs, models and images made on the spot."""
