@@ -11,15 +11,15 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from kpu.commit.images import publish_images
 from kpu.commit.plan import publish_plan
 from kpu.commit.teacher import publish_teacher
-from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.commit.unit import EncodedOutput, UnitFeatures
+from kpu.commit.writer import CacheWriter
 from kpu.format.fidelity import RowFidelity, measure
 from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, Plan, ShardFormat, SourceSpec, TeacherSpec
 from kpu.format.statistics import Accumulator, Statistics
 from kpu.records.images import UnitImages
-from kpu.records.samples import Samples, row_digest, sample_schema, split_parts
+from kpu.records.samples import Samples, sample_schema, split_parts
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 
@@ -90,9 +90,9 @@ def write_cache(
         parts = features(rows)
         for unit in range(plan.units):
             count = len(plan.unit_range(unit))
-            valid, digest = np.ones(count, bool), row_digest(Samples(storage, plan).unit(unit))
+            transaction = CacheWriter(storage, plan, RUN).unit(unit, Samples(storage, plan).unit(unit))
             images = UnitImages(np.zeros((count, 16), np.uint8), np.zeros(count, np.uint8), np.ones((count, 2), "i4"))
-            publish_images(storage, plan, unit, images, digest, RUN)
+            transaction.images(images)
             drawn = [next(parts) for _ in range(-(-count // PART_ROWS))]
             whole = {output.name: np.concatenate([part[output.name] for part in drawn]) for output in OUTPUTS}
             encoded = {}
@@ -101,9 +101,7 @@ def write_cache(
                 stored = grid.encode(x)
                 encoded[name] = EncodedOutput(stored, _fidelity(x, grid.decode(stored), statistics[name]))
             for teacher in published:
-                publish_unit(
-                    storage, plan, teacher, unit, encoded, valid, ~valid, digest, RUN, remeasure=_never_remeasured
-                )
+                transaction.teacher(teacher, _Features(encoded, np.ones(count, bool)))
 
 
 def _fidelity(x: Any, decoded: Any, statistics: Statistics) -> RowFidelity:
@@ -113,8 +111,11 @@ def _fidelity(x: Any, decoded: Any, statistics: Statistics) -> RowFidelity:
     return RowFidelity(few.squared_error[repeat], few.cosine[repeat], few.saturated[repeat])
 
 
-def _never_remeasured(output: str, _stored: Any) -> RowFidelity:
-    raise RuntimeError(f"{output}: another run writes into this benchmark's cache; remove its folder and start again")
+class _Features(UnitFeatures):
+    def measure(self, output: str, stored: Any) -> RowFidelity:
+        raise RuntimeError(
+            f"{output}: another run wrote {len(stored)} rows into this benchmark's cache; remove its folder first"
+        )
 
 
 def _samples(rows: int) -> pa.Table:

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from kpu.commit.teacher import publish_teacher, standing_statistics
+from kpu.commit.teacher import existing_statistics, publish_teacher
 from kpu.errors import ConfigError
 from kpu.format.codecs import Grid, make_grid
 from kpu.format.spec import Plan, TeacherSpec
@@ -68,7 +68,7 @@ def _calibrations(
         return {spec.name: borrow(config.calibration_from, spec) for spec in specs}
     found: dict[str, Calibration] = {}
     for spec in specs:
-        if (standing := standing_statistics(storage, spec)) is not None:
+        if (standing := existing_statistics(storage, spec)) is not None:
             found[spec.name] = Calibration(standing)
     pending = [spec for spec in specs if spec.name not in found]
     if pending:

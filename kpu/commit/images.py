@@ -1,96 +1,66 @@
-"""What decoding found in every row: the arrays below `images/`, committed with a unit's first teacher."""
+"""Compare the images of a unit with those that are committed already."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kpu.commit.conflicts import UnitShards
 from kpu.errors import CorruptError, MismatchError
 from kpu.format.reasons import reason
-from kpu.format.spec import ImagesRecord, Plan, ShardRecord
-from kpu.records.images import UnitImages, array_shard, load_images
-from kpu.records.plan import image_layouts
+from kpu.format.spec import ImagesRecord, Plan
+from kpu.records.images import UnitImages, load_images
 from kpu.records.samples import Samples
-from kpu.records.units import load_images_record, mask_digest, plan_digest
 from kpu.shards.layout import ArrayLayout, Shard
 from kpu.shards.writer import encode_shard
 from kpu.storage import paths
 from kpu.storage.base import Storage
-from kpu.util.digests import seal_document
-from kpu.util.failpoints import failpoint
 
 
-def publish_images(
-    storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str, run: str
-) -> ImagesRecord:
-    """Commit what decoding found in a unit; or compare it with what a former teacher's run committed.
+@dataclass(frozen=True)
+class ImageShard:
+    """One array of `images/` for one unit, to be published; accepts equal values only."""
+
+    values: npt.NDArray[Any]
+    layout: ArrayLayout
+    unit: int
+
+    def encode(self) -> Shard:
+        return encode_shard(self.values, self.layout, self.unit)
+
+    def accepts(self, values: npt.NDArray[Any]) -> bool:
+        return np.array_equal(values, self.values)
+
+
+def compare_images(
+    storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str
+) -> tuple[ImagesRecord, UnitImages]:
+    """What is committed of a unit's images, after it was found equal to `images`.
 
     Raises:
-        MismatchError: an image of the unit has other bytes, or decodes otherwise, than when it was committed.
+        MismatchError: an image has other bytes, or decodes differently, than when it was committed.
+        CorruptError: the record is damaged, or is of other rows.
     """
     marker = paths.commit(paths.IMAGES, unit)
-    if storage.size(marker) is not None:
-        return _compare(storage, plan, unit, images, row_digest)
-    shards = UnitShards(storage, unit, marker, run)
-    records: dict[str, ShardRecord] = {}
-    for name, array in image_layouts(plan.rows, plan.unit_rows).items():
-        values = getattr(images, name).astype(array.dtype, copy=False)
-
-        def encode(values: npt.NDArray[Any] = values, array: ArrayLayout = array) -> Shard:
-            return encode_shard(values, array, unit)
-
-        def agree(standing: npt.NDArray[Any], values: npt.NDArray[Any] = values) -> bool:
-            return np.array_equal(standing, values)
-
-        settled = shards.publish(array_shard(name, unit, array), array, encode, agree)
-        if settled is None:
-            _restore(storage, plan, unit, shards)
-            return _compare(storage, plan, unit, images, row_digest)
-        records[name] = settled.record
-    record = ImagesRecord(
-        unit=unit,
-        plan=plan_digest(plan),
-        row_digest=row_digest,
-        masked=int(np.count_nonzero(images.masked)),
-        masked_digest=mask_digest(images.masked),
-        arrays=records,
-    )
-    won = storage.publish(marker, seal_document(record.model_dump(mode="json")), run=run)
-    _restore(storage, plan, unit, shards)
-    failpoint("unit.images")
-    return record if won else _compare(storage, plan, unit, images, row_digest)
-
-
-def _restore(storage: Storage, plan: Plan, unit: int, shards: UnitShards) -> None:
-    record = load_images_record(storage, plan, unit)
-    if record is None:
-        raise CorruptError(paths.commit(paths.IMAGES, unit), "vanished while it was read", unit=unit)
-    layouts = image_layouts(plan.rows, plan.unit_rows)
-    shards.restore({array_shard(name, unit, layouts[name]): shard for name, shard in record.arrays.items()})
-
-
-def _compare(storage: Storage, plan: Plan, unit: int, images: UnitImages, row_digest: str) -> ImagesRecord:
-    """The standing record, after its images were found to be ours."""
-    standing = load_images(storage, plan, unit)
-    if standing is None:
-        raise CorruptError(paths.commit(paths.IMAGES, unit), "vanished while it was read", unit=unit)
-    record, committed = standing
+    found = load_images(storage, plan, unit)
+    if found is None:
+        raise CorruptError(marker, "vanished while it was read", unit=unit)
+    record, committed = found
     if record.row_digest != row_digest:
-        raise CorruptError(paths.commit(paths.IMAGES, unit), "is of other rows than the sample table's", unit=unit)
+        raise CorruptError(marker, "is of other rows than the sample table's", unit=unit)
     changed = (committed.digest != images.digest).any(axis=1)
     decodes_otherwise = committed.masked != images.masked  # another release may mask a row for another reason
     for row in np.flatnonzero(changed | decodes_otherwise):
         number = plan.unit_range(unit)[int(row)]
         key = Samples(storage, plan).take([number])["key"][0].as_py()
         if changed[row]:
-            expected, found = (value.digest[row].tobytes().hex() for value in (committed, images))
-            what = f"its bytes changed since it was extracted: expected digest {expected}, found {found}"
+            expected, actual = (value.digest[row].tobytes().hex() for value in (committed, images))
+            what = f"its bytes changed since it was extracted: expected digest {expected}, found {actual}"
         else:
-            expected, found = (f"{reason(value.status[row])!r}" for value in (committed, images))
+            expected, actual = (f"{reason(value.status[row])!r}" for value in (committed, images))
             what = (
-                f"it decodes otherwise than when it was extracted: expected {expected}, found {found} (another release "
-                "may read or refuse what an earlier one did not, or a plug-in of Pillow's is missing or new here)"
+                f"it decodes otherwise than when it was extracted: expected {expected}, found {actual} (another "
+                "release may read or refuse what an earlier one did not, or a plug-in of Pillow's was added or removed)"
             )
         raise MismatchError(f"image {key!r} (row {number}): {what}; restore it, or extract into a new cache")
-    return record
+    return record, committed

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from kpu.commit.conflicts import settling
+from kpu.commit.conflicts import publishing
 from kpu.errors import CorruptError, MismatchError, SourceError
 from kpu.format.spec import FORMAT, VERSION, Plan
 from kpu.records.plan import image_layouts, load_plan, read_plan, sample_digests
@@ -19,7 +19,7 @@ from kpu.util.failpoints import failpoint
 
 
 class Build(Protocol):
-    """Makes the plan of what only the listing tells."""
+    """Builds the plan from what the source listing gave."""
 
     def __call__(
         self, *, fingerprint: str, samples: int, samples_digests: tuple[str, ...], metadata: dict[str, str]
@@ -34,33 +34,35 @@ def publish_plan(storage: Storage, parts: Iterator[pa.Table], build: Build, run:
     plan once they are counted. If an earlier run was interrupted before it published its plan, whatever it left that
     differs is moved into quarantine.
 
-    Returns: the plan that stands, which may be another driver's where it says the same.
+    Returns: the published plan, which may be another driver's that says the same.
 
     Raises:
         SourceError: there are no rows.
-        MismatchError: another plan, or something that is no cache of ours, stands here.
+        MismatchError: another plan, or something that is not a cache, exists here.
     """
     refuse_foreign(storage)
-    with settling(storage, paths.PLAN, run, lambda: sealed_by_plan(storage)) as settle:
-        plan = _settle_parts(parts, build, settle, unit_rows)
+    with publishing(storage, paths.PLAN, run, lambda: sealed_by_plan(storage)) as publish:
+        plan = _publish_parts(parts, build, publish, unit_rows)
         document = {"format": FORMAT, "version": VERSION, "plan": plan.model_dump(mode="json")}
         won = storage.publish(paths.PLAN, seal_document(document), run=run)
         failpoint("plan.published")
     if won:
         return plan
-    standing = load_plan(storage)
-    if standing is None:
+    existing = load_plan(storage)
+    if existing is None:
         raise CorruptError(paths.PLAN, "vanished while this run was planning")
-    check_same_plan(standing, plan)
-    return standing
+    check_same_plan(existing, plan)
+    return existing
 
 
-def _settle_parts(parts: Iterator[pa.Table], build: Build, settle: Callable[[str, bytes], str], unit_rows: int) -> Plan:
-    """Publish by `settle` all that the plan seals, and make it."""
+def _publish_parts(
+    parts: Iterator[pa.Table], build: Build, publish: Callable[[str, bytes], str], unit_rows: int
+) -> Plan:
+    """Publish everything that the plan seals, and build it."""
     metadata: dict[str, str] = {}
-    metadata[paths.ROOT] = settle(paths.ROOT, group_metadata({"kpu": {"format": FORMAT, "version": VERSION}}))
-    metadata[paths.TEACHERS] = settle(paths.TEACHERS, group_metadata({}))
-    metadata[paths.group(paths.IMAGES)] = settle(paths.group(paths.IMAGES), group_metadata({}))
+    metadata[paths.ROOT] = publish(paths.ROOT, group_metadata({"kpu": {"format": FORMAT, "version": VERSION}}))
+    metadata[paths.TEACHERS] = publish(paths.TEACHERS, group_metadata({}))
+    metadata[paths.group(paths.IMAGES)] = publish(paths.group(paths.IMAGES), group_metadata({}))
 
     fingerprint, rows, samples = Fingerprint(), 0, 0
     digests: list[str] = []
@@ -68,14 +70,14 @@ def _settle_parts(parts: Iterator[pa.Table], build: Build, settle: Callable[[str
         if rows % (paths.UNITS_PER_PART * unit_rows) or not 0 < part.num_rows <= paths.UNITS_PER_PART * unit_rows:
             raise ValueError(f"a part has {part.num_rows} rows after {rows}: expected 64 units of {unit_rows} rows")
         fingerprint.update(part)
-        digests.append(settle(paths.samples_part(len(digests)), write_part(part, unit_rows)))
+        digests.append(publish(paths.samples_part(len(digests)), write_part(part, unit_rows)))
         rows += part.num_rows
         samples += int(np.count_nonzero(part["view"].to_numpy() == 0))
     if not rows:
         raise SourceError("the source has no samples: expected at least one image")
     for name, array in image_layouts(rows, unit_rows).items():
         key = paths.group(f"{paths.IMAGES}/{name}")
-        metadata[key] = settle(key, array_metadata(array, {}))
+        metadata[key] = publish(key, array_metadata(array, {}))
     failpoint("plan.samples")
 
     plan = build(
@@ -87,7 +89,7 @@ def _settle_parts(parts: Iterator[pa.Table], build: Build, settle: Callable[[str
 
 
 def sealed_by_plan(storage: Storage) -> dict[str, str]:
-    """Digests, by key, of what the plan that stands seals: metadata and the parts of the sample table."""
+    """Digests, by key, of the files that the published plan seals: metadata and the parts of the sample table."""
     plan = read_plan(storage)
     return {} if plan is None else plan.metadata | sample_digests(plan)
 
@@ -105,21 +107,21 @@ def refuse_foreign(storage: Storage) -> None:
         )
 
 
-def check_same_plan(standing: Plan, wanted: Plan) -> None:
+def check_same_plan(existing: Plan, wanted: Plan) -> None:
     """Compare what decides rows and units; where the images lie and how many threads run may differ.
 
     Raises:
         MismatchError: naming the first field that differs.
     """
     for field in ("fingerprint", "samples", "views", "crop", "seed", "unit_rows", "classes"):
-        _compare(f"plan field {field!r}", getattr(standing, field), getattr(wanted, field))
-    _compare("source kind", standing.source.kind, wanted.source.kind)
-    _compare("source options", standing.source.options, wanted.source.options)
+        _compare(f"plan field {field!r}", getattr(existing, field), getattr(wanted, field))
+    _compare("source kind", existing.source.kind, wanted.source.kind)
+    _compare("source options", existing.source.options, wanted.source.options)
 
 
-def _compare(what: str, standing: Any, wanted: Any) -> None:
-    if standing != wanted:
+def _compare(what: str, existing: Any, wanted: Any) -> None:
+    if existing != wanted:
         raise MismatchError(
-            f"{what}: this cache was made with {standing!r}, found {wanted!r}; the images or the settings have "
+            f"{what}: this cache was made with {existing!r}, found {wanted!r}; the images or the settings have "
             "changed since: restore them, or choose another `out`"
         )

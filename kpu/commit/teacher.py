@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from kpu.commit.conflicts import settling
+from kpu.commit.conflicts import publishing
 from kpu.errors import CorruptError, MismatchError
 from kpu.format.codecs import Grid, make_grid
 from kpu.format.spec import Plan, TeacherSpec
@@ -40,55 +40,55 @@ def publish_teacher(
     *,
     calibration: str = OWN_CALIBRATION,
 ) -> PublishedTeacher:
-    """Publish a teacher's files, its `zarr.json` last; or return the same teacher as it stands already.
+    """Publish a teacher's files, its `zarr.json` last; or return the same teacher if it is published already.
 
-    Statistics that stand already, made for the same model, step and `calibration` (where they come from), win over
-    `statistics`: the caller quantises with what is returned, so two drivers agree. Files that an interrupted run left
-    for another model are moved into quarantine.
+    Existing statistics for the same model, step and `calibration` (where they come from) win over `statistics`: the
+    caller quantises with what is returned, so two drivers agree. Files that an interrupted run left for another model
+    are quarantined.
 
     Raises:
-        MismatchError: a teacher of this name stands, and was made otherwise.
+        MismatchError: a teacher of this name exists with different settings.
     """
     folder = paths.teacher(paths.check_name("teacher", spec.name))
     marker = paths.group(folder)
     if storage.size(marker) is not None:
-        return _standing(storage, plan, spec)
+        return _existing(storage, plan, spec)
 
-    with settling(storage, marker, run, lambda: _sealed(storage, spec.name)) as settle:
+    with publishing(storage, marker, run, lambda: _sealed(storage, spec.name)) as publish:
         raw = _agreed_statistics(storage, spec, statistics, calibration, run)
-        encoding, files = _settle_files(plan, spec, raw, head, settle)
+        encoding, files = _publish_files(plan, spec, raw, head, publish)
         won = storage.publish(marker, dump_group(spec, encoding, files), run=run)
         if won:
             failpoint("teacher.published")
-    return load_teacher(storage, plan, spec.name) if won else _standing(storage, plan, spec)
+    return load_teacher(storage, plan, spec.name) if won else _existing(storage, plan, spec)
 
 
 def _agreed_statistics(
     storage: Storage, spec: TeacherSpec, statistics: dict[str, Statistics], calibration: str, run: str
 ) -> bytes:
-    """The statistics file that stands for this very model, step and calibration, else one of `statistics`."""
-    standing = _read_statistics(storage, spec, calibration)
-    raw = standing[0] if standing else dump_statistics(statistics, _metadata(spec, calibration))
-    if standing is None and not storage.publish(f"{paths.teacher(spec.name)}/{STATISTICS}", raw, run=run):
-        standing = _read_statistics(storage, spec, calibration)  # another driver may have been faster
-        raw = standing[0] if standing else raw
+    """The statistics file that exists for this model, step and calibration, or else one of `statistics`."""
+    existing = _read_statistics(storage, spec, calibration)
+    raw = existing[0] if existing else dump_statistics(statistics, _metadata(spec, calibration))
+    if existing is None and not storage.publish(f"{paths.teacher(spec.name)}/{STATISTICS}", raw, run=run):
+        existing = _read_statistics(storage, spec, calibration)  # another driver may have been faster
+        raw = existing[0] if existing else raw
     return raw
 
 
-def _settle_files(
-    plan: Plan, spec: TeacherSpec, raw: bytes, head: Head | None, settle: Callable[[str, bytes], str]
+def _publish_files(
+    plan: Plan, spec: TeacherSpec, raw: bytes, head: Head | None, publish: Callable[[str, bytes], str]
 ) -> tuple[str, dict[str, str]]:
-    """Publish by `settle` all that the teacher's `zarr.json` seals, `raw` being its statistics file.
+    """Publish everything that the teacher's `zarr.json` seals; `raw` is its statistics file.
 
     Returns the encoding fingerprint, and digests by name.
     """
     folder = paths.teacher(spec.name)
-    files = {STATISTICS: settle(f"{folder}/{STATISTICS}", raw)}
+    files = {STATISTICS: publish(f"{folder}/{STATISTICS}", raw)}
     agreed, _ = load_statistics(raw, f"{folder}/{STATISTICS}")
     failpoint("teacher.statistics")
 
     if head is not None:
-        files[HEAD] = settle(f"{folder}/{HEAD}", dump_head(head))
+        files[HEAD] = publish(f"{folder}/{HEAD}", dump_head(head))
     grids = {output.name: make_grid(spec.codec, agreed[output.name]) for output in spec.outputs}
     for output in spec.outputs:
         paths.check_name("output", output.name)
@@ -96,23 +96,23 @@ def _settle_files(
         array = output_layout(plan, spec, output, grid)
         metadata = array_metadata(array, {"kpu": grid.attributes(output.grid)})
         name = f"{output.name}/{GROUP}"
-        files[name] = settle(f"{folder}/{name}", metadata)
+        files[name] = publish(f"{folder}/{name}", metadata)
     failpoint("teacher.arrays")
     return encoding_fingerprint(grids), files
 
 
 def _sealed(storage: Storage, name: str) -> dict[str, str]:
-    """Digests, by key, of what the teacher's `zarr.json` that stands seals."""
+    """Digests, by key, of the files that the teacher's published `zarr.json` seals."""
     files = read_teacher(storage, name).files
     return {f"{paths.teacher(name)}/{file}": found for file, found in files.items() if file != GROUP}
 
 
-def _standing(storage: Storage, plan: Plan, spec: TeacherSpec) -> PublishedTeacher:
+def _existing(storage: Storage, plan: Plan, spec: TeacherSpec) -> PublishedTeacher:
     check_same(read_teacher(storage, spec.name).spec, spec)
     return load_teacher(storage, plan, spec.name)
 
 
-def standing_statistics(
+def existing_statistics(
     storage: Storage, spec: TeacherSpec, *, calibration: str = OWN_CALIBRATION
 ) -> dict[str, Statistics] | None:
     """Statistics that an interrupted run published for this very model, step and calibration; else None."""
@@ -158,7 +158,7 @@ def check_same(published: TeacherSpec, spec: TeacherSpec) -> None:
     """
     if differences := list_differences(published, spec):
         raise MismatchError(
-            f"teacher {spec.name!r} stands in this cache and was made otherwise: {'; '.join(differences)}. "
+            f"teacher {spec.name!r} already exists with different settings: {'; '.join(differences)}. "
             "Use the same settings, or add this one under a new teacher name"
         )
 

@@ -6,16 +6,16 @@ Everything is published and committed as an extraction does it, and can be taken
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kpu.commit.conflicts import BytesHandle, UnitShards, settling
+from kpu.commit.conflicts import publishing
 from kpu.commit.plan import refuse_foreign, sealed_by_plan
+from kpu.commit.shards import BytesHandle, ShardTransaction
 from kpu.commit.teacher import OWN_CALIBRATION, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
 from kpu.format.spec import CodecSpec, OutputRecord, OutputSpec, ShardFormat, ShardRecord, UnitRecord
@@ -136,9 +136,9 @@ class _Copy:
         raw = self._origin.read(paths.PLAN)
         if load_plan(self._storage) is None:
             refuse_foreign(self._storage)
-            with settling(self._storage, paths.PLAN, self._run, lambda: sealed_by_plan(self._storage)) as settle:
+            with publishing(self._storage, paths.PLAN, self._run, lambda: sealed_by_plan(self._storage)) as publish:
                 for file, expected in {**self._plan.metadata, **sample_digests(self._plan)}.items():
-                    settle(file, read_checked(self._origin, file, expected))
+                    publish(file, read_checked(self._origin, file, expected))
                 failpoint("plan.samples")
                 self._storage.publish(paths.PLAN, raw, run=self._run)
                 failpoint("plan.published")
@@ -175,12 +175,11 @@ class _Copy:
         if record is None:
             raise CorruptError(marker, "is missing, though a teacher has committed the unit", unit=unit)
         if self._storage.size(marker) is None:
-            shards, keys = UnitShards(self._storage, unit, marker, self._run), dict[str, ShardRecord]()
+            shards, keys = ShardTransaction(self._storage, unit, marker, self._run), dict[str, ShardRecord]()
             for name, array in image_layouts(self._plan.rows, self._plan.unit_rows).items():
                 key = array.key(f"{paths.IMAGES}/{name}", unit)
                 keys[key] = record.arrays[name]
-                read = partial(_read_shard, self._origin, key, array, record.arrays[name], unit)
-                shards.publish(key, array, read, _never)
+                shards.publish(key, _CopiedShard(self._origin, key, array, record.arrays[name], unit))
             self._storage.publish(marker, self._origin.read(marker), run=self._run)
             failpoint("unit.images")
             if load_images_record(self._storage, self._plan, unit) == record:
@@ -195,15 +194,14 @@ class _Copy:
         if self._storage.size(marker) is not None:
             self._compare(load_unit(self._storage, self._plan, target, unit), record, marker)
             return None
-        shards, outputs = UnitShards(self._storage, unit, marker, self._run), dict[str, OutputRecord]()
+        shards, outputs = ShardTransaction(self._storage, unit, marker, self._run), dict[str, OutputRecord]()
         for output in target.spec.outputs:
-            array = target.layouts[output.name]
-            encode = partial(self._encode, source, target, output, unit)
-            settled = shards.publish(output_shard(target, output, unit), array, encode, _never)
-            if settled is None:  # somebody else has committed the unit meanwhile
+            converted = _ConvertedShard(self._cache, source, target, output, unit, self._pool)
+            result = shards.publish(output_shard(target, output, unit), converted)
+            if result is None:  # somebody else has committed the unit meanwhile
                 break
             fidelity = record.outputs[output.name].fidelity
-            outputs[output.name] = OutputRecord(**settled.record.model_dump(), fidelity=fidelity)
+            outputs[output.name] = OutputRecord(**result.record.model_dump(), fidelity=fidelity)
         else:
             failpoint("unit.shards")
             changes = {"fingerprint": target.fingerprint, "files": sealed_files(target), "outputs": outputs}
@@ -214,17 +212,6 @@ class _Copy:
         failpoint("unit.committed")
         self._compare(standing, record, marker)
         return sum(output.bytes for output in standing.outputs.values())
-
-    def _encode(self, source: PublishedTeacher, target: PublishedTeacher, output: OutputSpec, unit: int) -> Shard:
-        """One unit of one output as a shard of `target`."""
-        name, found = source.spec.name, self._plan.unit_range(unit)
-        rows = slice(found.start, found.stop)
-        stored = self._cache.read_encoded(name, output.name, rows).values
-        if target.spec.codec != source.spec.codec:
-            stored = target.grids[output.name].encode(source.grids[output.name].decode(stored))
-        array = target.layouts[output.name]
-        stored[~self._cache.valid(rows, teacher=name)] = array.fill
-        return encode_shard(stored, array, unit, pool=self._pool)
 
     def _compare(self, standing: UnitRecord, record: UnitRecord, marker: str) -> None:
         """See that what stands at `out` was made of this very record."""
@@ -240,16 +227,53 @@ class _Copy:
         )
 
 
-def _read_shard(storage: Storage, key: str, array: ArrayLayout, record: ShardRecord, unit: int) -> Shard:
-    """A committed shard, every byte of it checked."""
-    try:
-        raw = storage.read(key, limit=record.bytes)
-    except FileNotFoundError:
-        raise CorruptError(key, "is missing, though its unit is committed", unit=unit) from None
-    open_shard(BytesHandle(raw), array, record, file=key, unit=unit, teacher=None).verify()
-    return Shard(raw, record.seal)
+@dataclass(frozen=True)
+class _CopiedShard:
+    """A committed shard of another cache, copied byte for byte; accepts no other."""
+
+    origin: Storage
+    key: str
+    layout: ArrayLayout
+    record: ShardRecord
+    unit: int
+
+    def encode(self) -> Shard:
+        try:
+            raw = self.origin.read(self.key, limit=self.record.bytes)
+        except FileNotFoundError:
+            raise CorruptError(self.key, "is missing, though its unit is committed", unit=self.unit) from None
+        handle = BytesHandle(raw)
+        open_shard(handle, self.layout, self.record, file=self.key, unit=self.unit, teacher=None).verify()
+        return Shard(raw, self.record.seal)
+
+    def accepts(self, _values: npt.NDArray[Any]) -> bool:
+        return False
 
 
-def _never(_standing: npt.NDArray[Any]) -> bool:
-    """A shard of other bytes is not taken over: the same bytes are what a conversion is for."""
-    return False
+@dataclass(frozen=True)
+class _ConvertedShard:
+    """One output of one unit of `source`, encoded for `target`; accepts no other."""
+
+    cache: Cache
+    source: PublishedTeacher
+    target: PublishedTeacher
+    output: OutputSpec
+    unit: int
+    pool: Executor
+
+    @property
+    def layout(self) -> ArrayLayout:
+        return self.target.layouts[self.output.name]
+
+    def encode(self) -> Shard:
+        teacher, output = self.source.spec.name, self.output.name
+        found = self.cache.plan.unit_range(self.unit)
+        rows = slice(found.start, found.stop)
+        stored = self.cache.read_encoded(teacher, output, rows).values
+        if self.target.spec.codec != self.source.spec.codec:
+            stored = self.target.grids[output].encode(self.source.grids[output].decode(stored))
+        stored[~self.cache.valid(rows, teacher=teacher)] = self.layout.fill
+        return encode_shard(stored, self.layout, self.unit, pool=self.pool)
+
+    def accepts(self, _values: npt.NDArray[Any]) -> bool:
+        return False

@@ -12,10 +12,10 @@ _RANGE: Final = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The paths that a pattern such as `shard-{000..127}.tar` stands for; itself where it has no braces.
+    """The paths that a pattern such as `shard-{000..127}.tar` means; itself if it has no braces.
 
     Raises:
-        ValueError: the braces do not match, or stand for more than a million paths.
+        ValueError: the braces do not match, or mean more than a million paths.
     """
     if "{" not in pattern:
         return [pattern]
@@ -42,7 +42,9 @@ def _count(pattern: str) -> int:
             begin, before, own = at + 1, 0, 1
         elif character == "," and open_groups:
             before, own = before + own, 1
-        elif character == "}" and open_groups:
+        elif character == "}":
+            if not open_groups:
+                raise ValueError("expected braces that match, found `}` before any `{`; write \\} for the character")
             inside = max(before + own, _length(pattern[begin:at]))
             begin, before, own = open_groups.pop()
             own *= inside

@@ -19,7 +19,7 @@ from pipeline.worker.quantise import DeviceGrid
 
 
 @dataclass
-class UnitFeatures:
+class QuantisedFeatures:
     """One teacher's outputs for a unit; `finite` bool [n] is False where any output holds NaN or infinity."""
 
     outputs: dict[str, EncodedOutput]
@@ -31,7 +31,7 @@ class Computed:
     """What the device thread hands over for a unit."""
 
     images: UnitImages
-    teachers: dict[str, UnitFeatures]
+    teachers: dict[str, QuantisedFeatures]
 
 
 def new_images(rows: int) -> UnitImages:
@@ -62,7 +62,7 @@ class Collector:
             columns = [encoded.squared_error, encoded.cosine, encoded.saturated, encoded.finite]
             self._device.download(torch.stack([c.double() for c in columns], 1), self._rows[name][rows])
 
-    def finish(self) -> UnitFeatures:
+    def finish(self) -> QuantisedFeatures:
         """The whole unit; call `Device.synchronize` first."""
         outputs, finite = {}, None
         for name, stored in self._stored.items():
@@ -72,4 +72,4 @@ class Collector:
             fine = columns[:, 3] > 0
             finite = fine if finite is None else finite & fine
         assert finite is not None
-        return UnitFeatures(outputs, finite)
+        return QuantisedFeatures(outputs, finite)

@@ -13,7 +13,7 @@ from kpu.records.plan import MAX_CHUNK_ROWS
 from kpu.records.teachers import shard_layout
 from kpu.shards.writer import encode_shard
 from pipeline.run.reports import Stopwatch
-from pipeline.worker.collect import UnitFeatures
+from pipeline.worker.collect import QuantisedFeatures
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def measurement(rows: int, started: float, watch: Stopwatch, sizes: dict[str, di
 
 
 def encoded_sizes(
-    features: UnitFeatures,
+    features: QuantisedFeatures,
     outputs: tuple[OutputSpec, ...],
     grids: Mapping[str, Grid],
     shards: ShardFormat,

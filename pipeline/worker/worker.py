@@ -16,23 +16,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kpu.commit.images import publish_images
 from kpu.commit.teacher import list_differences
-from kpu.commit.unit import publish_unit
+from kpu.commit.unit import UnitFeatures
+from kpu.commit.writer import CacheWriter
 from kpu.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
 from kpu.format.codecs import Grid, calibrated, make_grid
 from kpu.format.fidelity import RowFidelity, measure
 from kpu.format.reasons import count_reasons, describe_reasons
-from kpu.format.spec import ImageStatus, OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
+from kpu.format.spec import OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
 from kpu.format.statistics import Accumulator, Statistics
-from kpu.records.images import load_images
 from kpu.records.plan import load_plan
-from kpu.records.samples import Samples, row_digest
+from kpu.records.samples import Samples
 from kpu.records.teachers import PublishedTeacher, load_teacher
-from kpu.shards.layout import ArrayLayout, Shard
-from kpu.shards.writer import encode_shard
 from kpu.sources import source_reader
-from kpu.storage import paths as layout
+from kpu.storage import paths
 from kpu.storage.open import open_storage
 from kpu.util.failpoints import failpoint
 from pipeline.config import ExtractConfig
@@ -68,6 +65,18 @@ class Description:
     spec: TeacherSpec
     head: tuple[np.ndarray, np.ndarray] | None
     code: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Computed(UnitFeatures):
+    """Features that were computed here; they are not kept, so measuring again computes them again."""
+
+    worker: "Worker"
+    teacher: str
+    unit: int
+
+    def measure(self, output: str, stored: np.ndarray) -> RowFidelity:
+        return self.worker.remeasure(self.unit, self.teacher, output, stored)
 
 
 class Worker:
@@ -180,6 +189,7 @@ class Worker:
                     f"{self._config.out}: expected plan.json, found none; was the cache removed meanwhile?"
                 )
             self._samples = Samples(self._storage, plan)
+            self._writer = CacheWriter(self._storage, plan, self._setup.run, pool=self._pool)
             self._plan = plan
         return self._plan
 
@@ -195,7 +205,7 @@ class Worker:
         return {output: calibrated(total, codec) for output, total in totals.items()}
 
     def _committed(self, name: str, unit: int) -> bool:
-        return self._storage.size(layout.commit(layout.teacher(name), unit)) is not None
+        return self._storage.size(paths.commit(paths.teacher(name), unit)) is not None
 
     def _prepare(self, name: str) -> None:
         """Read back how the teacher was calibrated, and hold what was loaded here against it."""
@@ -212,12 +222,10 @@ class Worker:
         self._published[name] = published
 
     def _commit(self, task: Task, table: pa.Table, computed: Computed, watch: Stopwatch) -> UnitReport:
-        plan, digest = self._open(), row_digest(table)
+        transaction = self._writer.unit(task.unit, table, timer=watch)
         with watch("publish"):
-            publish_images(self._storage, plan, task.unit, computed.images, digest, self._setup.run)
-            standing = load_images(self._storage, plan, task.unit)
-        assert standing is not None
-        valid = standing[1].status == ImageStatus.OK
+            images = transaction.images(computed.images)
+        valid = ~images.masked
         written, failures = 0, list[Failure]()
         saturated, masked_alone = dict[str, tuple[int, int]](), dict[str, int]()
         for name in task.teachers:
@@ -226,12 +234,14 @@ class Worker:
                 key = table["key"][int(np.flatnonzero(nonfinite)[0])].as_py()
                 failures.append(Failure(task.unit, name, str(nonfinite_error(name, key))))
                 continue
-            record = self._commit_teacher(task.unit, name, computed, valid, nonfinite, digest, watch)
+            features = _Computed(computed.teachers[name].outputs, computed.teachers[name].finite, self, name, task.unit)
+            with watch("publish"):
+                record = transaction.teacher(self._published[name], features)
             written += sum(output.bytes for output in record.outputs.values())
             usable = int((valid & ~nonfinite).sum())
             saturated[name] = _saturated(record, usable, self._engine.teachers[name].outputs)
             masked_alone[name] = int(nonfinite.sum())
-        reasons = count_reasons(standing[1].status)
+        reasons = count_reasons(images.status)
         return UnitReport(
             task,
             table.num_rows,
@@ -244,39 +254,8 @@ class Worker:
             reasons,
         )
 
-    def _commit_teacher(
-        self,
-        unit: int,
-        name: str,
-        computed: Computed,
-        valid: np.ndarray,
-        nonfinite: np.ndarray,
-        digest: str,
-        watch: Stopwatch,
-    ) -> UnitRecord:
-        """Publish one teacher's shards and record."""
-        published, features = self._published[name], computed.teachers[name]
-        with watch("publish"):
-            return publish_unit(
-                self._storage,
-                self._open(),
-                published,
-                unit,
-                features.outputs,
-                valid,
-                nonfinite,
-                digest,
-                self._setup.run,
-                remeasure=partial(self._remeasure, unit, name),
-                encode=partial(self._encode, watch),
-            )
-
-    def _encode(self, watch: Stopwatch, values: np.ndarray, layout: ArrayLayout, unit: int) -> Shard:
-        with watch("encode"):
-            return encode_shard(values, layout, unit, pool=self._pool)
-
-    def _remeasure(self, unit: int, name: str, output: str, stored: np.ndarray) -> RowFidelity:
-        """How well `stored`, which somebody else published, stands for the features of this unit."""
+    def remeasure(self, unit: int, name: str, output: str, stored: np.ndarray) -> RowFidelity:
+        """The fidelity of `stored`, which another worker published, against this worker's features of the unit."""
         _, features = self.features([name], np.asarray(self._open().unit_range(unit)))
         grid, statistics = self._published[name].grids[output], self._published[name].statistics[output]
         mine = features[name][output]

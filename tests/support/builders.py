@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kpu.commit.images import publish_images
 from kpu.commit.plan import publish_plan
 from kpu.commit.teacher import publish_teacher
-from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.commit.unit import EncodedOutput, UnitFeatures
+from kpu.commit.writer import CacheWriter
 from kpu.format.codecs import calibrated
 from kpu.format.fidelity import RowFidelity, measure
-from kpu.format.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
+from kpu.format.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
 from kpu.format.statistics import Accumulator, Statistics
 from kpu.records.images import UnitImages
-from kpu.records.samples import Samples, row_digest, sample_schema, split_parts
+from kpu.records.samples import Samples, sample_schema, split_parts
 from kpu.records.teachers import PublishedTeacher
 from kpu.storage.base import Storage
 from kpu.storage.leases import lease
@@ -141,50 +141,41 @@ def make_teacher(storage: Storage, plan: Plan, spec: TeacherSpec, run: str) -> P
     return publish_teacher(storage, plan, spec, statistics_of(spec), head_of(spec), run)
 
 
-def encode_unit(
-    teacher: PublishedTeacher, unit: int, shift: float = 0.0
-) -> tuple[dict[str, EncodedOutput], np.ndarray, np.ndarray]:
-    """Encoded outputs, valid and nonfinite of one unit; `shift` in channel standard deviations is added to them."""
+@dataclass(frozen=True)
+class MadeFeatures(UnitFeatures):
+    """The features of one unit, encoded; measured again from `features_of`."""
+
+    teacher: PublishedTeacher
+    unit: int
+
+    def measure(self, output: str, stored: np.ndarray) -> RowFidelity:
+        (spec,) = (spec for spec in self.teacher.spec.outputs if spec.name == output)
+        features = features_of(self.teacher.spec.name, spec)[self.unit * UNIT_ROWS :][: len(stored)]
+        grid = self.teacher.grids[output]
+        return measure(features, grid.decode(stored), grid.saturated(features), self.teacher.statistics[output])
+
+
+def encode_unit(teacher: PublishedTeacher, unit: int, shift: float = 0.0) -> MadeFeatures:
+    """One unit of a teacher; `shift` in channel standard deviations is added to its features."""
     rows = slice(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, ROWS))
-    encoded, finite = {}, None
+    encoded, finite = {}, np.ones(rows.stop - rows.start, bool)
     for output in teacher.spec.outputs:
         statistics, grid = teacher.statistics[output.name], teacher.grids[output.name]
         features = features_of(teacher.spec.name, output)[rows]
         features = (features + shift * statistics.std).astype(np.float32)
-        fine = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
-        finite = fine if finite is None else finite & fine
+        finite &= np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
         stored = grid.encode(features)
         fidelity = measure(features, grid.decode(stored), grid.saturated(features), statistics)
         encoded[output.name] = EncodedOutput(stored, fidelity)
-    valid = image_status()[rows] == 0
-    return encoded, valid, valid & ~finite
-
-
-def remeasured(teacher: PublishedTeacher, unit: int, output: str, stored: np.ndarray) -> RowFidelity:
-    (spec,) = (spec for spec in teacher.spec.outputs if spec.name == output)
-    features = features_of(teacher.spec.name, spec)[unit * UNIT_ROWS :][: len(stored)]
-    grid = teacher.grids[output]
-    return measure(features, grid.decode(stored), grid.saturated(features), teacher.statistics[output])
+    return MadeFeatures(encoded, finite, teacher, unit)
 
 
 def commit_unit(
     storage: Storage, plan: Plan, teacher: PublishedTeacher, unit: int, run: str, shift: float = 0.0
-) -> object:
-    encoded, valid, nonfinite = encode_unit(teacher, unit, shift)
-    digest = row_digest(Samples(storage, plan).unit(unit))
-    publish_images(storage, plan, unit, unit_images(unit), digest, run)
-    return publish_unit(
-        storage,
-        plan,
-        teacher,
-        unit,
-        encoded,
-        valid,
-        nonfinite,
-        digest,
-        run,
-        remeasure=lambda output, stored: remeasured(teacher, unit, output, stored),
-    )
+) -> UnitRecord:
+    transaction = CacheWriter(storage, plan, run).unit(unit, Samples(storage, plan).unit(unit))
+    transaction.images(unit_images(unit))
+    return transaction.teacher(teacher, encode_unit(teacher, unit, shift))
 
 
 def build(

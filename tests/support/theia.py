@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kpu.commit.images import publish_images
-from kpu.commit.unit import publish_unit
+from kpu.commit.writer import CacheWriter
 from kpu.format.spec import OutputSpec
 from kpu.records.images import UnitImages
-from kpu.records.samples import Samples, row_digest
+from kpu.records.samples import Samples
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 from kpu.util.digests import digest_bytes
@@ -25,7 +24,6 @@ from tests.support.builders import (
     key_of,
     make_plan,
     make_teacher,
-    remeasured,
     teacher_spec,
 )
 
@@ -56,6 +54,7 @@ def build_pictured(path: Path, images: Path, *, root: str = "/images") -> None:
         plan = make_plan(storage, "run", root=root)
         specs = [teacher_spec("alpha"), teacher_spec("gamma", outputs=PLAIN)]
         teachers = [make_teacher(storage, plan, spec, "run") for spec in specs]
+        writer = CacheWriter(storage, plan, "run")
         for unit in range(plan.units):
             rows = slice(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, ROWS))
             raw = [digest_bytes((images / key_of(row)).read_bytes()) for row in range(rows.start, rows.stop)]
@@ -64,19 +63,10 @@ def build_pictured(path: Path, images: Path, *, root: str = "/images") -> None:
                 image_status()[rows],
                 np.ones((len(raw), 2), np.int32),
             )
-            digest = row_digest(Samples(storage, plan).unit(unit))
-            publish_images(storage, plan, unit, found, digest, "run")
+            transaction = writer.unit(unit, Samples(storage, plan).unit(unit))
+            transaction.images(found)
             for teacher in teachers:
-                publish_unit(
-                    storage,
-                    plan,
-                    teacher,
-                    unit,
-                    *encode_unit(teacher, unit),
-                    digest,
-                    "run",
-                    remeasure=lambda output, stored, t=teacher, u=unit: remeasured(t, u, output, stored),
-                )
+                transaction.teacher(teacher, encode_unit(teacher, unit))
 
 
 def members(folder: Path) -> Iterator[tuple[str, bytes]]:

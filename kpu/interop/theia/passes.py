@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -10,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kpu.commit.images import publish_images
-from kpu.commit.teacher import publish_teacher, standing_statistics
-from kpu.commit.unit import EncodedOutput, agree, publish_unit
+from kpu.commit.agreement import agree
+from kpu.commit.teacher import existing_statistics
+from kpu.commit.unit import EncodedOutput, UnitFeatures
+from kpu.commit.writer import CacheWriter
 from kpu.errors import MismatchError, SourceError
 from kpu.format.codecs import calibrated
 from kpu.format.fidelity import RowFidelity, measure
@@ -22,10 +24,9 @@ from kpu.interop.theia.columns import Dataset, Entry, FeatureReader
 from kpu.pixels.decode import Decoded
 from kpu.reading.cache import Cache
 from kpu.records.images import UnitImages, load_status
-from kpu.records.samples import Samples, row_digest
+from kpu.records.samples import Samples
 from kpu.records.teachers import PublishedTeacher, teacher_names
 from kpu.records.units import committed_units
-from kpu.shards.writer import encode_shard
 from kpu.sources import source_reader
 from kpu.storage import paths
 from kpu.storage.base import Storage
@@ -42,7 +43,8 @@ class Passes:
     def __init__(
         self, storage: Storage, plan: Plan, found: Dataset, run: str, pool: ThreadPoolExecutor, progress: Progress
     ) -> None:
-        self._storage, self._plan, self._dataset, self._run, self._pool = storage, plan, found, run, pool
+        self._storage, self._plan, self._dataset, self._pool = storage, plan, found, pool
+        self._writer = CacheWriter(storage, plan, run, pool=pool)
         self._samples = Samples(storage, plan)
         self._images = source_reader(plan.source)
         self._progress = progress
@@ -53,9 +55,9 @@ class Passes:
         statistics: dict[str, Statistics] = {}
         before = self._done
         if spec.name not in teacher_names(self._storage):
-            statistics = standing_statistics(self._storage, spec) or self._statistics(spec, reader)
+            statistics = existing_statistics(self._storage, spec) or self._statistics(spec, reader)
         self._advance(before + self._plan.rows - self._done)
-        return publish_teacher(self._storage, self._plan, spec, statistics, None, self._run)
+        return self._writer.teacher(spec, statistics, None)
 
     def units(self, teachers: dict[str, PublishedTeacher], readers: dict[str, FeatureReader]) -> tuple[int, int]:
         """Commit every unit that is not; how many units of teachers that were, and how many rows are masked.
@@ -77,7 +79,7 @@ class Passes:
                 if there[name][unit]:
                     self._check_features(cache, unit, teacher, readers[name], entries, valid)
                 else:
-                    self._commit(unit, teacher, readers[name], entries, valid, row_digest(table))
+                    self._commit(unit, table, teacher, readers[name], entries)
                     committed += 1
                 self._advance(table.num_rows)
         return committed, masked
@@ -115,8 +117,7 @@ class Passes:
                         images.status[row] = image
                     else:
                         images.size[row] = image
-            publish_images(self._storage, self._plan, unit, images, row_digest(table), self._run)
-            status = images.status
+            status = self._writer.unit(unit, table).images(images).status
         return np.equal(status, ImageStatus.OK)
 
     def _check_keys(self, table: pa.Table, entries: Sequence[Entry], model: str) -> None:
@@ -163,11 +164,10 @@ class Passes:
     def _commit(
         self,
         unit: int,
+        table: pa.Table,
         teacher: PublishedTeacher,
         reader: FeatureReader,
         entries: Sequence[Entry],
-        valid: npt.NDArray[np.bool_],
-        rows_digest: str,
     ) -> None:
         """Encode and publish one unit of one teacher."""
         outputs = {
@@ -183,32 +183,31 @@ class Passes:
                 stored = outputs[name].stored[rows] = teacher.grids[name].encode(features)
                 _measure(teacher, name, features, stored, outputs[name].rows, rows)
 
-        def remeasure(name: str, standing: npt.NDArray[Any]) -> RowFidelity:
-            found = _no_fidelity(len(entries))
-            for start in range(0, len(entries), _BATCH):
-                rows = slice(start, start + _BATCH)
-                _measure(teacher, name, reader.read(entries[rows])[name], standing[rows], found, rows)
-            return found
-
         for _ in self._pool.map(encode, range(0, len(entries), _BATCH)):
             pass
-        publish_unit(
-            self._storage,
-            self._plan,
-            teacher,
-            unit,
-            outputs,
-            valid,
-            np.zeros(len(entries), bool),
-            rows_digest,
-            self._run,
-            remeasure=remeasure,
-            encode=partial(encode_shard, pool=self._pool),
-        )
+        features = _Imported(outputs, np.ones(len(entries), bool), teacher, reader, entries)
+        self._writer.unit(unit, table).teacher(teacher, features)
 
     def _advance(self, samples: int) -> None:
         self._done += samples
         self._progress(min(self._done, self._total), self._total)
+
+
+@dataclass(frozen=True)
+class _Imported(UnitFeatures):
+    """Features of a unit, read again where they are measured again."""
+
+    teacher: PublishedTeacher
+    reader: FeatureReader
+    entries: Sequence[Entry]
+
+    def measure(self, output: str, stored: npt.NDArray[Any]) -> RowFidelity:
+        found = _no_fidelity(len(self.entries))
+        for start in range(0, len(self.entries), _BATCH):
+            rows = slice(start, start + _BATCH)
+            features = self.reader.read(self.entries[rows])[output]
+            _measure(self.teacher, output, features, stored[rows], found, rows)
+        return found
 
 
 def _cut(entries: Sequence[Entry]) -> list[Sequence[Entry]]:

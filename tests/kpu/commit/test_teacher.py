@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kpu.commit.teacher import check_same, publish_teacher, standing_statistics
+from kpu.commit.teacher import check_same, existing_statistics, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
 from kpu.format.spec import CodecSpec, OutputSpec
 from kpu.records.plan import load_plan
@@ -67,11 +67,11 @@ def test_a_second_driver_uses_the_statistics_that_stand(empty: Storage) -> None:
     plan, spec = load_plan(empty), teacher_spec("beta")
     first = statistics_of(spec)
     other = statistics_of(teacher_spec("alpha", outputs=spec.outputs))
-    assert standing_statistics(empty, spec) is None
+    assert existing_statistics(empty, spec) is None
     with lease(empty, "one"):
         publish_teacher(empty, plan, spec, first, None, "one")
     (Path(empty.url) / "teachers/beta/zarr.json").unlink()  # as if driver one had died just before
-    assert same_statistics(standing_statistics(empty, spec), first)
+    assert same_statistics(existing_statistics(empty, spec), first)
     other["global"].covariance[0, 0] *= 2
     with lease(empty, "two"):
         published = publish_teacher(empty, plan, spec, other, None, "two")
@@ -96,7 +96,7 @@ def test_what_an_interrupted_run_left_for_another_model_is_replaced(
     with lease(empty, "one"):
         make_teacher(empty, plan, old, "one")
     (Path(empty.url) / "teachers/alpha/zarr.json").unlink()
-    assert standing_statistics(empty, new, **calibration) is None
+    assert existing_statistics(empty, new, **calibration) is None
     with lease(empty, "two"):
         publish_teacher(empty, plan, new, statistics_of(new), head_of(new), "two", **calibration)
     assert tree(Path(empty.url)) == tree(tmp_path / "clean.kpu")
@@ -134,7 +134,7 @@ def test_a_driver_puts_back_what_it_moved_when_the_teacher_came(empty: Storage, 
         with lease(empty, "first"):
             make_teacher(empty, plan, spec, "first")
 
-    with pytest.raises(MismatchError, match="stands"):
+    with pytest.raises(MismatchError, match="conflicts with"):
         coarse_teacher(Hooked(empty, "quarantine", f"teachers/alpha/{file}", first), "second")
     assert load_teacher(empty, plan, "alpha").spec == spec
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kpu.commit.images import publish_images
-from kpu.commit.unit import publish_unit
+from kpu.commit.unit import UnitTransaction
+from kpu.commit.writer import CacheWriter
 from kpu.errors import CorruptError, MismatchError, MissingUnitError
 from kpu.format.spec import ImageStatus, OutputSpec
 from kpu.records.images import load_images
@@ -139,7 +139,7 @@ def test_a_shard_of_other_values_is_moved_aside(cache_of, codec: str) -> None:
 def foreign(small: SmallCache, kind: str) -> bytes:
     good = (small.path / SHARD).read_bytes()
     array = small.teachers["alpha"].layouts["patch"]
-    values = encode_unit(small.teachers["alpha"], 1)[0]["patch"].stored.copy()
+    values = encode_unit(small.teachers["alpha"], 1).outputs["patch"].stored.copy()
     flipped = bytearray(good)
     if kind == "empty":
         return b""
@@ -245,8 +245,11 @@ def test_a_driver_whose_shard_was_moved_aside_under_it_puts_it_back(small_cache:
     assert tree(small_cache.path) == before
 
 
+def begin(small: SmallCache, unit: int, run: str) -> UnitTransaction:
+    return CacheWriter(small.storage, small.plan, run).unit(unit, Samples(small.storage, small.plan).unit(unit))
+
+
 def test_another_image_is_refused_by_name(small_cache: SmallCache) -> None:
-    digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(1))
     for field, message in (("digest", "bytes changed"), ("status", "expected 'ok', found 'empty'")):
         images = unit_images(1)
         getattr(images, field)[2] ^= 1
@@ -254,16 +257,15 @@ def test_another_image_is_refused_by_name(small_cache: SmallCache) -> None:
             lease(small_cache.storage, "later"),
             pytest.raises(MismatchError, match=f"'{key_of(10)}' \\(row 10\\): .*{message}"),
         ):
-            publish_images(small_cache.storage, small_cache.plan, 1, images, digest, "later")
+            begin(small_cache, 1, "later").images(images)
 
 
 def test_a_row_may_be_masked_for_another_reason_than_by_an_earlier_release(small_cache: SmallCache) -> None:
     unit = MASKED_ROW // UNIT_ROWS
     images, before = unit_images(unit), tree(small_cache.path)
     images.status[MASKED_ROW - unit * UNIT_ROWS] = ImageStatus.UNSUPPORTED_PIXELS
-    digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(unit))
     with lease(small_cache.storage, "later"):
-        publish_images(small_cache.storage, small_cache.plan, unit, images, digest, "later")
+        begin(small_cache, unit, "later").images(images)
     assert tree(small_cache.path) == before
 
 
@@ -273,45 +275,47 @@ def test_images_left_without_a_record_are_kept_or_replaced(small_cache: SmallCac
         (small_cache.path / "images/commits/000001.json").unlink()
         shard = small_cache.path / "images/digest/c/1/0"
         shard.write_bytes(change(shard.read_bytes()))
-        digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(1))
         with lease(small_cache.storage, "later"):
-            publish_images(small_cache.storage, small_cache.plan, 1, unit_images(1), digest, "later")
+            begin(small_cache, 1, "later").images(unit_images(1))
         assert tree(small_cache.path) == before
 
 
-def test_a_unit_needs_its_images_first_and_their_masks(small_cache: SmallCache) -> None:
+def test_a_unit_needs_its_images_first_and_their_rows(small_cache: SmallCache) -> None:
     uncommit(small_cache)
-    teacher, storage, plan = small_cache.teachers["alpha"], small_cache.storage, small_cache.plan
-    encoded, valid, nonfinite = encode_unit(teacher, 1)
-    digest = row_digest(Samples(storage, plan).unit(1))
-    valid[0] = False
-    with lease(storage, "run"):
-        for rows in (digest, "other rows"):
-            with pytest.raises(MismatchError, match=r"images/commits/000001\.json"):
-                publish_unit(storage, plan, teacher, 1, encoded, valid, nonfinite, rows, "run", remeasure=no_remeasure)
-            valid[0] = True
+    teacher, samples = small_cache.teachers["alpha"], Samples(small_cache.storage, small_cache.plan)
+    features, writer = encode_unit(teacher, 1), CacheWriter(small_cache.storage, small_cache.plan, "run")
+    with lease(small_cache.storage, "run"):
+        with pytest.raises(MismatchError, match=r"expected the rows of images/commits/000001\.json .*found other rows"):
+            writer.unit(1, samples.unit(0)).teacher(teacher, features)
         (small_cache.path / "images/commits/000001.json").unlink()
         with pytest.raises(MismatchError, match="images are committed first"):
-            publish_unit(storage, plan, teacher, 1, encoded, valid, nonfinite, digest, "run", remeasure=no_remeasure)
+            writer.unit(1, samples.unit(1)).teacher(teacher, features)
 
 
-def no_remeasure(_output: str, _stored: np.ndarray) -> object:
-    raise AssertionError("our own shards need no second measurement")
+@pytest.mark.parametrize("first", ["images", "teacher"])
+def test_masks_come_from_the_committed_images(small_cache: SmallCache, first: str) -> None:
+    unit = MASKED_ROW // UNIT_ROWS
+    (small_cache.path / f"teachers/alpha/commits/{unit:06d}.json").unlink()
+    before = tree(small_cache.path)
+    with lease(small_cache.storage, "run"):
+        transaction = begin(small_cache, unit, "run")
+        if first == "images":
+            transaction.images(unit_images(unit))
+        record = transaction.teacher(small_cache.teachers["alpha"], encode_unit(small_cache.teachers["alpha"], unit))
+    assert record.masked == 1
+    assert before.items() <= tree(small_cache.path).items()
+    assert verify(small_cache.path).ok
 
 
 def test_masked_rows_hold_the_fill_whatever_was_computed(small_cache: SmallCache) -> None:
     teacher = small_cache.teachers["alpha"]
     uncommit(small_cache, SHARD)
     before = tree(small_cache.path)
-    encoded, valid, nonfinite = encode_unit(teacher, 1)
-    encoded["patch"].stored[NONFINITE_ROW - 8] = 77
-    digest = row_digest(Samples(small_cache.storage, small_cache.plan).unit(1))
+    features = encode_unit(teacher, 1)
+    features.outputs["patch"].stored[NONFINITE_ROW - 8] = 77
     with lease(small_cache.storage, "run"):
-        publish_unit(
-            small_cache.storage, small_cache.plan, teacher, 1, encoded, valid, nonfinite, digest, "run",
-            remeasure=no_remeasure,
-        )  # fmt: skip
-    assert (encoded["patch"].stored[NONFINITE_ROW - 8] == 77).all()
+        begin(small_cache, 1, "run").teacher(teacher, features)
+    assert (features.outputs["patch"].stored[NONFINITE_ROW - 8] == 77).all()
     assert before.items() <= tree(small_cache.path).items()
     assert verify(small_cache.path).ok
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpu import open_cache
-from kpu.commit.images import publish_images
 from kpu.commit.teacher import publish_teacher
-from kpu.commit.unit import EncodedOutput, publish_unit
+from kpu.commit.unit import EncodedOutput, UnitFeatures
+from kpu.commit.writer import CacheWriter
 from kpu.errors import CacheError
 from kpu.format.codecs import calibrated
 from kpu.format.fidelity import RowFidelity, measure
@@ -23,7 +23,7 @@ from kpu.format.spec import CodecSpec, ImageStatus, OutputSpec
 from kpu.format.statistics import Accumulator
 from kpu.reading import tensorstore
 from kpu.records.images import UnitImages
-from kpu.records.samples import Samples, row_digest
+from kpu.records.samples import Samples
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 from kpu.tools.verify import verify
@@ -83,19 +83,20 @@ def write(path: Path, made: Made) -> None:
         grid = teacher.grids["out"]
         for unit in range(plan.units):
             rows = np.asarray(plan.unit_range(unit))
-            x, valid, digest = made.features[rows], made.valid[rows], row_digest(Samples(storage, plan).unit(unit))
+            x, valid = made.features[rows], made.valid[rows]
             status = np.where(valid, ImageStatus.OK, ImageStatus.TRUNCATED).astype(np.uint8)
             images = UnitImages(np.zeros((len(rows), 16), np.uint8), status, np.ones((len(rows), 2), np.int32))
-            publish_images(storage, plan, unit, images, digest, "run")
+            transaction = CacheWriter(storage, plan, "run").unit(unit, Samples(storage, plan).unit(unit))
+            transaction.images(images)
             stored = grid.encode(x)
             fidelity = measure(x, grid.decode(stored), grid.saturated(x), statistics["out"])
             outputs = {"out": EncodedOutput(stored, fidelity)}
-            none = np.zeros(len(rows), bool)
-            publish_unit(storage, plan, teacher, unit, outputs, valid, none, digest, "run", remeasure=_never)
+            transaction.teacher(teacher, Unshared(outputs, np.ones(len(rows), bool)))
 
 
-def _never(_output: str, _stored: Any) -> RowFidelity:
-    raise AssertionError("nobody else writes here")
+class Unshared(UnitFeatures):
+    def measure(self, output: str, stored: Any) -> RowFidelity:
+        raise AssertionError(f"{output}: nobody else writes here, found {len(stored)} rows")
 
 
 @contextmanager
