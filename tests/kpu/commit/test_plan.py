@@ -118,7 +118,7 @@ def test_a_driver_puts_back_what_it_moved_when_the_plan_came(place: str, key: st
         with lease(storage, "first"):
             plans.append(make_plan(storage, "first"))
 
-    with lease(storage, "second"), pytest.raises(MismatchError, match=r"plan\.json stands"):
+    with lease(storage, "second"), pytest.raises(MismatchError, match=r"conflicts with plan\.json"):
         make_plan(Hooked(storage, "quarantine", key, first), "second", unit_rows=16)
     assert_planned(place, plans[0])
 
