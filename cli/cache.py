@@ -97,7 +97,7 @@ def retry_failed(
     cache: CachePath,
     config: Annotated[
         Path | None,
-        typer.Option("-c", "--config", help="YAML file that stands in for the cache's own records."),
+        typer.Option("-c", "--config", help="YAML file to use instead of the cache's own records."),
     ] = None,
     executor: Executor = None,
     ray_address: RayAddress = None,
@@ -168,7 +168,7 @@ def export_command(
     """Write a complete cache in another format; all its teachers, or those named.
 
     zarr and webdataset give a cache with the same plan, stored values and masks; the same command again resumes. theia
-    gives a split of a dataset for Theia; if interrupted it is begun anew, and once it stands it is never written again.
+    gives a split of a dataset for Theia; if interrupted it starts again, and once complete it is never written again.
     """
     from cli.convert import export_cache, show_export
 

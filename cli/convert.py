@@ -15,7 +15,7 @@ from kpu.interop.theia.export import TheiaExport, export_theia
 from kpu.interop.theia.imported import TheiaImport, import_theia
 from pipeline.paths import absolute
 from pipeline.planning import choose_unit_rows
-from pipeline.target import left_as_it_was, standing_plan
+from pipeline.target import cleanup_on_failure, existing_plan
 
 _CODECS = ("uniform", "rotated", "bf16", "fp16", "fp32")
 
@@ -51,8 +51,8 @@ def export_cache(
             )
     _refuse(shards, dataset=dataset, split=split, images=images)
     place, kind = absolute(out), _shard_format(shards, "zarr, webdataset or theia")
-    standing_plan(place)
-    with progress_bar("export") as progress, left_as_it_was(place) as created:
+    existing_plan(place)
+    with progress_bar("export") as progress, cleanup_on_failure(place) as created:
         return convert(
             cache,
             place,
@@ -75,8 +75,8 @@ def import_cache(root: str, out: str, *, dataset: str, split: str, codec: str, s
     if codec not in _CODECS:
         raise ConfigError(f"codec: expected one of {', '.join(_CODECS)}, found {codec!r}")
     place, kind = absolute(out), _shard_format(shards, "zarr or webdataset")
-    standing_plan(place)
-    with progress_bar("import") as progress, left_as_it_was(place) as created:
+    existing_plan(place)
+    with progress_bar("import") as progress, cleanup_on_failure(place) as created:
         return import_theia(
             absolute(root),
             place,
@@ -103,8 +103,8 @@ def show_export(console: Console, done: Conversion | TheiaExport) -> None:
             )
         _say(console, f"complete: {done.folder}, split {done.split}")
         return
-    standing = f", {done.standing:,} stood already" if done.standing else ""
-    _say(console, f"exported: {plural(done.converted, 'unit')} of {', '.join(done.teachers)}{standing}")
+    existing = f", {done.existing:,} existed already" if done.existing else ""
+    _say(console, f"exported: {plural(done.converted, 'unit')} of {', '.join(done.teachers)}{existing}")
     _say(console, f"complete: {done.out}, {human_bytes(done.bytes)} written")
 
 

@@ -86,7 +86,7 @@ def fit(
 @reported("trainings that ended are kept; the same command goes on")
 def ablate(
     sweep: Annotated[Path, typer.Option("-c", "--config", metavar="SWEEP.yaml", help="What to vary.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Stands in for `out` of the file.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Replaces `out` of the file.")] = None,
     ray_address: Annotated[str | None, typer.Option("--ray-address", help="A running Ray cluster.")] = None,
     trust_code: TrustCode = False,
     as_json: Json = False,

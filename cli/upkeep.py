@@ -110,7 +110,7 @@ def bench(
 
 @reported()
 def gc(cache: CachePath, as_json: Json = False) -> None:
-    """Remove what dead runs left half written, and what was put into quarantine; never anything that stands."""
+    """Remove what dead runs left half written, and what was put into quarantine; never anything that is committed."""
     from cli.views.units import human_bytes
     from kpu.errors import NotACacheError
     from kpu.storage import paths

@@ -48,7 +48,7 @@ class NonFiniteError(TeacherError):
 
 
 class MismatchError(KpuError):
-    """What stands in the cache was made from other data, another teacher or another configuration."""
+    """The cache was made from other data, another teacher or another configuration."""
 
 
 class TrustError(KpuError):

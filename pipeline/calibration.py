@@ -49,11 +49,11 @@ def calibrate_teachers(
         check_range(teacher.spec, calibrations[teacher.spec.name].statistics)
     for teacher in missing:
         made = calibrations[teacher.spec.name]
-        standing = publish_teacher(
+        existing = publish_teacher(
             storage, plan, teacher.spec, made.statistics, teacher.head, run, calibration=made.origin
         )
         if config.calibration_from is not None:
-            check_calibration(config, teacher.spec.name, standing.statistics, made)
+            check_calibration(config, teacher.spec.name, existing.statistics, made)
 
 
 def _calibrations(
@@ -68,8 +68,8 @@ def _calibrations(
         return {spec.name: borrow(config.calibration_from, spec) for spec in specs}
     found: dict[str, Calibration] = {}
     for spec in specs:
-        if (standing := existing_statistics(storage, spec)) is not None:
-            found[spec.name] = Calibration(standing)
+        if (existing := existing_statistics(storage, spec)) is not None:
+            found[spec.name] = Calibration(existing)
     pending = [spec for spec in specs if spec.name not in found]
     if pending:
         for spec in pending:

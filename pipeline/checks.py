@@ -1,4 +1,4 @@
-"""What a run checks of its teachers, against the caches that stand and the classes of the data."""
+"""What a run checks of its teachers, against existing caches and the classes of the data."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from kpu.records.samples import Samples
 from kpu.records.teachers import STATISTICS, load_teacher, read_teacher, teacher_names
 from kpu.sources import Source
 from kpu.storage import paths
-from kpu.storage.open import open_storage, stands
+from kpu.storage.open import location_exists, open_storage
 from pipeline.config import ExtractConfig
 from pipeline.run.observers import Observer
 
@@ -37,11 +37,11 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
     The labels of those that are new are compared with the data's `classes`, where it names them.
 
     Raises:
-        ConfigError: a label stands for no class of the data, or for another one than in the cache to calibrate from.
+        ConfigError: a label is no class of the data, or another one than in the cache to calibrate from.
         MismatchError: one was made otherwise, or is not in the cache to take the calibration from.
         NotACacheError: there is no cache to take the calibration from.
     """
-    storage = open_storage(config.out) if stands(config.out) else None
+    storage = open_storage(config.out) if location_exists(config.out) else None
     published = set(teacher_names(storage)) if storage is not None else set()
     for spec in specs:
         borrowed = None if config.calibration_from is None else borrow(config.calibration_from, spec)
@@ -50,11 +50,11 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
             if borrowed is not None:
                 _check_meanings(config, spec, classes, borrowed)
             continue
-        standing = read_teacher(storage, spec.name)
-        check_same(standing.spec, spec)
+        existing = read_teacher(storage, spec.name)
+        check_same(existing.spec, spec)
         if borrowed is not None:
             file = f"{paths.teacher(spec.name)}/{STATISTICS}"
-            raw = read_checked(storage, file, standing.files[STATISTICS], teacher=spec.name)
+            raw = read_checked(storage, file, existing.files[STATISTICS], teacher=spec.name)
             check_calibration(config, spec.name, load_statistics(raw, file)[0], borrowed)
 
 
@@ -147,25 +147,25 @@ def _warn_of_names(specs: Sequence[TeacherSpec], classes: Sequence[str], observe
 
 
 def check_calibration(
-    config: ExtractConfig, teacher: str, standing: dict[str, Statistics], borrowed: Calibration
+    config: ExtractConfig, teacher: str, existing: dict[str, Statistics], borrowed: Calibration
 ) -> None:
-    """Compare the statistics of a teacher that stands with those that it was to take over, value by value.
+    """Compare the statistics of an existing teacher with those that it was to take over, value by value.
 
     Codecs without a grid need no calibration, but training standardises by it.
 
     Raises:
         MismatchError: they differ.
     """
-    if not same_statistics(standing, borrowed.statistics):
+    if not same_statistics(existing, borrowed.statistics):
         raise MismatchError(
-            f"calibration_from: teacher {teacher!r} stands in {config.out} with another calibration than that "
+            f"calibration_from: teacher {teacher!r} exists in {config.out} with another calibration than that "
             f"of {config.calibration_from}; extract it under a new teacher name or to another `out`"
         )
 
 
 def borrow(path: str, spec: TeacherSpec) -> Calibration:
     """The calibration of the same teacher in the cache at `path`."""
-    other = open_storage(path) if stands(path) else None
+    other = open_storage(path) if location_exists(path) else None
     plan = load_plan(other) if other is not None else None
     if other is None or plan is None:
         raise NotACacheError(f"calibration_from: {path}: expected a cache, found no plan.json there; check the path")

@@ -20,7 +20,7 @@ from pipeline.paths import resolve_paths
 from pipeline.planning import check_listing, check_settings, choose_threads, choose_unit_rows, open_data, tell_left_out
 from pipeline.run.observers import Observer
 from pipeline.run.records import new_run_id
-from pipeline.target import standing_plan
+from pipeline.target import existing_plan
 from pipeline.teachers import ship
 from pipeline.worker.measure import Measurement
 from pipeline.worker.worker import WorkerSetup
@@ -29,7 +29,7 @@ WARM_BATCHES, TIMED_BATCHES = 1, 3
 
 
 class Estimate(Frozen):
-    """What a run would cost; what a cache that stands has already is left out.
+    """What a run would cost; what an existing cache has already is left out.
 
     `rows_left` of `rows` lack a teacher. `bytes_per_row` is by teacher and output, of the codec's real output on the
     measured rows; `total_bytes` of all that is left. `stage_rates` are rows a second of one worker, `rows_per_second`
@@ -60,33 +60,33 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
         KpuError: whatever `extract` would refuse at its start; teachers that are complete are not loaded to be checked.
     """
     config = resolve_paths(config)
-    standing = standing_plan(config.out)
-    source = open_data(config.data, standing)
-    if standing is not None:
-        check_settings(standing, source, config)
-    left = _rows_left(config, standing)
+    existing = existing_plan(config.out)
+    source = open_data(config.data, existing)
+    if existing is not None:
+        check_settings(existing, source, config)
+    left = _rows_left(config, existing)
     missing = [name for name, rows in left.items() if rows] or list(left)
     loaded = config.model_copy(update={"teachers": {name: config.teachers[name] for name in missing}})
     shipped = {name: ship(teacher) for name, teacher in loaded.teachers.items()}
-    threads = choose_threads(config.executor, standing, observer)
+    threads = choose_threads(config.executor, existing, observer)
     observer.phase("load", ", ".join(shipped))
     with open_executor(WorkerSetup(loaded, shipped, source.spec, new_run_id()), threads, observer) as executor:
         specs = [description.spec for description in executor.call("describe")]
         check_teachers(config, specs, source.classes)
         observer.phase("plan", f"listing {redact(source.spec.root)}")
-        sample, rows = _list(source, config, standing, observer)
+        sample, rows = _list(source, config, existing, observer)
         observer.phase("measure", f"{sample.num_rows} rows")
         measured = executor.call("measure", sample, WARM_BATCHES * config.executor.batch_size)
         workers, gpus = executor.workers, executor.gpus_per_worker
 
-    unit_rows = standing.unit_rows if standing is not None else config.unit_rows
+    unit_rows = existing.unit_rows if existing is not None else config.unit_rows
     if unit_rows == "auto":
         unit_rows = choose_unit_rows(rows, specs)
     unit = min(unit_rows, rows)
     left = {name: min(left[name], rows) for name in missing}
     sizes = measured.bytes_per_row
     seconds_per_row = _seconds_per_row(measured, overlapped=gpus > 0)
-    calibrated = _calibration_rows(config, standing, specs, rows) if any(left.values()) else 0
+    calibrated = _calibration_rows(config, existing, specs, rows) if any(left.values()) else 0
     seconds = (max(left.values()) / workers + calibrated) * seconds_per_row
     return Estimate(
         rows=rows,
@@ -107,18 +107,18 @@ def estimate(config: ExtractConfig, observer: Observer) -> Estimate:
     )
 
 
-def _rows_left(config: ExtractConfig, standing: Plan | None) -> dict[str, int]:
-    """By teacher, rows in units that it has not committed; of a cache that does not stand, more than it can have."""
-    if standing is None:
+def _rows_left(config: ExtractConfig, existing: Plan | None) -> dict[str, int]:
+    """By teacher, rows in units that it has not committed; of a cache that does not exist, more than it can have."""
+    if existing is None:
         return dict.fromkeys(config.teachers, sys.maxsize)
-    left = units_left(open_storage(config.out), standing, config.teachers)
-    return {name: count_rows(standing, units) for name, units in left.items()}
+    left = units_left(open_storage(config.out), existing, config.teachers)
+    return {name: count_rows(existing, units) for name, units in left.items()}
 
 
-def _list(source: Source, config: ExtractConfig, standing: Plan | None, observer: Observer) -> tuple[pa.Table, int]:
+def _list(source: Source, config: ExtractConfig, existing: Plan | None, observer: Observer) -> tuple[pa.Table, int]:
     """The rows to measure, from the head of the listing, and how many rows there are."""
-    if standing is not None:
-        check_listing(open_storage(config.out), standing, source, config, observer)
+    if existing is not None:
+        check_listing(open_storage(config.out), existing, source, config, observer)
     wanted = (WARM_BATCHES + TIMED_BATCHES) * config.executor.batch_size
     head: list[pa.Table] = []
     rows = 0
@@ -126,16 +126,16 @@ def _list(source: Source, config: ExtractConfig, standing: Plan | None, observer
         if rows < wanted:
             head.append(table.slice(0, wanted - rows))
         rows += table.num_rows
-        if standing is not None and rows >= wanted:
+        if existing is not None and rows >= wanted:
             break
-    if standing is None:
+    if existing is None:
         tell_left_out(source, observer)
-    return pa.concat_tables(head), rows if standing is None else standing.rows
+    return pa.concat_tables(head), rows if existing is None else existing.rows
 
 
-def _calibration_rows(config: ExtractConfig, standing: Plan | None, specs: Sequence[TeacherSpec], rows: int) -> int:
+def _calibration_rows(config: ExtractConfig, existing: Plan | None, specs: Sequence[TeacherSpec], rows: int) -> int:
     """Rows that the teachers which are not calibrated yet have to see before their first unit."""
-    published = set(teacher_names(open_storage(config.out))) if standing is not None else set()
+    published = set(teacher_names(open_storage(config.out))) if existing is not None else set()
     if config.calibration_from is not None:
         return 0
     return sum({min(rows, wanted_rows(spec, config)) for spec in specs if spec.name not in published})

@@ -30,7 +30,7 @@ from pipeline.recorded import unfinished
 from pipeline.run.observers import Observer, Silent
 from pipeline.run.records import Run, RunSummary, new_run_id
 from pipeline.run.reports import Task
-from pipeline.target import left_as_it_was, standing_plan
+from pipeline.target import cleanup_on_failure, existing_plan
 
 if TYPE_CHECKING:
     from pipeline.executors import Executor
@@ -65,12 +65,12 @@ def extract(
     config = resolve_paths(as_config(config))
     run_id, begun = new_run_id(), perf_counter()
 
-    standing = standing_plan(config.out)
-    source = open_data(config.data, standing)
-    if standing is not None:
-        check_settings(standing, source, config)
+    existing = existing_plan(config.out)
+    source = open_data(config.data, existing)
+    if existing is not None:
+        check_settings(existing, source, config)
     named = {} if trust is not None else places_of(*(teacher.model for teacher in config.teachers.values()))
-    needed = unfinished(config, standing)
+    needed = unfinished(config, existing)
     done = [name for name in config.teachers if name not in needed.teachers]
     observer.phase("load", ", ".join(needed.teachers) + (f"; complete already: {', '.join(done)}" if done else ""))
     config = needed
@@ -82,10 +82,10 @@ def extract(
     from pipeline.worker.worker import WorkerSetup
 
     shipped = {name: ship(teacher, trust) for name, teacher in config.teachers.items()}
-    threads = choose_threads(config.executor, standing, observer)
+    threads = choose_threads(config.executor, existing, observer)
 
     setup = WorkerSetup(config, shipped, source.spec, run_id)
-    with left_as_it_was(config.out) as created, open_executor(setup, threads, observer) as executor:
+    with cleanup_on_failure(config.out) as created, open_executor(setup, threads, observer) as executor:
         teachers = executor.call("describe")
         check_teachers(config, [teacher.spec for teacher in teachers], source.classes)
         ran = {key: place for teacher in teachers for key, place in teacher.code.items()}

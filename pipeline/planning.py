@@ -1,4 +1,4 @@
-"""Turning a listing of samples into the cache's plan, or checking that it still is the plan that stands."""
+"""Turn a listing of samples into the cache's plan, or check that it still gives the existing plan."""
 
 import itertools
 import math
@@ -25,26 +25,26 @@ SMALLEST_UNIT, LARGEST_UNIT = 64, 4096
 UNITS_WANTED = 16
 
 
-def open_data(data: DataConfig, standing: Plan | None) -> Source:
-    """The source, to be decoded as the standing plan says where the configuration leaves it open.
+def open_data(data: DataConfig, existing: Plan | None) -> Source:
+    """The source, to be decoded as the existing plan says where the configuration leaves it open.
 
     Raises:
         SourceError, ConfigError: as `open_source`.
     """
     source = open_source(data)
-    decoding = Decoding(max_pixels=DEFAULT_MAX_PIXELS) if standing is None else standing.source.decoding
+    decoding = Decoding(max_pixels=DEFAULT_MAX_PIXELS) if existing is None else existing.source.decoding
     wanted = {name: value for name in Decoding.model_fields if (value := getattr(data, name)) is not None}
     source.spec = source.spec.model_copy(update={"decoding": decoding.model_copy(update=wanted)})
     return source
 
 
-def choose_threads(config: ExecutorConfig, standing: Plan | None, observer: Observer) -> int | None:
+def choose_threads(config: ExecutorConfig, existing: Plan | None, observer: Observer) -> int | None:
     """CPU threads of one worker: those of the plan, so that a resumed cache has the same bits; None: the executor's."""
     if config.threads == "auto":
-        return None if standing is None else standing.threads
-    if standing is not None and standing.threads != config.threads:
+        return None if existing is None else existing.threads
+    if existing is not None and existing.threads != config.threads:
         observer.warn(
-            f"executor.threads: this cache was begun with {standing.threads} threads; with {config.threads} its "
+            f"executor.threads: this cache was begun with {existing.threads} threads; with {config.threads} its "
             "values may differ from those by rounding (never by more than one grid step)"
         )
     return config.threads
@@ -76,16 +76,16 @@ def plan_cache(
     run: str,
     observer: Observer,
 ) -> Plan:
-    """Publish the plan of a new cache, or return the one that stands if it was made from the same data.
+    """Publish the plan of a new cache, or return the existing one if it was made from the same data.
 
     What the listing left out is told to `observer`.
 
     Raises:
-        MismatchError: the source's listing, or a setting that fixes rows, differs from the standing plan's.
+        MismatchError: the source's listing, or a setting that fixes rows, differs from the existing plan's.
         SourceError: the source cannot be listed.
     """
-    standing = load_plan(storage)
-    if standing is None:
+    existing = load_plan(storage)
+    if existing is None:
         tables, unit_rows = _listed_in_units(source, config, teachers)
         build = partial(
             Plan,
@@ -102,12 +102,12 @@ def plan_cache(
             tell_left_out(source, observer)
             return plan
         except MismatchError:  # another driver, with other teachers, may have chosen other units at the same time
-            standing = load_plan(storage)
-            if standing is None:
+            existing = load_plan(storage)
+            if existing is None:
                 raise
-    check_settings(standing, source, config)
-    check_listing(storage, standing, source, config, observer)
-    return standing
+    check_settings(existing, source, config)
+    check_listing(storage, existing, source, config, observer)
+    return existing
 
 
 def tell_left_out(source: Source, observer: Observer) -> None:
@@ -131,7 +131,7 @@ def _listed_in_units(
 
 
 def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
-    """Compare what the configuration says of rows with the plan that stands, before anything is listed.
+    """Compare what the configuration says of rows with the existing plan, before anything is listed.
 
     Raises:
         MismatchError: naming the first setting that differs.
@@ -156,7 +156,7 @@ def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
 
 
 def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractConfig, observer: Observer) -> None:
-    """List the source again and compare it with the plan that stands.
+    """List the source again and compare it with the existing plan.
 
     A cache of an earlier release, whose rows follow that release's rules, keeps them; `observer` is told.
 

@@ -15,7 +15,7 @@ from kpu.records.units import count_rows, units_left
 from kpu.sources import open_source
 from kpu.sources.files import is_local
 from kpu.storage import paths
-from kpu.storage.open import open_storage, stands
+from kpu.storage.open import location_exists, open_storage
 from kpu.storage.places import is_plain, require_plain
 from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
 from pipeline.paths import absolute
@@ -54,7 +54,7 @@ def data_of(out: str) -> dict[str, Any] | None:
         KpuError: there is a cache that cannot be read.
     """
     place = absolute(out)
-    if not stands(place):
+    if not location_exists(place):
         return None
     storage = open_storage(place)
     plan = load_plan(storage)

@@ -1,4 +1,4 @@
-"""The place that `out` names: what stands there before a run writes, and how to leave it as it was."""
+"""The place that `out` names: what is there before a run writes, and how to clean up after a failure."""
 
 import os
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from kpu.storage.open import open_storage
 from pipeline.paths import is_url
 
 
-def standing_plan(out: str) -> Plan | None:
+def existing_plan(out: str) -> Plan | None:
     """The plan of the cache at `out` (an absolute path or a URL); None where one can be made.
 
     Nothing is written: a file system that is writable but has no hard links shows only when a cache is begun.
 
     Raises:
-        ConfigError: a file stands there, or a folder that holds something else than a cache.
+        ConfigError: a file is there, or a folder that holds something other than a cache.
         StorageError: the place cannot be written to.
-        CacheError: a cache stands there that is damaged, or of a format version that this release cannot read.
+        CacheError: the cache there is damaged, or of a format version that this release cannot read.
     """
     if is_url(out):
         return load_plan(open_storage(out))
@@ -44,8 +44,8 @@ def standing_plan(out: str) -> Plan | None:
 
 
 @contextmanager
-def left_as_it_was(out: str) -> Iterator[Created | None]:
-    """Take away what a run made at `out`, a local path, if it fails before a teacher stands and nothing stood before.
+def cleanup_on_failure(out: str) -> Iterator[Created | None]:
+    """Remove a new cache at `out`, a local path, if start-up fails before a teacher is published.
 
     Gives what notes that (see `open_storage`), None where it is all to stay. Only files that the run made are removed,
     and folders that are empty then: somebody may have put files of his own there meanwhile.

@@ -33,7 +33,7 @@ def verify_deep(
 ) -> tuple[VerifyReport, int]:
     """Add to `report` every sampled row whose features, computed again, differ by more than one grid step.
 
-    At most `rows` rows are sampled; their number is returned too. `images` stands in for the root that the cache
+    At most `rows` rows are sampled; their number is returned too. `images` replaces the root that the cache
     remembers. `trust` says which code may run of what the cache names; by default what the user's list has.
 
     Images are checked against `images/digest`. Lossless codecs get a tolerance of one default grid step, in channel
@@ -52,8 +52,8 @@ def verify_deep(
     worker = Worker(WorkerSetup(config, shipped, source, "verify"), cache.plan.threads)
     try:
         for description in worker.describe():
-            standing = cache.teachers[description.spec.name].spec
-            check_same(standing, description.spec.model_copy(update={"format": standing.format}))
+            existing = cache.teachers[description.spec.name].spec
+            check_same(existing, description.spec.model_copy(update={"format": existing.format}))
         picked = _sample(cache, rows, seed)
         for start in range(0, len(picked), BATCH):
             problems += _compare(cache, worker, picked[start : start + BATCH])

@@ -39,7 +39,7 @@ class StudentConfig(Section):
 
     `layers` are further outputs of the base that a side student reads, and no other; `width` and `depth` are those of
     the adapter (channels; blocks). `merge` says how base and adapter become one; `auto` is `concat` for side students.
-    `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`; null stands for the base's own;
+    `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`; null means the base's own;
     `weights` is a file, `random` or null for the model's own.
     """
 
@@ -175,7 +175,7 @@ class OrderConfig(Section):
 
 
 class ImagesConfig(Section):
-    """For students that need images. `root` stands in for the folder or URL of the images that the cache remembers."""
+    """For students that need images. `root` replaces the folder or URL of the images that the cache remembers."""
 
     root: Text | None = Field(default=None, description="a path or URL, or null")
 
@@ -274,7 +274,7 @@ def load_config(
     """Read a YAML file, if any, lay the command line's values over it, and validate the whole once.
 
     Relative paths in the file begin at its folder, unless it is the `resolved` one of a run. `caches`, where any is
-    given, stand in for the file's; `overrides` are KEY.PATH=YAML and win over everything else.
+    given, replace the file's; `overrides` are KEY.PATH=YAML and win over everything else.
 
     Raises:
         ConfigError: naming the key, what was expected and what was found; or the `resolved` file names another place

@@ -148,7 +148,7 @@ class LiveObserver(PlainObserver):
         self._spinner = None
 
     def report(self, report: UnitReport) -> None:
-        self._last = time.monotonic()  # the bar stands in for the plain lines
+        self._last = time.monotonic()  # the bar replaces the plain lines
         super().report(report)
 
     def end(self, summary: RunSummary) -> None:

@@ -1,4 +1,4 @@
-"""`plan.json` and everything that must stand before it: group and image metadata, and the sample table."""
+"""`plan.json` and the files that are published before it: group and image metadata, and the sample table."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol

@@ -128,7 +128,7 @@ def section(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     """The mapping at `path` within `values`, made where it is missing.
 
     Raises:
-        ConfigError: something else stands on the way.
+        ConfigError: something else is in the way.
     """
     for depth, name in enumerate(path):
         child = values.setdefault(name, {})

@@ -140,7 +140,7 @@ class Grid:
         return values
 
     def steps(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """What integers of a grid count, of their shape: two that stand for nearly the same differ by one at most."""
+        """What integers of a grid count, of their shape: two that mean nearly the same differ by one at most."""
         return stored if self.axes is None else unfold(stored)
 
     def attributes(self, grid: tuple[int, int] | None) -> dict[str, Any]:

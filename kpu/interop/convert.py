@@ -47,7 +47,7 @@ class Conversion:
     out: str
     teachers: tuple[str, ...]
     converted: int
-    standing: int
+    existing: int
     bytes: int
 
 
@@ -98,7 +98,7 @@ def convert(
 
     Raises:
         ConfigError: a teacher is not there or not complete, or `out` is `source`.
-        MismatchError: a cache of another plan, or a teacher that was made otherwise, stands at `out`.
+        MismatchError: a cache of another plan, or a teacher with other settings, exists at `out`.
         CorruptError: what had to be read is damaged.
     """
     cache = open_cache(source)
@@ -163,7 +163,7 @@ class _Copy:
         same_head = len(heads[0]) == len(heads[1]) and all(map(np.array_equal, *heads))
         if not same_head or not same_statistics(source.statistics, target.statistics):
             raise MismatchError(
-                f"out: {self._storage.url}: teacher {spec.name!r} stands there with another calibration or head than "
+                f"out: {self._storage.url}: teacher {spec.name!r} exists there with another calibration or head than "
                 f"in {self._cache.path}; choose another place"
             )
         return target
@@ -188,7 +188,7 @@ class _Copy:
             raise self._other(marker)
 
     def unit(self, source: PublishedTeacher, target: PublishedTeacher, unit: int) -> int | None:
-        """Convert one unit of a teacher; bytes of its shards, None where it stands already."""
+        """Convert one unit of a teacher; bytes of its shards, None if it is committed already."""
         marker = paths.commit(paths.teacher(target.spec.name), unit)
         record = load_unit(self._origin, self._plan, source, unit)
         if self._storage.size(marker) is not None:
@@ -207,17 +207,17 @@ class _Copy:
             changes = {"fingerprint": target.fingerprint, "files": sealed_files(target), "outputs": outputs}
             made = record.model_copy(update=changes)
             self._storage.publish(marker, seal_document(made.model_dump(mode="json")), run=self._run)
-        standing = load_unit(self._storage, self._plan, target, unit)
-        shards.restore({output_shard(target, o, unit): standing.outputs[o.name] for o in target.spec.outputs})
+        existing = load_unit(self._storage, self._plan, target, unit)
+        shards.restore({output_shard(target, o, unit): existing.outputs[o.name] for o in target.spec.outputs})
         failpoint("unit.committed")
-        self._compare(standing, record, marker)
-        return sum(output.bytes for output in standing.outputs.values())
+        self._compare(existing, record, marker)
+        return sum(output.bytes for output in existing.outputs.values())
 
-    def _compare(self, standing: UnitRecord, record: UnitRecord, marker: str) -> None:
-        """See that what stands at `out` was made of this very record."""
+    def _compare(self, existing: UnitRecord, record: UnitRecord, marker: str) -> None:
+        """Check that the unit at `out` was made from this record."""
         kept = ("row_digest", "masked", "masked_digest", "nonfinite")
-        same = all(getattr(standing, field) == getattr(record, field) for field in kept)
-        if not same or any(standing.outputs[name].fidelity != out.fidelity for name, out in record.outputs.items()):
+        same = all(getattr(existing, field) == getattr(record, field) for field in kept)
+        if not same or any(existing.outputs[name].fidelity != out.fidelity for name, out in record.outputs.items()):
             raise self._other(marker)
 
     def _other(self, marker: str) -> MismatchError:

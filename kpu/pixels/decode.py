@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from kpu.format.spec import Decoding, ImageStatus
 from kpu.pixels.formats import jpeg, jpeg2000, npy, png, tiff
 from kpu.pixels.formats.names import why_unidentified
-from kpu.pixels.pillow import load_jpeg2000, load_without_xmp, low_bytes, open_image, settle, unread_bytes
+from kpu.pixels.pillow import load_jpeg2000, load_without_xmp, low_bytes, open_image, reset_pillow, unread_bytes
 from kpu.pixels.refused import NoBytes, Refused
 from kpu.pixels.rgb import Samples, to_rgb, upright
 from kpu.pixels.room import Claim
@@ -110,7 +110,7 @@ def _decode(data: bytes, how: Decoding, claim: Claim) -> Image.Image:
     if data.startswith(npy.MAGIC):
         array = npy.decode_npy(data, how.max_pixels)
         return to_rgb(array, Samples(), None, lambda: None)
-    settle(how)
+    reset_pillow(how)
     tags = tiff.read_header(data, how.max_pixels) if data.startswith(tiff.SIGNATURES) else None
     _check_size(pixels_before_opening(data), how, claim)
     with open_image(data, tags) as image:

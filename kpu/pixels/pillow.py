@@ -26,7 +26,7 @@ _SWAPPED: Final = {
 }
 
 
-def settle(how: Decoding) -> None:
+def reset_pillow(how: Decoding) -> None:
     """Undo what other code in this process may have changed about Pillow.
 
     Its warnings are hidden, since the returned status says it instead; truncated images must fail, or the same

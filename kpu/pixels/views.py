@@ -1,4 +1,4 @@
-"""Views: which crop of an image stands in a row.
+"""Views: which crop of an image is in a row.
 
 The plan stores five random numbers a row, not a box: the box needs the image's true size, which is known only once it
 is decoded. The numbers are a pure function of (seed, key, view), so neither the order of the listing nor the number of
@@ -39,7 +39,7 @@ def draw_views(keys: Sequence[str], views: int, seed: int) -> pa.ListArray:
 
     Returns:
         list<float64> [len(keys) * views] of five numbers each, uniform in [0, 1) with 53 random bits; null throughout
-        where `views` is 1, which stands for the plain full view.
+        where `views` is 1, which means the plain full view.
     """
     rows = len(keys) * views
     if views == 1:
@@ -70,12 +70,12 @@ def _further(area: float, shape: float, attempt: int) -> tuple[float, float]:
 
 
 def resolve_view(draws: Sequence[float] | None, width: int, height: int, crop: CropSpec | None = None) -> View:
-    """The view that `draws` stand for in an image of this size.
+    """The view that `draws` give in an image of this size.
 
     The box is that of torchvision's RandomResizedCrop: area uniform in `scale` times the image's, the logarithm of its
     width / height uniform in that of `ratio`, place uniform. Where the box does not fit, area and ratio are tried
     again, ten times in all, then the largest central box within `ratio` is taken. torchvision draws new numbers for
-    each try; here they are hashed from the first two, so that five are always enough. `crop` None stands for its
+    each try; here they are hashed from the first two, so that five are always enough. `crop` None means its
     defaults.
     """
     if draws is None:

@@ -25,7 +25,7 @@ from kpu.util.digests import digest_bytes
 class Originals:
     """Reads and checks a cache's images. Safe to use from several threads.
 
-    `root`, if given, stands in for the folder or URL that the cache remembers; `option` is what a user sets to give it.
+    `root`, if given, replaces the folder or URL that the cache remembers; `option` is what a user sets to give it.
 
     Raises (on opening):
         ConfigError: there is no such folder, or no such kind of URL.

@@ -20,7 +20,7 @@ class Teacher:
 
     @cached_property
     def published(self) -> PublishedTeacher:
-        """Everything that stands of the teacher but its units; loaded and checked at first use."""
+        """Everything published of the teacher except its units; loaded and checked at first use."""
         return load_teacher(self._storage, self._plan, self.name)
 
     @property

@@ -1,4 +1,4 @@
-"""The sample table: which image and which view stands in every row.
+"""The sample table: the image and the view of every row.
 
 It lies in Parquet files of 64 units each, one row group a unit, and is read part by part: the raw bytes of a part are
 compared with the plan's digest before anything in them is believed.

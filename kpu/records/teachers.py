@@ -1,4 +1,4 @@
-"""A teacher as it stands in a cache: its `zarr.json`, which seals its spec, arrays, statistics and head."""
+"""A published teacher: its `zarr.json`, which seals its spec, arrays, statistics and head."""
 
 from dataclasses import dataclass, replace
 from typing import Final
@@ -61,7 +61,7 @@ class _Sealed(Frozen):
 
 @dataclass(frozen=True)
 class PublishedTeacher(TeacherFiles):
-    """A teacher as it stands in a cache; `head` is (weight f32[C, D], bias f32[C])."""
+    """A published teacher; `head` is (weight f32[C, D], bias f32[C])."""
 
     statistics: dict[str, Statistics]
     grids: dict[str, Grid]

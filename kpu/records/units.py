@@ -75,7 +75,7 @@ def load_record(storage: Storage, plan: Plan, teacher: str, unit: int) -> UnitRe
 
 
 def load_unit(storage: Storage, plan: Plan, teacher: TeacherFiles, unit: int) -> UnitRecord:
-    """As `load_record`, compared also with the teacher as it stands."""
+    """As `load_record`, compared also with the published teacher."""
     name = teacher.spec.name
     record = load_record(storage, plan, name, unit)
     for problem in record_problems(record, teacher):
@@ -172,7 +172,7 @@ def open_committed(
     """A reader of the shard that a commit record describes.
 
     Raises:
-        CorruptError: the shard is missing, or another one stands in its place.
+        CorruptError: the shard is missing, or is another one.
     """
     try:
         handle = storage.open(key)

@@ -47,7 +47,7 @@ class Index:
 
 @dataclass(frozen=True)
 class TarIndex(Index):
-    """The same for a tar, whose members' checksums stand in the index."""
+    """The same for a tar, whose index holds the members' checksums."""
 
     checksums: "array[int]"
 

@@ -173,7 +173,7 @@ class _Checked:
 
 
 def _has_label(labels: pa.Array) -> bool:
-    """Whether some label is a class number; those below 0 stand for none."""
+    """Whether some label is a class number; those below 0 mean none."""
     largest = pc.max(labels).as_py()
     return largest is not None and largest >= 0
 

@@ -47,7 +47,7 @@ class ShortRead(Exception):
 
 
 class NotReadable(Exception):
-    """What stands there is no regular file, or holds more than is read into memory."""
+    """It is not a regular file, or holds more than is read into memory."""
 
 
 def printable(name: str) -> str:
@@ -126,7 +126,7 @@ class Files:
         return self._system
 
     def path(self, file: str) -> str:
-        """Where `file` stands, in the file system's own terms.
+        """The place of `file`, in the file system's own terms.
 
         Raises:
             SourceError: it would lie outside the root.

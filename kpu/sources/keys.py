@@ -14,7 +14,7 @@ _AT_ONCE: Final = 1000
 
 
 def unique_keys(listing: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of `listing()`; at the end, check that no key stands in two rows.
+    """Yield the batches of `listing()`; at the end, check that no key is in two rows.
 
     Only a 64-bit hash of each key is kept. If two hashes are equal the source is listed a second time, to compare the
     keys themselves.

@@ -56,7 +56,7 @@ class Storage(Protocol):
         """Names directly in `folder`, files and folders, in any order; nothing if it is absent."""
 
     def publish(self, key: str, data: Data, *, run: str) -> bool:
-        """Make `data` stand under `key` if nothing does; False if the name is taken. Durable when it returns.
+        """Store `data` under `key` if that does not exist; False if it does. Durable when it returns.
 
         Raises:
             FullDiskError: no space is left; the name is not taken.
@@ -64,7 +64,7 @@ class Storage(Protocol):
         """
 
     def replace(self, key: str, data: Data, *, run: str) -> None:
-        """Make `data` stand under `key`, whatever stands there; for `runs/` alone."""
+        """Store `data` under `key`, replacing what is there; for `runs/` alone."""
 
     def quarantine(self, key: str, *, run: str) -> None:
         """Move an object aside to `.tmp/quarantine/<run>/<key>`; nothing happens if it is absent."""

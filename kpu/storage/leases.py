@@ -64,7 +64,7 @@ def mutex(storage: Storage) -> Iterator[None]:
 
 
 def dead_runs(storage: Storage) -> list[str]:
-    """Runs whose temporary folder stands and whose lease nobody holds, in alphabetical order."""
+    """Runs with a temporary folder and a lease that nobody holds, in alphabetical order."""
     if not isinstance(storage, LocalStorage):
         return []
     with mutex(storage):

@@ -128,7 +128,7 @@ class LocalStorage:
         check_removable(folder)
         above, _, name = folder.rpartition("/")
         try:
-            status_of(self._real, folder)  # names a link that stands there
+            status_of(self._real, folder)  # names a link in the way
             with self.folder(above) as descriptor:
                 return remove_tree(name, descriptor)
         except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +166,7 @@ class LocalStorage:
     def _written(self, data: Data, run: str) -> Iterator[tuple[int, str]]:
         """A temporary of `run`, written and synced: a descriptor of its folder, and its name there. Gone at the end.
 
-        The folder must stand: a run declared dead must not publish.
+        The folder must exist: a run declared dead must not publish.
         """
         try:
             temporary, beside = open_folder(self._real, f"{paths.TEMPORARY}/{check_key(run)}"), secrets.token_hex(12)

@@ -37,7 +37,7 @@ def open_storage(path: str | os.PathLike[str], *, create: bool = False, created:
     return storage
 
 
-def stands(path: str | os.PathLike[str]) -> bool:
+def location_exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is anything to open at `path`: a folder, or an object store, which always can be."""
     text = _plain_path(path)
     return "://" in text or Path(text).is_dir()
@@ -46,11 +46,11 @@ def stands(path: str | os.PathLike[str]) -> bool:
 def _probe(storage: Storage, location: str) -> None:
     """Publish twice under one name below `.tmp`, and see that the second loses.
 
-    What stands there is read back: where a store's answer to the first was lost, its client tries again and is told
+    The object is read back: where a store's answer to the first was lost, its client tries again and is told
     that the name is taken, by ourselves.
 
     Raises:
-        StorageError: the location is not writable, or overwrites what stands.
+        StorageError: the location is not writable, or overwrites existing objects.
     """
     run = f"probe-{secrets.token_hex(8)}"
     folder = f"{paths.TEMPORARY}/{run}"

@@ -1,4 +1,4 @@
-"""Where everything in a cache stands. Keys are POSIX paths relative to the cache's root."""
+"""The keys of everything in a cache: POSIX paths relative to the cache's root."""
 
 import re
 

@@ -55,7 +55,7 @@ def _is_mendable(problem: Problem) -> bool:
 
 
 def _standing(storage: Storage, problems: Iterable[Problem]) -> list[str]:
-    """The commit records that stand of the units that these problems concern: those of the images after teachers'."""
+    """The existing commit records of the units that these problems concern: those of the images after teachers'."""
     teachers = teacher_folders(storage)
     of_teachers, of_images = set[str](), set[str]()
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Files that stand where a cache's own files do, and that are none of them."""
+"""Files among those of a cache that are not its own."""
 
 from collections.abc import Collection, Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""Proving a cache: every file that should stand is read, and compared with what was committed."""
+"""Verify a cache: read every file that should exist, and compare it with what was committed."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def verify(
     """Read a whole cache and report all that is not as it was committed, is not committed, or does not belong.
 
     `progress(done, units)` is called from time to time. Damage never ends the check early; damage to the plan alone
-    hides the rest, because the plan says what should stand.
+    hides the rest, because the plan says what should exist.
 
     Raises:
         NotACacheError: there is no cache, or one of another format version.
@@ -61,7 +61,7 @@ def verify(
     if plan is None:
         if storage.size(paths.ROOT) is None:
             raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
-        report.add(paths.PLAN, "is missing: without it nothing says what should stand")
+        report.add(paths.PLAN, "is missing: without it nothing says what should exist")
         return report.finish()
     report.count(storage.size(paths.PLAN) or 0)
     metadata = {file: report.check_file(file, expected) for file, expected in plan.metadata.items()}

@@ -25,7 +25,7 @@ def digest(*parts: bytes | bytearray | memoryview) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string that stands for `value`: sorted keys, no spaces, UTF-8, no NaN."""
+    """The canonical byte string of `value`: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 

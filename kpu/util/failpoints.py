@@ -15,18 +15,18 @@ from typing import Final
 
 NAMES: Final = (
     "plan.samples",  # the sample table is written, the plan is not
-    "plan.published",  # the plan stands, no teacher does
+    "plan.published",  # the plan is published, no teacher is
     "teacher.statistics",  # calibration is published, the arrays are not
     "teacher.arrays",  # the arrays are published, the teacher is not
-    "teacher.published",  # the teacher stands, no unit does
+    "teacher.published",  # the teacher is published, no unit is committed
     "unit.computed",  # features are encoded, nothing is written
     "publish.temporary",  # a temporary file is half written
     "publish.synced",  # the temporary is synced, the final name is not there
-    "publish.linked",  # the final name is there, its folder is not synced, the temporary still stands
+    "publish.linked",  # the final name is there, its folder is not synced, the temporary still exists
     "publish.done",  # an object is fully published
     "unit.images",  # the images record is committed, the teacher's is not
     "unit.shards",  # every shard of a teacher is published, its commit record is not
-    "unit.committed",  # the commit record stands
+    "unit.committed",  # the commit record is published
     "run.finished",  # every unit is committed, the run's own record is not written
 )
 """Those of an extraction, in the order in which a run passes them."""
@@ -34,7 +34,7 @@ NAMES: Final = (
 TRAINING: Final = (
     "train.step",  # a training step is done, and logged where it is due
     "train.checkpoint",  # a checkpoint is due, nothing of it is written
-    "train.checkpointed",  # it stands, older ones are not removed yet
+    "train.checkpointed",  # it exists, older ones are not removed yet
 )
 """Those of a training."""
 
@@ -59,7 +59,7 @@ def failpoint(name: str) -> None:
 
 
 def _make(mark: str) -> bool:
-    """Create the file with this process's number; False where it stands already."""
+    """Create the file with this process's number; False if it exists already."""
     try:
         descriptor = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:

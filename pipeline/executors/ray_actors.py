@@ -52,7 +52,7 @@ class RayExecutor:
     def __init__(self, setup: WorkerSetup, threads: int | None, observer: Observer) -> None:
         self._config = setup.config.executor
         self._setup = setup
-        self._settled_threads = threads
+        self._planned_threads = threads
         self._observer = observer
         self._cleanup = ExitStack()
         self._seats: list[Seat] = []
@@ -66,7 +66,7 @@ class RayExecutor:
             self._connect()
             nodes = _living_nodes()
             self.gpus_per_worker = gpus_per_worker(nodes, self._config)
-            self.threads = self._settled_threads or threads_per_worker(nodes, self._config, self.gpus_per_worker)
+            self.threads = self._planned_threads or threads_per_worker(nodes, self._config, self.gpus_per_worker)
             actor_class: Any = ray.remote(ActorWorker)
             self._actor_class = actor_class.options(
                 num_cpus=self.threads, num_gpus=self.gpus_per_worker, max_concurrency=IN_FLIGHT, max_restarts=0

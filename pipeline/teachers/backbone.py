@@ -129,7 +129,7 @@ def resolve_layers(config: TeacherConfig, count: int, who: str) -> tuple[int, ..
     """`config.layers` of a model with `count` blocks or stages, counted from 0; negative ones from the end.
 
     Raises:
-        TeacherError: one is no number, is out of range, or stands twice; or the model has none.
+        TeacherError: one is no number, is out of range, or is given twice; or the model has none.
     """
     found = []
     if config.layers and not count:

@@ -49,7 +49,7 @@ def test_to_tars_and_back(place: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "exported: 4 units of t, u" in result.stdout
     done = kpu_json("export", tmp_path / "tars.kpu", tmp_path / "zarr.kpu", "--format", "zarr")
-    assert (done["converted"], done["standing"], done["teachers"]) == (4, 0, ["t", "u"])
+    assert (done["converted"], done["existing"], done["teachers"]) == (4, 0, ["t", "u"])
     kept = {file: raw for file, raw in tree(place / "o.kpu").items() if not file.startswith("runs/")}
     assert tree(tmp_path / "zarr.kpu") == kept
     again = kpu("export", place / "o.kpu", tmp_path / "tars.kpu")

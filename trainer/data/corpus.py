@@ -208,11 +208,11 @@ class Corpus:
             f"cache {cache.path}: teacher {name!r}: expected all {cache.plan.units} units, found {done}; complete it "
             "with the same `kpu-cache extract` command",
         )
-        standing = self.sources.get(name)
-        if standing is None:
+        existing = self.sources.get(name)
+        if existing is None:
             shapes = {output: shape_of(teacher.outputs[output]) for output in self.wanted[name]}
             self.sources[name] = Source(teacher.spec, shapes, dict(teacher.statistics), teacher.head, cache.plan.seed)
-        elif differing := standing.spec.model_differences(teacher.spec):
+        elif differing := existing.spec.model_differences(teacher.spec):
             raise MismatchError(
                 f"cache {cache.path}: teacher {name!r}: expected the same model in every cache, found another "
                 f"{', '.join(sorted(differing))}; extract both with the same teacher, or name them apart"

@@ -33,7 +33,7 @@ _HELD_UNITS: Final = 2**12  # of digests, at most 64 KiB each
 class ImageReader:
     """Reads the images of one cache for a model's `input`. Safe to use from several threads.
 
-    `root`, if given, stands in for the folder or URL that the cache remembers; `option` is what a user sets to give it;
+    `root`, if given, replaces the folder or URL that the cache remembers; `option` is what a user sets to give it;
     `threads` decode at once.
 
     Raises (on opening):

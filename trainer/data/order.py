@@ -65,7 +65,7 @@ class FullOrder(Order):
     """All rows mixed with all: a keyed permutation, without a table, whatever the number of rows."""
 
     def __init__(self, rows: int, digest: str, seed: int) -> None:
-        """An order of `rows` rows of the data that `digest` stands for."""
+        """An order of `rows` rows of the data with this `digest`."""
         self.rows = rows
         self._digest, self._seed = digest, seed
 

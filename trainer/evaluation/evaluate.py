@@ -60,7 +60,7 @@ def evaluate(
         path: the folder of the run.
         caches: where to measure; the base must be there, and other teachers may be.
         controls: whether to measure the frozen base and each teacher alone, too, which takes most of the time.
-        images: stands in for the root that the caches remember, for students that need images.
+        images: replaces the root that the caches remember, for students that need images.
         same_labels: whether equal labels mean the same in all caches, whatever they call their classes.
         progress: is told of rows, (done, total).
         trust: which code may run of what the run names; by default what the user's list has.

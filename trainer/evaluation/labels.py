@@ -116,7 +116,7 @@ class Labels:
         return np.where(known, self.truth, NO_LABEL)
 
     def of_head(self, teacher: str) -> tuple[int, ...] | None:
-        """What the outputs of a teacher's head stand for; None where nobody says, or two caches say different things.
+        """What the outputs of a teacher's head mean; None where nobody says, or two caches say different things.
 
         Numbers in a configuration mean other classes where the data has others: only those that all caches agree on
         are believed.

@@ -80,8 +80,8 @@ def mapped_accuracy(answers: Rows, truth: Rows, labels: npt.NDArray[np.int64]) -
     Args:
         answers: int64 [n], outputs of a classifier.
         truth: int64 [n], labels, NO_LABEL for none.
-        labels: int64 [K], the label that each output stands for, NO_LABEL for none. Where exactly one has none it
-            means "anything else", and rows with a label that no output stands for count; else those are left out.
+        labels: int64 [K], the label that each output means, NO_LABEL for none. Where exactly one has none it
+            means "anything else", and rows with a label that no output means count; else those are left out.
     """
     known = np.isin(truth, labels[labels != NO_LABEL])
     others = np.count_nonzero(labels == NO_LABEL) == 1

@@ -44,7 +44,7 @@ class Origin:
 
 
 def differences(origins: Sequence[Origin]) -> dict[str, list[str]]:
-    """What sets runs apart that stand in one table, each with the names of the runs that it is about."""
+    """What sets apart the runs of one table, each with the names of the runs that it is about."""
     found: dict[str, list[str]] = {}
 
     def hold(runs: Sequence[Origin], key: Callable[[Origin], str], say: Callable[[Origin], str], what: str) -> None:

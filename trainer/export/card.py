@@ -13,7 +13,7 @@ from trainer.export.program import PROGRAM
 _CARD = """# Student of {names}
 
 A `{kind}` student that was trained with KPU to hold what these teachers know, without labels: {teachers}.
-It stands on the general-purpose base `{base}`.
+It is built on the general-purpose base `{base}`.
 
 ## Use
 

@@ -69,7 +69,7 @@ def export(
         out: a folder that does not exist yet.
         bundle: whether the base's weights go along; None: where they are under 2 GB. A base that is not bundled is
             named by model, weights and digest.
-        images: stands in for the root that the caches remember.
+        images: replaces the root that the caches remember.
         program: whether a torch.export program is written, too.
         trust: which code may run of what the run names; by default what the user's list has.
 

@@ -68,14 +68,14 @@ def fit(
 
     Raises:
         TrustError: the student's code, or the base's, may not run.
-        ConfigError: the caches lack something, do not fit, or a run stands at `out`; nothing there was changed.
+        ConfigError: the caches lack something, do not fit, or a run exists at `out`; nothing there was changed.
         MismatchError: the run was begun with another configuration or other caches, or images changed.
         TrainingError: the loss is not finite, or a part of the model collapsed.
     """
     config, out = as_config(config), Path(out)
     world = join_world(config)
     watch = watch if world.leads else None
-    config = settle_teachers(config, out, resume=resume)
+    config = choose_teachers(config, out, resume=resume)
     corpus = open_corpus(config, world)
     torch.manual_seed(config.seed)
     trust = naming_models(load_trust(), config.student.model) if trust is None else trust
@@ -215,7 +215,7 @@ def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload:
             run.write_space(figures)
 
 
-def settle_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:
+def choose_teachers(config: TrainConfig, out: Path, *, resume: bool) -> TrainConfig:
     """Name the teachers where `teachers` is null: those of the caches now, or of the run when it was begun.
 
     Raises:

@@ -76,7 +76,7 @@ class World:
 def join_world(config: TrainConfig) -> World:
     """Choose the device, fix the number of threads, and meet the other processes, where there are some.
 
-    Other processes are those of `torchrun`, or of a process group that stands already.
+    Other processes are those of `torchrun`, or of a process group that exists already.
 
     Raises:
         ConfigError: there is no GPU, though one is asked for; or the processes are not as many as `workers`.

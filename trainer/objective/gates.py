@@ -68,7 +68,7 @@ class GateReport:
 def measure_gates(
     space: SharedSpace, batches: Iterable[tuple[Targets, Weights]], loss: LossConfig | None = None
 ) -> GateReport:
-    """Figures of the space as it stands, by its running statistics, over batches of targets and row weights.
+    """Figures of the space as it is now, by its running statistics, over batches of targets and row weights.
 
     Rows of weight 0 are left out; other weights count alike. Targets of the base are needed.
 

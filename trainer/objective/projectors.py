@@ -119,7 +119,7 @@ def onto_grid(x: Tensor, shape: OutputShape, to: OutputShape) -> Tensor:
 
 
 def check_outputs(student: Shapes, teacher: Shapes, name: str, whose: str) -> None:
-    """Each output of `teacher` stands in `student`, both maps or both vectors.
+    """Each output of `teacher` is also one of `student`, both maps or both vectors.
 
     Raises:
         MismatchError: it does not; `name` is the teacher's name and `whose` says what `student` is.

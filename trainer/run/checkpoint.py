@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     process left half written.
 
     Raises:
-        FullDiskError: no space is left; the checkpoints that stand stay.
+        FullDiskError: no space is left; existing checkpoints stay.
         StorageError: it cannot be written there.
     """
     state = io.BytesIO()
@@ -85,10 +85,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     failpoint("train.checkpoint")
     publish_folder(path, files)
     failpoint("train.checkpointed")
-    standing = _all(folder)
-    last = standing.index(path) + 1
+    existing = _all(folder)
+    last = existing.index(path) + 1
     unfinished = [each for each in folder.iterdir() if _UNFINISHED.fullmatch(each.name)]
-    for old in [*standing[: max(0, last - KEPT)], *standing[last:], *unfinished]:
+    for old in [*existing[: max(0, last - KEPT)], *existing[last:], *unfinished]:
         remove_folder(folder.parent, f"{folder.name}/{old.name}")
 
 

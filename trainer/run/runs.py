@@ -102,7 +102,7 @@ class RunFolder:
         `code` are the digests, by model, of the code that the student was built with.
 
         Raises:
-            ConfigError: something stands at `path` already, or two of the caches are one.
+            ConfigError: `path` exists already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
         refuse_links(path, _FOLDERS)
@@ -246,10 +246,10 @@ class RunFolder:
         return [name for name in names if name not in kept]
 
     def write_environment(self, values: Mapping[str, Any]) -> None:
-        """Keep what the run runs on; a resumed run appends to what stands.
+        """Keep what the run runs on; a resumed run appends to what exists.
 
         Raises:
-            CorruptError: what stands is damaged.
+            CorruptError: a file of the run is damaged.
         """
         file = self.path / "environment.json"
         try:

@@ -32,7 +32,7 @@ class _CacheEntry(BaseModel):
 
 
 class _Document(BaseModel):
-    """What of `sources.json` is read as it stands; later releases may add to it."""
+    """What of `sources.json` is read as it is; later releases may add to it."""
 
     teachers: dict[str, Any]
     seeds: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]

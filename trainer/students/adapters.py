@@ -170,7 +170,7 @@ class VectorAdapter(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """gamma * up(ReLU(down(x))), gamma per channel and zero at the start; channels stand on `axis` (1 or -1).
+    """gamma * up(ReLU(down(x))), gamma per channel and zero at the start; channels are on `axis` (1 or -1).
 
     Where the block beside it makes a map smaller by `stride`, every `stride`-th position is taken, from the first.
     """

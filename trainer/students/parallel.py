@@ -30,7 +30,7 @@ class ParallelStudent(Student):
     mode and has no gradients. `student.width` is the width of the bottlenecks.
 
     Raises:
-        ConfigError: the model is unknown, has no blocks that an adapter can stand beside, lacks an output, or its
+        ConfigError: the model is unknown, has no blocks to put an adapter beside, lacks an output, or its
             base was imported.
         MismatchError: the code, the weights or the shapes of the outputs are not the base's.
         TrustError: its code may not run.

@@ -21,7 +21,7 @@ from kpu.trust.list import Trust, load_trust
 from trainer.data.corpus import Corpus
 from trainer.data.resident import free_memory
 from trainer.data.targets import choose_outputs
-from trainer.loop.fit import fit, settle_teachers
+from trainer.loop.fit import choose_teachers, fit
 from trainer.run.runs import RunFolder
 from trainer.sweep.sweeps import TRIAL_NAME, Sweep, Trial, name_of
 from trainer.util.files import refuse_links, remove_folder, replace_file, write_error
@@ -84,8 +84,8 @@ def ablate(
 
     Raises:
         ConfigError: a training cannot be done, and none has ended; or there is no such Ray cluster; or other files than
-            those of a sweep stand at `out`.
-        MismatchError: a training of another sweep stands in the folder of one of this; nothing was changed.
+            those of a sweep exist at `out`.
+        MismatchError: a folder of this sweep holds a training of another one; nothing was changed.
         IncompleteError: some trainings failed; those that ended are kept, and so is their table.
     """
     _require_own(sweep.out)
@@ -201,7 +201,7 @@ def _on_own_cores(trial: Trial) -> Trial:
 
 
 def _require_own(out: Path) -> None:
-    """Raises ConfigError where files stand at `out` and none is of a sweep; beside a sweep there may be others."""
+    """Raises ConfigError if `out` holds files and none is of a sweep; beside a sweep there may be others."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if names and not any(name in (_TABLE, _RAY) or TRIAL_NAME.fullmatch(name) for name in names):
         raise ConfigError(
@@ -214,12 +214,12 @@ def _ended(sweep: Sweep, trial: Trial) -> bool:
     """Whether a training has ended.
 
     Raises:
-        MismatchError: what stands in its folder was begun with another configuration or other caches.
+        MismatchError: the run in its folder was begun with another configuration or other caches.
     """
     run = RunFolder(sweep.out / trial.name)
     if not run.begun:
         return False
-    config = settle_teachers(trial.config, run.path, resume=True)
+    config = choose_teachers(trial.config, run.path, resume=True)
     difference = run.difference(config, Corpus(config.caches, choose_outputs(config), config.base))
     if difference is not None:
         raise MismatchError(

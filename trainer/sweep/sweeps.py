@@ -55,7 +55,7 @@ class Sweep:
 
 
 def load_sweep(file: Path, out: Path | None = None) -> Sweep:
-    """Read a sweep file and check the configuration of every training. `out` stands in for the file's.
+    """Read a sweep file and check the configuration of every training. `out` replaces the file's.
 
     Raises:
         ConfigError: a key is unknown, a value is wrong in some cell, or two cells or seeds are the same.

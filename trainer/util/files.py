@@ -71,7 +71,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder with all `files` in it, or none; one that stands there is replaced. Raises as `replace_file`."""
+    """Make a folder with all `files` in it, or none; an existing one is replaced. Raises as `replace_file`."""
     beside, former = _beside(path), _beside(path)
     try:
         beside.mkdir(parents=True)

@@ -136,7 +136,7 @@ def _agreeing(dataset: Dataset) -> Iterator[Entry]:
             where = [_described(dataset, names[place], found[place]) for place in (0, other)]
             raise SourceError(
                 f"sample {row}: expected the same key in every column, found {where[0]}, but {where[1]}; Theia joins "
-                "columns by position, so from here on features would stand for other images: make the column anew"
+                "columns by position, so from here on features would be those of other images: make the column anew"
             )
         yield found[0]
 

@@ -45,7 +45,7 @@ def export_theia(
 ) -> TheiaExport:
     """Write one split of a dataset below the folder `root`.
 
-    Rows that are masked for any of the teachers are left out of every column. Nothing stands under its final name
+    Rows that are masked for any of the teachers are left out of every column. Nothing has its final name
     before all of it is written.
 
     Args:
@@ -54,11 +54,11 @@ def export_theia(
         dataset: its name below `root`.
         split: which nobody has written there.
         teachers: which; all where none is named.
-        images: stands in for the root that the cache remembers.
+        images: replaces the root that the cache remembers.
         progress: called with (rows done, rows in all).
 
     Raises:
-        ConfigError: a name, a teacher or the place will not do, the split stands, or no folder of images does.
+        ConfigError: a name, a teacher or the place will not do, the split exists, or the folder of images does not.
         MismatchError, SourceError: the images are not those that were extracted, or cannot be read.
         CorruptError: the cache is damaged.
         StorageError: `root` cannot be written to.

@@ -24,7 +24,7 @@ from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.storage.created import Created
 from kpu.storage.leases import lease
-from kpu.storage.open import open_storage, stands
+from kpu.storage.open import location_exists, open_storage
 from kpu.util.cores import usable_cores
 from kpu.util.digests import digest
 
@@ -72,7 +72,7 @@ def import_theia(
 
     Raises:
         SourceError: the dataset is not sound; naming tar and member.
-        MismatchError: another cache stands at `out`, or one of other features: of what is committed already, one row
+        MismatchError: another cache exists at `out`, or one of other features: of what is committed already, one row
             of each tar is compared.
         ConfigError: a model's name cannot be a teacher's.
     """
@@ -83,8 +83,8 @@ def import_theia(
     check_count(found, samples)
     readers = {_teacher_name(model, found): FeatureReader(found, model) for model in found.models}
     specs = {name: _spec(name, reader, codec, shards) for name, reader in readers.items()}
-    standing = load_plan(open_storage(out)) if stands(out) else None
-    rows = standing.unit_rows if standing is not None else unit_rows(samples, list(specs.values()))
+    existing = load_plan(open_storage(out)) if location_exists(out) else None
+    rows = existing.unit_rows if existing is not None else unit_rows(samples, list(specs.values()))
     storage = open_storage(out, create=True, created=created)
     with lease(storage, run), ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kpu-import") as pool:
         plan = _plan(storage, found, rows, run)
@@ -125,7 +125,7 @@ def _spec(name: str, reader: FeatureReader, codec: CodecSpec, shards: ShardForma
 
 
 def _plan(storage: Storage, found: Dataset, unit_rows: int, run: str) -> Plan:
-    """Publish the plan that an extraction from the images' tars would make, or return the one that stands."""
+    """Publish the plan that an extraction from the images' tars would make, or return the existing one."""
     source = found.images
 
     build = partial(

@@ -25,7 +25,7 @@ _SPLIT: Final = re.compile(r"[A-Za-z0-9_]+")
 
 
 def check_names(dataset: str, split: str) -> None:
-    """See that both can stand in the names of files, and that one split's tars are not taken for another's.
+    """Check that both are fit for file names, and that one split's tars are not taken for another's.
 
     Raises:
         ConfigError: naming the option.

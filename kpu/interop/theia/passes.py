@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 
 class Passes:
-    """What an import does once its plan stands. Not safe to use from several threads."""
+    """What an import does once its plan is published. Not safe to use from several threads."""
 
     def __init__(
         self, storage: Storage, plan: Plan, found: Dataset, run: str, pool: ThreadPoolExecutor, progress: Progress
@@ -51,7 +51,7 @@ class Passes:
         self._done, self._total = 0, 2 * plan.rows * len(found.models)
 
     def teacher(self, spec: TeacherSpec, reader: FeatureReader) -> PublishedTeacher:
-        """Publish a teacher with statistics of its features in all rows that have an image, unless it stands."""
+        """Publish a teacher with statistics of its features in all rows that have an image, unless it is published."""
         statistics: dict[str, Statistics] = {}
         before = self._done
         if spec.name not in teacher_names(self._storage):
@@ -63,7 +63,7 @@ class Passes:
         """Commit every unit that is not; how many units of teachers that were, and how many rows are masked.
 
         Raises:
-            MismatchError: a unit that stands was made from other features than lie in its tars now.
+            MismatchError: a committed unit was made from other features than its tars hold now.
         """
         streams = {name: self._dataset.entries(reader.model) for name, reader in readers.items()}
         there = {name: committed_units(self._storage, paths.teacher(name), self._plan.units) for name in teachers}
@@ -147,13 +147,13 @@ class Passes:
             return
         for output, features in reader.read([entries[row] for row in rows]).items():
             grid = teacher.grids[output]
-            standing = cache.read_encoded(name, output, [start + row for row in rows]).values
+            existing = cache.read_encoded(name, output, [start + row for row in rows]).values
             stored = grid.encode(features)
             for place, row in enumerate(rows):
                 one = slice(place, place + 1)
-                if agree(teacher, output, standing[one], stored[one], valid[row : row + 1]):
+                if agree(teacher, output, existing[one], stored[one], valid[row : row + 1]):
                     continue
-                expected, found = grid.decode(standing[one]).ravel(), features[place].ravel()
+                expected, found = grid.decode(existing[one]).ravel(), features[place].ravel()
                 worst = int(np.abs(expected - found).argmax())
                 raise MismatchError(
                     f"{self._dataset.place(reader.model, entries[row])}: expected the features that were imported as "

@@ -15,7 +15,7 @@ from kpu.reading.originals import Originals
 
 
 class Pictures:
-    """Reads the images of a cache; `root`, if given, stands in for the folder or URL that the cache remembers."""
+    """Reads the images of a cache; `root`, if given, replaces the folder or URL that the cache remembers."""
 
     def __init__(self, cache: Cache, root: str | None) -> None:
         self._cache = cache

@@ -1,4 +1,4 @@
-"""Writing one split of a dataset beside what stands, and moving it there once it is whole."""
+"""Write one split of a dataset beside what exists, and move it there once it is complete."""
 
 import fcntl
 import json
@@ -139,7 +139,7 @@ def read_splits(folder: Path) -> dict[str, Any]:
 
 
 def refuse_standing(folder: Path, split: str) -> None:
-    """See that nothing of the split stands in the dataset.
+    """Check that the dataset has nothing of the split.
 
     Raises:
         ConfigError: it does.
@@ -149,7 +149,7 @@ def refuse_standing(folder: Path, split: str) -> None:
     for tar in sorted(folder.glob("*/*.tar")):
         if is_tar_of(tar.name, split) and not tar.parent.name.startswith("."):
             raise ConfigError(
-                f"split: {tar} stands, though {SPLITS} has no {split!r}: expected no tar of the split. If an export "
+                f"split: {tar} exists, though {SPLITS} has no {split!r}: expected no tar of the split. If an export "
                 "was killed while it moved its tars, remove them; or choose another --split or --dataset"
             )
 
@@ -158,7 +158,7 @@ def publish_split(place: Path, folder: Path, split: str, columns: Sequence[str],
     """Move the tars of each column from `place` to the dataset, and last name the split in `splits.json`.
 
     Raises:
-        ConfigError: a tar of the split stands there by now.
+        ConfigError: a tar of the split exists there by now.
         StorageError: it cannot be written.
     """
     refuse_standing(folder, split)

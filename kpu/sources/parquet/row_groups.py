@@ -23,7 +23,7 @@ _HELD_BYTES: Final = 256 * 2**20
 
 
 class _Block(NamedTuple):
-    """Consecutive rows of one row group, decoded; `paths` stand in for images that the file does not hold."""
+    """Consecutive rows of one row group, decoded; `paths` are for images that the file does not hold."""
 
     start: int
     images: pa.Array

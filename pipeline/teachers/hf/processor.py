@@ -28,7 +28,7 @@ _LONGEST_SIDE = 4096  # pixels that a processor is let scale to
 class Doubt(NamedTuple):
     """A step of a processor that an InputSpec cannot follow, and values to give `instead`.
 
-    What the user gives under all of their `keys` settles it.
+    What the user gives under all of their `keys` decides.
     """
 
     step: str

@@ -33,7 +33,7 @@ from tests.support.builders import (
 def test_to_tars_and_back_gives_the_same_bytes(built_cache, tmp_path: Path, codec: str) -> None:
     zarr, tars = built_cache(codec).path, built_cache(f"{codec} in tars").path
     done = convert(zarr, tmp_path / "tars.kpu", shards="webdataset", run="there")
-    assert (done.converted, done.standing, done.teachers) == (6, 0, ("alpha", "beta"))
+    assert (done.converted, done.existing, done.teachers) == (6, 0, ("alpha", "beta"))
     assert tree(tmp_path / "tars.kpu") == tree(tars)
     convert(tmp_path / "tars.kpu", tmp_path / "zarr.kpu", shards="zarr", run="back")
     assert tree(tmp_path / "zarr.kpu") == tree(zarr)
@@ -123,8 +123,8 @@ def test_a_killed_conversion_goes_on(
     assert process.exitcode == -9, "the failpoint did not fire"
     before = {file: raw for file, raw in tree(out).items() if "/commits/" in file}
     done = convert(source, out, shards="webdataset", run="again")
-    assert done.converted + done.standing == 6
-    assert done.standing == sum(file.startswith("teachers") for file in before)
+    assert done.converted + done.existing == 6
+    assert done.existing == sum(file.startswith("teachers") for file in before)
     assert before.items() <= tree(out).items()
     assert tree(out) == tree(built_cache("uniform in tars").path)
     assert dead_runs(open_storage(out)) == ["killed"]

@@ -10,7 +10,7 @@ import pytest
 from kpu.errors import CorruptError, NotACacheError, StorageError
 from kpu.storage.base import Storage
 from kpu.storage.leases import lease
-from kpu.storage.open import open_storage, stands
+from kpu.storage.open import location_exists, open_storage
 
 RUN = "run-1"
 
@@ -138,9 +138,9 @@ def test_keys_stay_inside_the_cache(storage: Storage, key: str) -> None:
 
 
 def test_opening_nothing_names_the_path(tmp_path: Path) -> None:
-    assert not stands(tmp_path / "absent")
-    assert stands(tmp_path)
-    assert stands("s3://anywhere/at/all")
+    assert not location_exists(tmp_path / "absent")
+    assert location_exists(tmp_path)
+    assert location_exists("s3://anywhere/at/all")
     with pytest.raises(NotACacheError, match=r"absent: expected the folder of a cache, found nothing"):
         open_storage(tmp_path / "absent")
     (tmp_path / "file").write_bytes(b"")

@@ -16,7 +16,7 @@ from kpu.reading.cache import open_cache
 from kpu.storage.leases import collect_garbage, lease
 from kpu.storage.open import open_storage
 from kpu.tools.verify import verify
-from pipeline.target import left_as_it_was
+from pipeline.target import cleanup_on_failure
 from tests.support.builders import build, make_plan
 from tests.support.toys import kpu, write_images, write_teacher
 
@@ -76,7 +76,7 @@ def test_what_a_dead_run_has_open_elsewhere_waits_for_the_next_collection(mount:
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_failed_start_leaves_nothing(mount: Path, deep: bool) -> None:
     out = mount / "deep/my.kpu" if deep else mount
-    with pytest.raises(SourceError), left_as_it_was(str(out)) as created:
+    with pytest.raises(SourceError), cleanup_on_failure(str(out)) as created:
         storage = open_storage(out, create=True, created=created)
         with lease(storage, "mine"):
             make_plan(storage, "mine")

@@ -98,7 +98,7 @@ def test_splits_are_merged_and_never_overwritten(place: Path, tmp_path: Path) ->
     export(place, tmp_path, split="val", teachers=["gamma"])
     assert json.loads((tmp_path / "small/splits.json").read_text()) == {"train": 18, "val": 19}
     (tmp_path / "small/splits.json").unlink()
-    with pytest.raises(ConfigError, match=r"train\.tar stands"):
+    with pytest.raises(ConfigError, match=r"train\.tar exists"):
         export(place, tmp_path)
     assert all(path.read_bytes() == raw for path, raw in before.items())
     assert not list(tmp_path.glob("small/.*"))
