@@ -28,7 +28,7 @@ from kpu.format.statistics import F32, Accumulator, Statistics
 from kpu.pixels.resize import geometry, resize_image
 from kpu.shards.chunk import encode_chunk, use_one_thread
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.worker.moments import moments
 
 BATCH: Final = 64  # also the vectors of a chunk
@@ -45,7 +45,7 @@ TEACHERS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-def pixels(teacher: Teacher, rows: int) -> Iterator[torch.Tensor]:
+def pixels(teacher: FrozenTeacher, rows: int) -> Iterator[torch.Tensor]:
     """uint8 batches [64, H, W, 3] of CIFAR training images in random order."""
     files = sorted((DATA / "data/cifar10").glob("train-*.parquet"))
     encoded = [image["bytes"] for file in files for image in pq.read_table(file)["image"].to_pylist()]

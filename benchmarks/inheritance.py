@@ -71,7 +71,7 @@ def controls(folder: Folder = HOME) -> None:
     Vectors are standardised by the training cache's statistics; penalties are chosen on the validation rows.
     """
     from trainer.data.corpus import Corpus
-    from trainer.data.loading import Upload
+    from trainer.data.loading import DeviceTransfer
     from trainer.evaluation.probes import knn, linear_probe
 
     train, test = (
@@ -79,7 +79,7 @@ def controls(folder: Folder = HOME) -> None:
     )
     y, y_test = (torch.from_numpy(corpus.labels()) for corpus in (train, test))
     chosen = torch.from_numpy(train.validation(0.02))
-    own, own_test = (Upload(c, torch.device("cpu"))(c.fetch(np.arange(c.rows))).targets for c in (train, test))
+    own, own_test = (DeviceTransfer(c, torch.device("cpu"))(c.fetch(np.arange(c.rows))).targets for c in (train, test))
     spaces = {name: (own[name]["global"], own_test[name]["global"]) for name in ALL}
     joined, joined_test = (torch.cat(parts, dim=1) for parts in zip(*spaces.values(), strict=True))
     channels = own[BASE]["global"].shape[1]

@@ -152,13 +152,13 @@ class Ours:
 
     def __call__(self, task: Task) -> Iterator[Batch]:
         from trainer.data.corpus import Corpus
-        from trainer.data.loading import Loader, Upload
+        from trainer.data.loading import BatchLoader, DeviceTransfer
 
         corpus = Corpus([str(task.folder / self._cache)], {BASE: task.outputs}, BASE, memory=self._memory)
-        upload, standardisers = Upload(corpus, torch.device("cpu")), corpus.standardisers()
+        upload, standardisers = DeviceTransfer(corpus, torch.device("cpu")), corpus.standardisers()
         drawn = draw(task, corpus)
         if task.workers:
-            hosts = (host for _, host in Loader(corpus.fetch, task.workers, _AHEAD).load(drawn))
+            hosts = (host for _, host in BatchLoader(corpus.fetch, task.workers, _AHEAD).load(drawn))
         else:
             hosts = (corpus.fetch(batch.rows, batch.epochs) for batch in drawn)
         for host in hosts:

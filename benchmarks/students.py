@@ -129,7 +129,7 @@ def _show(
 
 def _said(run: Path, cache: Path) -> np.ndarray[Any, Any]:
     """What the student has each teacher's head say of every row, int64 [teachers * rows]."""
-    from trainer.data.loading import Loader, Upload
+    from trainer.data.loading import BatchLoader, DeviceTransfer
     from trainer.evaluation.measured import open_measured
     from trainer.evaluation.measures import OwnHead
     from trainer.evaluation.trained import load_trained
@@ -137,9 +137,9 @@ def _said(run: Path, cache: Path) -> np.ndarray[Any, Any]:
 
     trained = load_trained(run)
     corpus = open_measured(trained, [str(cache)], [])
-    upload = Upload(corpus, torch.device("cpu"), None)
+    upload = DeviceTransfer(corpus, torch.device("cpu"), None)
     said: dict[str, list[np.ndarray[Any, Any]]] = {}
-    with Loader(corpus.fetch, 2, 4) as loader, torch.no_grad():
+    with BatchLoader(corpus.fetch, 2, 4) as loader, torch.no_grad():
         for batch in batches_of(np.arange(corpus.rows), 256, loader, upload):
             features = trained.model.encode(batch)
             for name, source in trained.sources.items():

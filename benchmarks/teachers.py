@@ -15,7 +15,7 @@ import transformers
 
 from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 
 TIMM = (
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch16_dinov3", "resnet18",
@@ -90,7 +90,7 @@ def hf_rows() -> Iterator[tuple[str, ...]]:
 
 def _row(name: str, config: dict[str, Any], layers: int) -> tuple[str, ...]:
     notes = []
-    teacher: Teacher | None = None
+    teacher: FrozenTeacher | None = None
     for outputs in (["global", "patch"], ["global"]):
         try:
             teacher = build_teacher("t", TeacherConfig.model_validate({**config, "outputs": outputs}))

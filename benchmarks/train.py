@@ -228,7 +228,7 @@ def _time(student: Mapping[str, Any], source: str, batch: int, steps: int, devic
 
 
 def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", world: "World") -> "Generator[Batch]":
-    from trainer.data.loading import Upload
+    from trainer.data.loading import DeviceTransfer
     from trainer.loop.batches import draw_batches, open_loader, open_stream
 
     live: Callable[..., Any] | None = None
@@ -236,7 +236,7 @@ def _batches(config: "TrainConfig", corpus: "Corpus", model: "Inheritance", worl
         from cli.live import run_teachers
 
         live = run_teachers
-    upload = Upload(corpus, world.device, model.student.input, raw=live is not None)
+    upload = DeviceTransfer(corpus, world.device, model.student.input, raw=live is not None)
     with open_loader(config, corpus, model, live) as loader:
         for _, host in loader.load(draw_batches(open_stream(config, corpus), config.batch_size)):
             yield upload(host)

@@ -15,13 +15,14 @@ from kpu.commit.teacher import check_same
 from kpu.pixels.resize import Geometry, geometry
 from kpu.reading.cache import Cache
 from kpu.trust.list import Trust
-from pipeline.teachers import Teacher, load_shipped
+from pipeline.teachers import load_shipped
+from pipeline.teachers.base import FrozenTeacher
 from pipeline.verify_deep import ship_again
 from trainer.config import TrainConfig
 from trainer.data.corpus import Corpus, HostBatch
 from trainer.data.images import ImageReader
 from trainer.data.loading import Fetch
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 
 
 def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch, trust: Trust | None = None) -> Fetch:
@@ -41,7 +42,7 @@ def run_teachers(corpus: Corpus, config: TrainConfig, fetch: Fetch, trust: Trust
     parts = [_Live(corpus, number, config, device, trust) for number in range(len(corpus.caches))]
     threads = torch.get_num_threads()  # a new thread would take its own number, and the first GPU
 
-    def run(rows: Rows, epochs: Rows) -> HostBatch:
+    def run(rows: RowNumbers, epochs: RowNumbers) -> HostBatch:
         torch.set_num_threads(threads)
         if cuda:
             torch.cuda.set_device(device)
@@ -69,7 +70,9 @@ class _Live:
                 self._readers[geometry(teacher.input)] = reader
         self._lock = Lock()
 
-    def features(self, rows: Rows, weights: Mapping[str, Tensor], places: Rows) -> dict[tuple[str, str], Tensor]:
+    def features(
+        self, rows: RowNumbers, weights: Mapping[str, Tensor], places: RowNumbers
+    ) -> dict[tuple[str, str], Tensor]:
         """Raw features of rows of the cache by teacher and output, 0 where `weights` at `places` are."""
         pixels = {size: torch.from_numpy(reader.load(rows)[0]) for size, reader in self._readers.items()}
         found = {}
@@ -83,7 +86,7 @@ class _Live:
         return found
 
 
-def _load(cache: Cache, name: str, device: str, trust: Trust | None) -> Teacher:
+def _load(cache: Cache, name: str, device: str, trust: Trust | None) -> FrozenTeacher:
     spec = cache.teachers[name].spec
     teacher = load_shipped(name, ship_again(spec, trust), device=device, seed=cache.plan.seed)
     check_same(spec, teacher.spec(spec.codec, spec.format))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         TrustError,
     )
     from kpu.reading.cache import Cache, Encoded, open_cache
-    from kpu.reading.teachers import Teacher
+    from kpu.reading.teachers import CachedTeacher
     from pipeline.extract import extract
     from trainer.evaluation.evaluate import evaluate
     from trainer.export.export import export
@@ -52,6 +52,7 @@ __distribution__ = "kpu"
 __all__ = [
     "Cache",
     "CacheError",
+    "CachedTeacher",
     "ConfigError",
     "CorruptError",
     "Encoded",
@@ -67,7 +68,6 @@ __all__ = [
     "SourceError",
     "StorageError",
     "StorageFault",
-    "Teacher",
     "TeacherError",
     "TrainingError",
     "TrustError",
@@ -83,7 +83,7 @@ __all__ = [
 _MODULES: Final = {
     "Cache": "kpu.reading.cache",
     "Encoded": "kpu.reading.cache",
-    "Teacher": "kpu.reading.teachers",
+    "CachedTeacher": "kpu.reading.teachers",
     "open_cache": "kpu.reading.cache",
     "evaluate": "trainer.evaluation.evaluate",
     "export": "trainer.export.export",

@@ -8,16 +8,16 @@ import numpy as np
 
 from kpu.commit.teacher import existing_statistics, publish_teacher
 from kpu.errors import ConfigError
-from kpu.format.codecs import Grid, make_grid
+from kpu.format.codecs import QuantGrid, make_grid
 from kpu.format.spec import Plan, TeacherSpec
 from kpu.format.statistics import Statistics
 from kpu.records.teachers import teacher_names
 from kpu.storage.base import Storage
-from pipeline.checks import Calibration, borrow, check_calibration
+from pipeline.checks import Calibration, check_calibration, load_calibration_from
 from pipeline.config import ExtractConfig
 from pipeline.executors import Executor
 from pipeline.run.observers import Observer
-from pipeline.worker.worker import Description
+from pipeline.worker.worker import TeacherDescription
 
 ROWS_PER_CHANNEL: Final = 10  # where a covariance is used
 USUAL_ROWS: Final = 2048  # for means and standard deviations, whatever the number of channels
@@ -30,7 +30,7 @@ def calibrate_teachers(
     storage: Storage,
     plan: Plan,
     config: ExtractConfig,
-    teachers: Sequence[Description],
+    teachers: Sequence[TeacherDescription],
     executor: Executor,
     run: str,
     observer: Observer,
@@ -65,7 +65,7 @@ def _calibrations(
     observer: Observer,
 ) -> dict[str, Calibration]:
     if config.calibration_from is not None:
-        return {spec.name: borrow(config.calibration_from, spec) for spec in specs}
+        return {spec.name: load_calibration_from(config.calibration_from, spec) for spec in specs}
     found: dict[str, Calibration] = {}
     for spec in specs:
         if (existing := existing_statistics(storage, spec)) is not None:
@@ -132,7 +132,7 @@ def check_range(spec: TeacherSpec, statistics: Mapping[str, Statistics]) -> None
             )
 
 
-def _widest(grid: Grid, statistics: Statistics) -> float:
+def _widest(grid: QuantGrid, statistics: Statistics) -> float:
     """The standard deviation of what is counted in steps, in those of channels; on axes, the largest."""
     if grid.axes is None:
         return 1.0

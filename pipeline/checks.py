@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 
 from kpu.commit.teacher import OWN_CALIBRATION, check_same
 from kpu.errors import ConfigError, MismatchError, NotACacheError
-from kpu.format.spec import LABEL_OF_NOTHING, Plan, TeacherSpec
+from kpu.format.spec import NO_LABEL, Plan, TeacherSpec
 from kpu.format.statistics import Statistics, load_statistics, same_statistics
 from kpu.records.plan import load_plan, read_checked
 from kpu.records.samples import Samples
 from kpu.records.teachers import STATISTICS, load_teacher, read_teacher, teacher_names
-from kpu.sources import Source
+from kpu.sources import ImageSource
 from kpu.storage import paths
 from kpu.storage.open import location_exists, open_storage
 from pipeline.config import ExtractConfig
@@ -44,7 +44,7 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
     storage = open_storage(config.out) if location_exists(config.out) else None
     published = set(teacher_names(storage)) if storage is not None else set()
     for spec in specs:
-        borrowed = None if config.calibration_from is None else borrow(config.calibration_from, spec)
+        borrowed = None if config.calibration_from is None else load_calibration_from(config.calibration_from, spec)
         if storage is None or spec.name not in published:
             _check_labels(spec, classes)
             if borrowed is not None:
@@ -60,11 +60,11 @@ def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes:
 
 def _some(names: Sequence[int | str]) -> str:
     """A few names as a configuration file has them."""
-    shown = ("null" if name == LABEL_OF_NOTHING else repr(name) for name in names[:10])
+    shown = ("null" if name == NO_LABEL else repr(name) for name in names[:10])
     return ", ".join(shown) + (", ..." if len(names) > 10 else "")
 
 
-def warn_of_order(source: Source, observer: Observer) -> None:
+def warn_of_order(source: ImageSource, observer: Observer) -> None:
     """Warn where the names of class folders are numbers, and labels are others: positions in the order of the names."""
     names = source.classes or ()
     if source.spec.kind != "folder" or not all(name.isascii() and name.isdigit() for name in names):
@@ -89,7 +89,7 @@ def warn_of_heads(specs: Sequence[TeacherSpec], observer: Observer) -> None:
 def _check_labels(spec: TeacherSpec, classes: Sequence[str] | None) -> None:
     known = range(len(classes)) if classes is not None else range(sys.maxsize)
     labels = spec.labels or ()
-    numbers = {label for label in labels if isinstance(label, int) and label != LABEL_OF_NOTHING}
+    numbers = {label for label in labels if isinstance(label, int) and label != NO_LABEL}
     outside = sorted(label for label in numbers if label not in known)
     who = f"teacher {spec.name!r}: labels"
     if outside:
@@ -163,7 +163,7 @@ def check_calibration(
         )
 
 
-def borrow(path: str, spec: TeacherSpec) -> Calibration:
+def load_calibration_from(path: str, spec: TeacherSpec) -> Calibration:
     """The calibration of the same teacher in the cache at `path`."""
     other = open_storage(path) if location_exists(path) else None
     plan = load_plan(other) if other is not None else None

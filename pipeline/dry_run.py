@@ -8,7 +8,7 @@ import pyarrow as pa
 from kpu.format.spec import Frozen, Plan, TeacherSpec
 from kpu.records.teachers import teacher_names
 from kpu.records.units import count_rows, units_left
-from kpu.sources import Source
+from kpu.sources import ImageSource
 from kpu.sources.rows import listed_rows
 from kpu.storage.open import open_storage
 from kpu.storage.places import redact
@@ -115,7 +115,9 @@ def _rows_left(config: ExtractConfig, existing: Plan | None) -> dict[str, int]:
     return {name: count_rows(existing, units) for name, units in left.items()}
 
 
-def _list(source: Source, config: ExtractConfig, existing: Plan | None, observer: Observer) -> tuple[pa.Table, int]:
+def _list(
+    source: ImageSource, config: ExtractConfig, existing: Plan | None, observer: Observer
+) -> tuple[pa.Table, int]:
     """The rows to measure, from the head of the listing, and how many rows there are."""
     if existing is not None:
         check_listing(open_storage(config.out), existing, source, config, observer)

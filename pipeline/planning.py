@@ -13,7 +13,7 @@ from kpu.errors import MismatchError, SourceError
 from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.samples import Fingerprint, Samples, split_parts
-from kpu.sources import Source, describe_left_out, open_source
+from kpu.sources import ImageSource, describe_left_out, open_source
 from kpu.sources.rows import listed_rows
 from kpu.storage.base import Storage
 from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
@@ -25,7 +25,7 @@ SMALLEST_UNIT, LARGEST_UNIT = 64, 4096
 UNITS_WANTED = 16
 
 
-def open_data(data: DataConfig, existing: Plan | None) -> Source:
+def open_data(data: DataConfig, existing: Plan | None) -> ImageSource:
     """The source, to be decoded as the existing plan says where the configuration leaves it open.
 
     Raises:
@@ -69,7 +69,7 @@ def stored_bytes_per_row(codec: CodecSpec, output: OutputSpec) -> int:
 
 def plan_cache(
     storage: Storage,
-    source: Source,
+    source: ImageSource,
     config: ExtractConfig,
     teachers: Sequence[TeacherSpec],
     threads: int,
@@ -110,7 +110,7 @@ def plan_cache(
     return existing
 
 
-def tell_left_out(source: Source, observer: Observer) -> None:
+def tell_left_out(source: ImageSource, observer: Observer) -> None:
     """Say in one line what the listing left out, and why; and what it noted on how images are read."""
     line = describe_left_out(source.left_out)
     if line:
@@ -120,7 +120,7 @@ def tell_left_out(source: Source, observer: Observer) -> None:
 
 
 def _listed_in_units(
-    source: Source, config: ExtractConfig, teachers: Sequence[TeacherSpec]
+    source: ImageSource, config: ExtractConfig, teachers: Sequence[TeacherSpec]
 ) -> tuple[Iterator[pa.Table], int]:
     """The source's rows, and how many of them are to be a unit."""
     tables = listed_rows(source, config.views, config.seed)
@@ -130,7 +130,7 @@ def _listed_in_units(
     return itertools.chain(head, tables), choose_unit_rows(sum(table.num_rows for table in head), teachers)
 
 
-def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
+def check_settings(plan: Plan, source: ImageSource, config: ExtractConfig) -> None:
     """Compare what the configuration says of rows with the existing plan, before anything is listed.
 
     Raises:
@@ -155,7 +155,7 @@ def check_settings(plan: Plan, source: Source, config: ExtractConfig) -> None:
             )
 
 
-def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractConfig, observer: Observer) -> None:
+def check_listing(storage: Storage, plan: Plan, source: ImageSource, config: ExtractConfig, observer: Observer) -> None:
     """List the source again and compare it with the existing plan.
 
     A cache of an earlier release, whose rows follow that release's rules, keeps them; `observer` is told.
@@ -187,7 +187,7 @@ def check_listing(storage: Storage, plan: Plan, source: Source, config: ExtractC
     )
 
 
-def _lists_plan(plan: Plan, source: Source, config: ExtractConfig) -> tuple[bool, int]:
+def _lists_plan(plan: Plan, source: ImageSource, config: ExtractConfig) -> tuple[bool, int]:
     """Whether a listing is the one that was planned, and how many rows it has."""
     fingerprint, rows = Fingerprint(), 0
     for table in listed_rows(source, config.views, config.seed):
@@ -196,14 +196,14 @@ def _lists_plan(plan: Plan, source: Source, config: ExtractConfig) -> tuple[bool
     return (fingerprint.hexdigest(), rows, source.classes) == (plan.fingerprint, plan.rows, plan.classes), rows
 
 
-def _lists_plan_if_any(plan: Plan, source: Source, config: ExtractConfig) -> bool:
+def _lists_plan_if_any(plan: Plan, source: ImageSource, config: ExtractConfig) -> bool:
     try:
         return _lists_plan(plan, source, config)[0]
     except SourceError:
         return False
 
 
-def _difference(samples: Samples, plan: Plan, source: Source, config: ExtractConfig, rows: int) -> str:
+def _difference(samples: Samples, plan: Plan, source: ImageSource, config: ExtractConfig, rows: int) -> str:
     """The first row in which a listing of `rows` rows differs from the sample table, as expected and found."""
     counts = f"expected {plan.rows:,} rows, found {rows:,}; " if rows != plan.rows else ""
     start = 0

@@ -9,7 +9,7 @@ from kpu.commit.teacher import check_same
 from kpu.errors import KpuError, SourceError
 from kpu.format.spec import DEFAULT_STEP, CropSpec, SourceSpec, TeacherSpec
 from kpu.reading.cache import Cache, open_cache
-from kpu.reading.originals import if_moved, source_at
+from kpu.reading.source_images import if_moved, source_at
 from kpu.records.runs import latest_run
 from kpu.sources import open_source
 from kpu.storage import paths

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kpu.trust.code import CodeLoader
 from trainer.config import TrainConfig
-from trainer.data.corpus import Source
+from trainer.data.corpus import TeacherInfo
 from trainer.data.loading import Batch, move
 from trainer.data.shapes import OutputShape
 from trainer.objective.balance import coefficients, uniforms
@@ -63,7 +63,9 @@ class Inheritance(nn.Module):
     was trained with.
     """
 
-    def __init__(self, config: TrainConfig, sources: Mapping[str, Source], codes: CodeLoader | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, sources: Mapping[str, TeacherInfo], codes: CodeLoader | None = None
+    ) -> None:
         super().__init__()
         self.config, self.base = config, config.base
         self.teachers = tuple(sources)

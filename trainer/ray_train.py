@@ -27,7 +27,7 @@ from kpu.trust.list import Trust, load_trust
 from kpu.util.cores import usable_cores
 from trainer.config import TrainConfig
 from trainer.loop.batches import Live
-from trainer.loop.fit import Watch, fit
+from trainer.loop.fit import LogCallback, fit
 from trainer.util.files import remove_folder, write_error
 
 OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
@@ -35,7 +35,7 @@ _WORKERS: Final = {"worker_process_setup_hook": "kpu.own_packages.find_own_packa
 _POLL_SECONDS: Final = 0.5
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-Trial = Callable[[int, int], str | None]
+TrialFn = Callable[[int, int], str | None]
 """Does the trial of a number, with so many at once on its machine; why it failed, None where it did not."""
 
 
@@ -45,7 +45,7 @@ def fit_with_ray(
     *,
     resume: bool = False,
     address: str | None = None,
-    watch: Watch | None = None,
+    watch: LogCallback | None = None,
     live: Live | None = None,
     trust: Trust | None = None,
 ) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def fit_with_ray(
     return summary
 
 
-def run_trials(trial: Trial, count: int, *, storage: Path, address: str | None, threads: int) -> list[str | None]:
+def run_trials(trial: TrialFn, count: int, *, storage: Path, address: str | None, threads: int) -> list[str | None]:
     """Run trials 0 .. count - 1 by Ray Tune, as many at once as there is room for; what each returned.
 
     Args:
@@ -121,7 +121,7 @@ def run_trials(trial: Trial, count: int, *, storage: Path, address: str | None, 
 class _Tried:
     """A trial as Ray Tune calls it."""
 
-    def __init__(self, trial: Trial, folder: Path, beside: int) -> None:
+    def __init__(self, trial: TrialFn, folder: Path, beside: int) -> None:
         self._trial, self._folder, self._beside = trial, folder, beside
         self.__name__ = "trial"
 
@@ -244,7 +244,7 @@ def _enter(folder: Path) -> None:
 
 
 @contextmanager
-def _listening(told: Queue, watch: Watch | None) -> Iterator[list[Any]]:
+def _listening(told: Queue, watch: LogCallback | None) -> Iterator[list[Any]]:
     """Pass on what is logged while a block runs; what it gives are the errors and the summary that were told."""
     ended: list[Any] = []
     over = Event()

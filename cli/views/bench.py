@@ -10,7 +10,7 @@ from cli.views.tables import Table
 from cli.views.units import human_bytes
 
 if TYPE_CHECKING:
-    from kpu.tools.bench import Bench, Tried
+    from kpu.tools.bench import Bench, CodecTrial
 
 
 def show_bench(console: Console, result: Bench) -> None:
@@ -52,5 +52,5 @@ def show_bench(console: Console, result: Bench) -> None:
         )
 
 
-def _codec(tried: Tried) -> str:
+def _codec(tried: CodecTrial) -> str:
     return tried.codec if tried.step is None else f"{tried.codec} {tried.step:g}"

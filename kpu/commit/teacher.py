@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from kpu.commit.conflicts import publishing
 from kpu.errors import CorruptError, MismatchError
-from kpu.format.codecs import Grid, make_grid
+from kpu.format.codecs import QuantGrid, make_grid
 from kpu.format.spec import Plan, TeacherSpec
 from kpu.format.statistics import Statistics, dump_statistics, load_statistics
 from kpu.records.teachers import (
@@ -141,10 +141,10 @@ def _read_statistics(
     return raw, statistics
 
 
-def encoding_fingerprint(grids: dict[str, Grid]) -> str:
+def encoding_fingerprint(grids: dict[str, QuantGrid]) -> str:
     """Digest of the codec, centre, scale and axes of every output: equal for caches whose stored values compare."""
 
-    def parameters(grid: Grid) -> str:
+    def parameters(grid: QuantGrid) -> str:
         return digest(*(array.tobytes() for array in (grid.centre, grid.scale, grid.axes) if array is not None))
 
     return digest_of({name: [grid.codec.model_dump(mode="json"), parameters(grid)] for name, grid in grids.items()})

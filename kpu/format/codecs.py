@@ -42,7 +42,7 @@ _BF16_MAX: Final = np.uint32(0x7F7F0000).view(np.float32)
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantGrid:
     """A codec with the static parameters of one output: `centre` and `scale` are float32[D], `offset` is int32[D].
 
     `centre` is the value stored as 0, `offset` what the centre of the statistics is stored as: the standardised value
@@ -161,7 +161,7 @@ class Grid:
         return attributes
 
     @staticmethod
-    def from_attributes(attributes: Mapping[str, Any], file: str) -> "tuple[Grid, tuple[int, int] | None]":
+    def from_attributes(attributes: Mapping[str, Any], file: str) -> "tuple[QuantGrid, tuple[int, int] | None]":
         """Grid and (H, W) from an array's attribute `kpu`; `file` is named in errors.
 
         Raises:
@@ -185,7 +185,7 @@ class Grid:
             raise CorruptError(file, "attribute kpu: expected finite centres, as many positive scales and offsets")
         if axes is not None and not are_axes(axes, len(centre)):
             raise CorruptError(file, "attribute kpu: expected orthonormal axes")
-        return Grid(codec, centre, scale, offset, axes), grid
+        return QuantGrid(codec, centre, scale, offset, axes), grid
 
     def _steps(self, features: F32) -> F32:
         steps: F32 = features - self.middle
@@ -215,7 +215,7 @@ def for_codec(statistics: Statistics, codec: CodecSpec) -> Statistics:
     return replace(statistics, centre=centre.astype(np.float64), axes=axes)
 
 
-def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
+def make_grid(codec: CodecSpec, statistics: Statistics) -> QuantGrid:
     """The grid that `codec` stores an output with these statistics on.
 
     Raises:
@@ -223,7 +223,9 @@ def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
     """
     if codec.step is None:
         channels = len(statistics.mean)
-        return Grid(codec, np.zeros(channels, np.float32), np.ones(channels, np.float32), np.zeros(channels, np.int32))
+        return QuantGrid(
+            codec, np.zeros(channels, np.float32), np.ones(channels, np.float32), np.zeros(channels, np.int32)
+        )
     centre, scale = snap(statistics.mean, statistics.std, codec.step)
     if not np.array_equal(centre, statistics.centre):
         raise MismatchError(
@@ -236,13 +238,13 @@ def make_grid(codec: CodecSpec, statistics: Statistics) -> Grid:
                 "codec.name: expected a calibration with axes for rotated, found one that was made for another codec; "
                 "use that one, or calibrate anew in another cache"
             )
-        return Grid(codec, centre, scale, np.zeros(len(centre), np.int32), statistics.axes)
+        return QuantGrid(codec, centre, scale, np.zeros(len(centre), np.int32), statistics.axes)
     steps = np.rint(centre / scale)
     offset = np.full(len(centre), MIDDLE, np.int32)
     if statistics.zeros >= MANY_ZEROS:
         near = np.abs(steps) <= _NEAR
         offset[near] = steps[near].astype(np.int32) + ZERO
-    return Grid(codec, (steps - offset.astype(np.float32)) * scale, scale, offset)
+    return QuantGrid(codec, (steps - offset.astype(np.float32)) * scale, scale, offset)
 
 
 def fold(steps: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:

@@ -21,7 +21,7 @@ from kpu.errors import ConfigError, CorruptError, MismatchError
 from kpu.format.spec import CodecSpec, OutputRecord, OutputSpec, ShardFormat, ShardRecord, UnitRecord
 from kpu.format.statistics import load_statistics, same_statistics
 from kpu.reading.cache import Cache, open_cache
-from kpu.reading.teachers import Teacher
+from kpu.reading.teachers import CachedTeacher
 from kpu.records.plan import image_layouts, load_plan, read_checked, sample_digests
 from kpu.records.teachers import STATISTICS, PublishedTeacher, output_shard
 from kpu.records.units import load_images_record, load_unit, sealed_files
@@ -148,7 +148,7 @@ class _Copy:
                 "found a cache with another plan; choose another"
             )
 
-    def teacher(self, teacher: Teacher, shards: ShardFormat, dequantise: bool) -> PublishedTeacher:
+    def teacher(self, teacher: CachedTeacher, shards: ShardFormat, dequantise: bool) -> PublishedTeacher:
         """Publish a teacher with the statistics and the head that it has."""
         source = teacher.published
         file = f"{paths.teacher(source.spec.name)}/{STATISTICS}"

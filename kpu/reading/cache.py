@@ -14,8 +14,8 @@ import numpy.typing as npt
 from kpu.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
 from kpu.format.reasons import reason
 from kpu.format.spec import ImageStatus, Plan, ShardRecord
-from kpu.reading.rows import Rows, by_unit, row_numbers
-from kpu.reading.teachers import Teacher, Teachers
+from kpu.reading.rows import RowSelection, by_unit, row_numbers
+from kpu.reading.teachers import CachedTeacher, Teachers
 from kpu.reading.tensorstore import FEWEST_ROWS, Gather, open_gather
 from kpu.records.images import load_images, load_status
 from kpu.records.plan import load_plan
@@ -26,7 +26,7 @@ from kpu.shards.reader import ShardReader
 from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.storage.open import open_storage
-from kpu.util.lru import Recent
+from kpu.util.lru import LRUCache
 
 _OPEN_SHARDS: Final = 256  # of one cache at most
 _KNOWN_UNITS: Final = 2048
@@ -39,7 +39,7 @@ class Encoded:
 
     `codec` is its name; `step` the grid's width in channel standard deviations, None for lossless codecs. With
     `bf16` the values are the bits of bfloat16 numbers as uint16; with `rotated` they count steps along axes, and
-    `Teacher.grid` turns them into features. Masked rows hold the fill value.
+    `CachedTeacher.grid` turns them into features. Masked rows hold the fill value.
     """
 
     values: npt.NDArray[Any]
@@ -77,21 +77,21 @@ class Cache:
         self.plan = plan
         self.rows = plan.rows
         self.path = storage.url
-        self.teachers: Mapping[str, Teacher] = Teachers(storage, plan)
+        self.teachers: Mapping[str, CachedTeacher] = Teachers(storage, plan)
         self.samples = Samples(storage, plan)
         self._storage = storage
-        self._units: Recent[tuple[str, int], _Unit] = Recent(_KNOWN_UNITS)
+        self._units: LRUCache[tuple[str, int], _Unit] = LRUCache(_KNOWN_UNITS)
         local = "://" not in storage.url
-        self._shards: Recent[tuple[str, str, int], ShardReader] = Recent(_kept_open if local else _OPEN_SHARDS)
+        self._shards: LRUCache[tuple[str, str, int], ShardReader] = LRUCache(_kept_open if local else _OPEN_SHARDS)
         if local:
             _caches.add(self)
-        self._status: Recent[int, npt.NDArray[np.uint8]] = Recent(_KNOWN_UNITS)
-        self._gathers: Recent[str, Gather | None] = Recent(_KNOWN_UNITS)
+        self._status: LRUCache[int, npt.NDArray[np.uint8]] = LRUCache(_KNOWN_UNITS)
+        self._gathers: LRUCache[str, Gather | None] = LRUCache(_KNOWN_UNITS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_cache, (self.path,)
 
-    def valid(self, rows: Rows | None = None, teacher: str | None = None) -> Mask:
+    def valid(self, rows: RowSelection | None = None, teacher: str | None = None) -> Mask:
         """Which rows have an image that was decoded and, with `teacher`, finite features from it, bool [n].
 
         Raises:
@@ -110,7 +110,7 @@ class Cache:
         return valid
 
     def read(
-        self, teacher: str, output: str, rows: Rows, *, masked: Literal["raise", "nan"] = "raise"
+        self, teacher: str, output: str, rows: RowSelection, *, masked: Literal["raise", "nan"] = "raise"
     ) -> npt.NDArray[np.float32]:
         """Features, float32 [n, D] or [n, T, D].
 
@@ -143,7 +143,9 @@ class Cache:
         values[hidden] = np.nan
         return values
 
-    def read_encoded(self, teacher: str, output: str, rows: Rows, *, out: npt.NDArray[Any] | None = None) -> Encoded:
+    def read_encoded(
+        self, teacher: str, output: str, rows: RowSelection, *, out: npt.NDArray[Any] | None = None
+    ) -> Encoded:
         """Rows as stored, [n, D] or [n, T, D], with the grid that they lie on. Raises as `read`, masked rows aside.
 
         They are decoded straight into `out`, where it is given; it must be of their shape and dtype, in C order.
@@ -154,7 +156,7 @@ class Cache:
         grid = published.grids[output]
         return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
 
-    def image_digests(self, rows: Rows) -> npt.NDArray[np.uint8]:
+    def image_digests(self, rows: RowSelection) -> npt.NDArray[np.uint8]:
         """BLAKE2b-128 of the encoded image bytes, uint8 [n, 16]. Raises as `valid`."""
         numbers = row_numbers(rows, self.rows)
         digests = np.empty((len(numbers), 16), np.uint8)

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Rows = Sequence[int] | npt.NDArray[Any] | slice | int
+RowSelection = Sequence[int] | npt.NDArray[Any] | slice | int
 Numbers = npt.NDArray[np.int64]
 
 
-def row_numbers(rows: Rows, count: int) -> Numbers:
+def row_numbers(rows: RowSelection, count: int) -> Numbers:
     """Numbers [n] of `rows`: a slice, integers, or a boolean array over all `count` rows.
 
     Raises:

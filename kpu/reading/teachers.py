@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import OutputSpec, Plan, TeacherSpec
 from kpu.format.statistics import Statistics
 from kpu.records.teachers import Head, PublishedTeacher, load_teacher, teacher_names
@@ -12,7 +12,7 @@ from kpu.storage import paths
 from kpu.storage.base import Storage
 
 
-class Teacher:
+class CachedTeacher:
     """One teacher of a cache."""
 
     def __init__(self, storage: Storage, plan: Plan, name: str) -> None:
@@ -42,7 +42,7 @@ class Teacher:
         """The teacher's linear classifier on `global`: weight float32 [C, D], bias float32 [C]."""
         return self.published.head
 
-    def grid(self, output: str) -> Grid:
+    def grid(self, output: str) -> QuantGrid:
         """How the output is stored."""
         return self.published.grids[output]
 
@@ -51,13 +51,13 @@ class Teacher:
         return committed_units(self._storage, paths.teacher(self.name), self._plan.units)
 
 
-class Teachers(Mapping[str, Teacher]):
+class Teachers(Mapping[str, CachedTeacher]):
     """The teachers that stood when the cache was opened, by name."""
 
     def __init__(self, storage: Storage, plan: Plan) -> None:
-        self._teachers = {name: Teacher(storage, plan, name) for name in teacher_names(storage)}
+        self._teachers = {name: CachedTeacher(storage, plan, name) for name in teacher_names(storage)}
 
-    def __getitem__(self, name: str) -> Teacher:
+    def __getitem__(self, name: str) -> CachedTeacher:
         return self._teachers[name]
 
     def __iter__(self) -> Iterator[str]:

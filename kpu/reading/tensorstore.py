@@ -25,7 +25,7 @@ from kpu.shards.reader import ShardReader
 from kpu.storage.base import Storage
 from kpu.storage.local import LocalStorage
 from kpu.util.cores import usable_cores
-from kpu.util.lru import Recent
+from kpu.util.lru import LRUCache
 
 FEWEST_CORES: Final = 4
 FEWEST_ROWS: Final = 16  # below, starting it costs more than it gains
@@ -44,7 +44,7 @@ class Gather:
         # What is checked at once, and whether it was. The memory of a flag is taken when it is set.
         self._piece_rows = layout.chunk_rows if self._has_headers else layout.unit_rows
         self._checked = np.zeros(-(-layout.rows // self._piece_rows), bool)
-        self._indices: Recent[int, Index] = Recent(max(16, _MEMORY // (_INDEX_BYTES * layout.chunks_per_shard)))
+        self._indices: LRUCache[int, Index] = LRUCache(max(16, _MEMORY // (_INDEX_BYTES * layout.chunks_per_shard)))
         self._engine = _engine()
         store = {"driver": "file", "path": f"{storage.url}/{folder}"}
         self._array = self._engine.library.open(

@@ -11,7 +11,7 @@ from kpu.util.strict_json import parse_json_object
 
 
 @dataclass(frozen=True)
-class Failure:
+class RecordedFailure:
     """A unit that a run could not commit; `teacher` is None where the failure struck all teachers of the run."""
 
     teacher: str | None
@@ -33,7 +33,7 @@ class RunRecord:
     rows: int = 0
     seconds: float = 0.0
     rows_per_second: float = 0.0
-    failed: tuple[Failure, ...] = ()
+    failed: tuple[RecordedFailure, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
@@ -88,8 +88,10 @@ def _left_out(entries: Iterable[Any]) -> Iterable[LeftOut]:
             yield LeftOut(str(entry.get("reason", "")), entry["count"], str(entry.get("example", "")))
 
 
-def _failures(entries: Iterable[Any]) -> Iterable[Failure]:
+def _failures(entries: Iterable[Any]) -> Iterable[RecordedFailure]:
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("unit"), int):
             teacher = entry.get("teacher")
-            yield Failure(teacher if isinstance(teacher, str) else None, entry["unit"], str(entry.get("reason", "")))
+            yield RecordedFailure(
+                teacher if isinstance(teacher, str) else None, entry["unit"], str(entry.get("reason", ""))
+            )

@@ -20,7 +20,7 @@ from kpu.records.sample_part import read_part
 from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.util.digests import DIGEST_BYTES, digest, digest_of
-from kpu.util.lru import Recent
+from kpu.util.lru import LRUCache
 
 _THREADS: Final = 4
 _FILE: Final = pa.field("file", pa.string(), nullable=False)
@@ -115,7 +115,7 @@ class Samples:
     def __init__(self, storage: Storage, plan: Plan, *, cached_parts: int = 2) -> None:
         self._storage, self._plan = storage, plan
         self._part_rows = paths.UNITS_PER_PART * plan.unit_rows
-        self._parts: Recent[int, pa.Table] = Recent(cached_parts)
+        self._parts: LRUCache[int, pa.Table] = LRUCache(cached_parts)
         self.schema: pa.Schema = sample_schema(plan.source.kind)
 
     def __len__(self) -> int:

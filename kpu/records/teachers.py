@@ -11,7 +11,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from kpu.errors import CorruptError
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import Frozen, OutputSpec, Plan, ShardFormat, TeacherSpec
 from kpu.format.statistics import Statistics, load_statistics
 from kpu.records.plan import chunk_rows, read_checked
@@ -31,7 +31,7 @@ Head = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class TeacherFiles:
+class TeacherManifest:
     """What `teachers/<teacher>/zarr.json` says.
 
     `files` maps names inside the teacher's folder to digests of their raw bytes, `zarr.json` itself included.
@@ -60,22 +60,22 @@ class _Sealed(Frozen):
 
 
 @dataclass(frozen=True)
-class PublishedTeacher(TeacherFiles):
+class PublishedTeacher(TeacherManifest):
     """A published teacher; `head` is (weight f32[C, D], bias f32[C])."""
 
     statistics: dict[str, Statistics]
-    grids: dict[str, Grid]
+    grids: dict[str, QuantGrid]
     layouts: dict[str, ArrayLayout]
     head: Head | None
 
 
-def output_layout(plan: Plan, spec: TeacherSpec, output: OutputSpec, grid: Grid) -> ArrayLayout:
+def output_layout(plan: Plan, spec: TeacherSpec, output: OutputSpec, grid: QuantGrid) -> ArrayLayout:
     """Layout of one output's array: in Zarr a chunk is one row of a map, 64 rows of vectors; in tars one row."""
     return shard_layout(plan.rows, plan.unit_rows, spec.name, spec.format, output, grid)
 
 
 def shard_layout(
-    rows: int, unit_rows: int, teacher: str, shards: ShardFormat, output: OutputSpec, grid: Grid
+    rows: int, unit_rows: int, teacher: str, shards: ShardFormat, output: OutputSpec, grid: QuantGrid
 ) -> ArrayLayout:
     """As `output_layout`, from its parts."""
     tar = shards == "webdataset"
@@ -129,7 +129,7 @@ def dump_group(spec: TeacherSpec, encoding: str, files: dict[str, str]) -> bytes
     return raw.replace(_NO_DIGEST.encode(), digest(raw).encode())
 
 
-def read_teacher(storage: Storage, name: str) -> TeacherFiles:
+def read_teacher(storage: Storage, name: str) -> TeacherManifest:
     """A teacher's `zarr.json` alone.
 
     Raises:
@@ -161,7 +161,7 @@ def read_teacher(storage: Storage, name: str) -> TeacherFiles:
         raise CorruptError(file, reason, teacher=name)
     if not names or len(set(names)) < len(names):
         raise CorruptError(file, f"spec.outputs: expected names that differ, found {names}", teacher=name)
-    return TeacherFiles(
+    return TeacherManifest(
         spec=sealed.spec,
         model_fingerprint=sealed.model_fingerprint,
         encoding_fingerprint=sealed.encoding_fingerprint,
@@ -186,7 +186,7 @@ def load_teacher(storage: Storage, plan: Plan, name: str) -> PublishedTeacher:
     for output in teacher.spec.outputs:
         file = f"{folder}/{output.name}/zarr.json"
         array, attributes = array_layout(raw[f"{output.name}/zarr.json"], file)
-        grid, tokens = Grid.from_attributes(attributes.get("kpu", {}), file)
+        grid, tokens = QuantGrid.from_attributes(attributes.get("kpu", {}), file)
         if not _same_layout(array, output_layout(plan, teacher.spec, output, grid)) or tokens != output.grid:
             raise CorruptError(file, f"does not fit the plan and the spec: found {array}", teacher=name)
         channels = output.channels

@@ -10,18 +10,18 @@ from pydantic import ValidationError
 
 from kpu.errors import CorruptError, MissingUnitError
 from kpu.format.spec import Frozen, ImagesRecord, Plan, ShardRecord, UnitRecord
-from kpu.records.teachers import GROUP, TeacherFiles
+from kpu.records.teachers import GROUP, TeacherManifest
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.reader import ShardReader, open_shard
 from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.util.digests import digest, open_document
-from kpu.util.lru import Recent
+from kpu.util.lru import LRUCache
 
 Mask = npt.NDArray[np.bool_]
 _NAME = re.compile(r"(\d{6,})\.json")
 _Record = TypeVar("_Record", bound=Frozen)
-_digests: Recent[int, tuple[Plan, str]] = Recent(8)
+_digests: LRUCache[int, tuple[Plan, str]] = LRUCache(8)
 
 
 def plan_digest(plan: Plan) -> str:
@@ -74,7 +74,7 @@ def load_record(storage: Storage, plan: Plan, teacher: str, unit: int) -> UnitRe
     return record
 
 
-def load_unit(storage: Storage, plan: Plan, teacher: TeacherFiles, unit: int) -> UnitRecord:
+def load_unit(storage: Storage, plan: Plan, teacher: TeacherManifest, unit: int) -> UnitRecord:
     """As `load_record`, compared also with the published teacher."""
     name = teacher.spec.name
     record = load_record(storage, plan, name, unit)
@@ -83,7 +83,7 @@ def load_unit(storage: Storage, plan: Plan, teacher: TeacherFiles, unit: int) ->
     return record
 
 
-def record_problems(record: UnitRecord, teacher: TeacherFiles) -> Iterator[str]:
+def record_problems(record: UnitRecord, teacher: TeacherManifest) -> Iterator[str]:
     """How a record differs from what a unit of this teacher must say."""
     if record.fingerprint != teacher.fingerprint:
         yield f"is of another teacher version: expected fingerprint {teacher.fingerprint}, found {record.fingerprint}"
@@ -94,7 +94,7 @@ def record_problems(record: UnitRecord, teacher: TeacherFiles) -> Iterator[str]:
         yield f"describes other outputs: expected {outputs}, found {sorted(record.outputs)}"
 
 
-def sealed_files(teacher: TeacherFiles) -> dict[str, str]:
+def sealed_files(teacher: TeacherManifest) -> dict[str, str]:
     """What a unit record says of the teacher's files: the digest of its `zarr.json`, which digests all others."""
     return {GROUP: teacher.files[GROUP]}
 

@@ -22,7 +22,7 @@ from kpu.sources.parquet.row_groups import ParquetReader
 from kpu.sources.tars.earlier import EarlierFolderListing, EarlierTarListing
 from kpu.sources.tars.listing import TarListing, TarReader
 
-__all__ = ["Data", "LeftOut", "Source", "SourceReader", "describe_left_out", "open_source", "source_reader"]
+__all__ = ["Data", "ImageSource", "LeftOut", "SourceReader", "describe_left_out", "open_source", "source_reader"]
 
 
 class Data(Protocol):
@@ -40,7 +40,7 @@ class Data(Protocol):
     def limit(self) -> int | None: ...
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does.
 
     `left_out` counts what the last whole listing passed over; `notes` are lines on how its images are read. `earlier`
@@ -50,7 +50,7 @@ class Source(Protocol):
     spec: SourceSpec
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
-    earlier: "Source | None"
+    earlier: "ImageSource | None"
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
@@ -91,7 +91,7 @@ class _Listing(Protocol):
     def nothing(self) -> str: ...
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: Data) -> ImageSource:
     """Find what `data` names and see what kind of source it is.
 
     Raises:
@@ -140,7 +140,7 @@ class _Checked:
         self.spec = listing.spec
         self.left_out: tuple[LeftOut, ...] = ()
         self.notes: tuple[str, ...] = ()
-        self.earlier: Source | None = None if earlier is None else _Checked(earlier, limit)
+        self.earlier: ImageSource | None = None if earlier is None else _Checked(earlier, limit)
 
     @property
     def classes(self) -> tuple[str, ...] | None:

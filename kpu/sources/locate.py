@@ -20,7 +20,7 @@ from kpu.util.faults import is_fault
 _MAGIC: Final = "*?["
 
 
-class Entry(NamedTuple):
+class LocatedPath(NamedTuple):
     """One thing to list, relative to the root (`.` is the root itself)."""
 
     path: str
@@ -32,7 +32,7 @@ class Located(NamedTuple):
 
     kind: Kind
     files: Files
-    entries: tuple[Entry, ...]
+    entries: tuple[LocatedPath, ...]
     left_out: tuple[LeftOut, ...] = ()
 
 
@@ -65,7 +65,7 @@ def locate(source: str | Sequence[str]) -> Located:
         examples = ", ".join(f"{paths[0]} ({kind})" for kind, paths in sorted(kinds.items()))
         raise SourceError(f"data.source: expected one kind of source, found {examples}; extract them apart")
     root = _common_root(found)
-    entries = tuple(Entry(_relative(item.path, root), item.is_folder) for item in found)
+    entries = tuple(LocatedPath(_relative(item.path, root), item.is_folder) for item in found)
     return Located(next(iter(kinds)), Files(root), entries, beside.result())
 
 

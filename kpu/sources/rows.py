@@ -7,10 +7,10 @@ import pyarrow as pa
 
 from kpu.pixels.views import draw_views
 from kpu.records.samples import sample_schema
-from kpu.sources import Source
+from kpu.sources import ImageSource
 
 
-def listed_rows(source: Source, views: int, seed: int) -> Iterator[pa.Table]:
+def listed_rows(source: ImageSource, views: int, seed: int) -> Iterator[pa.Table]:
     """The sample table, one record a row: every sample `views` times."""
     schema = sample_schema(source.spec.kind)
     for batch in source.batches():

@@ -6,7 +6,7 @@ from typing import Any
 from kpu.storage.base import Handle, Storage
 
 
-class Counted:
+class CountingStorage:
     """Another storage, whose handles count; `bytes` is what they have read so far. Safe to use from many threads."""
 
     def __init__(self, storage: Storage) -> None:
@@ -26,7 +26,7 @@ class Counted:
 
 
 class _CountedHandle:
-    def __init__(self, handle: Handle, counted: Counted) -> None:
+    def __init__(self, handle: Handle, counted: CountingStorage) -> None:
         self._handle, self._counted = handle, counted
         self.size, self.remote, self.fetch_bytes = handle.size, handle.remote, handle.fetch_bytes
 

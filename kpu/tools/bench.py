@@ -19,7 +19,7 @@ from kpu.records.plan import load_plan
 from kpu.records.teachers import output_shard, shard_layout
 from kpu.shards.writer import encode_shard
 from kpu.storage import paths
-from kpu.storage.counting import Counted
+from kpu.storage.counting import CountingStorage
 from kpu.storage.open import open_storage
 
 STEPS: Final = (0.02, 0.05, 0.1, 0.2)
@@ -36,7 +36,7 @@ _CODEC_BYTES: Final = 128 << 20  # of features that codecs are tried on, as floa
 _COPIED: Final = 64 << 20
 _PIECE: Final = 8 << 20
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Tried:
+class CodecTrial:
     """What a codec makes of `rows` rows of an output: size against fp16, and errors in channel standard deviations.
 
     `worst` is the RMSE of the worst row. The features are those that the cache holds; `grid` is the step that they
@@ -92,7 +92,7 @@ class Bench:
     path: str
     rows: int
     readings: tuple[Reading, ...]
-    codecs: tuple[Tried, ...]
+    codecs: tuple[CodecTrial, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -114,7 +114,7 @@ def bench(
         ConfigError: there is no such teacher, or none with a committed unit.
         CorruptError: what had to be read is damaged.
     """
-    storage = Counted(open_storage(path))
+    storage = CountingStorage(open_storage(path))
     plan = load_plan(storage)
     if plan is None:
         raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
@@ -128,7 +128,7 @@ def bench(
         raise ConfigError(f"{cache.path}: expected a teacher with a committed unit, found none; extract one first")
     copied = _copy_speed()
     readings: list[Reading] = []
-    codecs: list[Tried] = []
+    codecs: list[CodecTrial] = []
     for number, (name, output) in enumerate(found):
         if progress:
             progress(number, len(found))
@@ -138,7 +138,14 @@ def bench(
 
 
 def _reading(
-    cache: Cache, storage: Counted, name: str, output: OutputSpec, units: Rows, rows: int, seed: int, copied: float
+    cache: Cache,
+    storage: CountingStorage,
+    name: str,
+    output: OutputSpec,
+    units: RowNumbers,
+    rows: int,
+    seed: int,
+    copied: float,
 ) -> Reading:
     rng = np.random.default_rng(seed)
     everywhere = draw_rows(rng, cache.plan, units, rows)
@@ -150,7 +157,7 @@ def _reading(
     stored = sum(storage.size(key) or 0 for key in keys) / whole
     decoded = teacher.layouts[output.name].row_bytes
 
-    def read(wanted: Rows) -> int:
+    def read(wanted: RowNumbers) -> int:
         for first in range(0, len(wanted), _BATCH):
             cache.read_encoded(name, output.name, wanted[first : first + _BATCH])
         return len(wanted)
@@ -175,7 +182,7 @@ def _reading(
     )
 
 
-def _rate(storage: Counted, work: Callable[[], int]) -> Rate:
+def _rate(storage: CountingStorage, work: Callable[[], int]) -> Rate:
     """Of `work`, which returns a number of rows, the second time it is done."""
     work()
     before, begun = storage.bytes, perf_counter()
@@ -196,7 +203,9 @@ def _copy_speed() -> float:
     return float(np.median(found))
 
 
-def _try_codecs(cache: Cache, name: str, output: OutputSpec, units: Rows, rows: int, seed: int) -> Iterator[Tried]:
+def _try_codecs(
+    cache: Cache, name: str, output: OutputSpec, units: RowNumbers, rows: int, seed: int
+) -> Iterator[CodecTrial]:
     limit = max(1, min(rows, _CODEC_ROWS, _CODEC_BYTES // (4 * math.prod(output.shape))))
     drawn = draw_rows(np.random.default_rng(seed), cache.plan, units, 2 * limit)
     usable = drawn[cache.valid(drawn, name)][:limit]
@@ -206,7 +215,7 @@ def _try_codecs(cache: Cache, name: str, output: OutputSpec, units: Rows, rows: 
     features, statistics = cache.read(name, output.name, usable), teacher.statistics[output.name]
     for codec in CODECS:
         of_fp16, squared, cosine = try_codec(features, codec, statistics, output)
-        yield Tried(
+        yield CodecTrial(
             teacher=name,
             output=output.name,
             codec=codec.name,
@@ -240,7 +249,7 @@ def try_codec(
     return size / (2 * features.size), found.squared_error, found.cosine
 
 
-def draw_rows(rng: np.random.Generator, plan: Plan, units: Rows, wanted: int) -> Rows:
+def draw_rows(rng: np.random.Generator, plan: Plan, units: RowNumbers, wanted: int) -> RowNumbers:
     """`wanted` row numbers of `units` (int64 [n]) in random order, none twice; all of them where there are fewer.
 
     Memory grows with the number of units and of rows wanted, not with that of rows.
@@ -249,5 +258,5 @@ def draw_rows(rng: np.random.Generator, plan: Plan, units: Rows, wanted: int) ->
     ends = np.cumsum(np.minimum(plan.rows - first, plan.unit_rows))
     places = rng.choice(ends[-1], min(wanted, int(ends[-1])), replace=False)
     unit = np.searchsorted(ends, places, side="right")
-    rows: Rows = first[unit] + places - np.concatenate([[0], ends])[unit]
+    rows: RowNumbers = first[unit] + places - np.concatenate([[0], ends])[unit]
     return rows

@@ -50,7 +50,7 @@ class VerifyReport:
         return {"ok": self.ok, "problems": problems, "files": self.files, "bytes": self.bytes}
 
 
-class Collector:
+class ReportBuilder:
     """Collects problems from several threads."""
 
     def __init__(self, storage: Storage) -> None:

@@ -17,9 +17,9 @@ from kpu.format.spec import Plan
 from kpu.records.images import load_status
 from kpu.records.leftout import LeftOut
 from kpu.records.plan import load_plan
-from kpu.records.runs import Failure, RunRecord, load_runs
+from kpu.records.runs import RecordedFailure, RunRecord, load_runs
 from kpu.records.samples import Samples
-from kpu.records.teachers import TeacherFiles, read_teacher, teacher_folders, teacher_names
+from kpu.records.teachers import TeacherManifest, read_teacher, teacher_folders, teacher_names
 from kpu.records.units import Mask, committed_units, lost_images, unpack_mask
 from kpu.storage import paths
 from kpu.storage.base import Storage
@@ -72,7 +72,7 @@ class Status:
     units: int
     teachers: dict[str, TeacherStatus]
     masked: list[MaskedRow] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[RecordedFailure] = field(default_factory=list)
     lost_images: list[int] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     masked_reasons: dict[str, int] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def status(path: str | os.PathLike[str]) -> Status:
 class _Tally:
     """Sums over the commit records of one teacher."""
 
-    def __init__(self, plan: Plan, teacher: TeacherFiles, committed: Mask) -> None:
+    def __init__(self, plan: Plan, teacher: TeacherManifest, committed: Mask) -> None:
         self.committed = committed
         self.masked_units: list[int] = []
         self.nonfinite: dict[int, Mask] = {}
@@ -167,7 +167,7 @@ class _Tally:
         )
 
 
-def _tally(storage: Storage, plan: Plan, teacher: TeacherFiles) -> _Tally:
+def _tally(storage: Storage, plan: Plan, teacher: TeacherManifest) -> _Tally:
     """Parsed by the fastest parser at hand and not checked: 100,000 records have to be read in a few seconds."""
     folder = paths.teacher(teacher.spec.name)
     committed = committed_units(storage, folder, plan.units)
@@ -215,9 +215,9 @@ def _masked_rows(storage: Storage, plan: Plan, tallies: dict[str, _Tally]) -> It
             yield MaskedRow(key, rows[row], why)
 
 
-def _failed(runs: list[RunRecord], committed: dict[str, Mask]) -> list[Failure]:
+def _failed(runs: list[RunRecord], committed: dict[str, Mask]) -> list[RecordedFailure]:
     """The newest failure of each unit and teacher that is not committed since."""
-    newest: dict[tuple[str | None, int], Failure] = {}
+    newest: dict[tuple[str | None, int], RecordedFailure] = {}
     for run in runs:
         for failure in run.failed:
             names = [failure.teacher] if failure.teacher is not None else (run.teachers or list(committed))

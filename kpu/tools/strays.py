@@ -3,13 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping
 
 from kpu.format.spec import Plan
-from kpu.records.teachers import GROUP, TeacherFiles
+from kpu.records.teachers import GROUP, TeacherManifest
 from kpu.shards.layout import ArrayLayout
 from kpu.storage import paths
 from kpu.storage.base import Storage
 
 
-def foreign_files(storage: Storage, plan: Plan, teachers: Mapping[str, TeacherFiles | None]) -> Iterator[str]:
+def foreign_files(storage: Storage, plan: Plan, teachers: Mapping[str, TeacherManifest | None]) -> Iterator[str]:
     """Names below `samples`, `images` and `teachers` that do not belong there; folders inside shards' keys aside.
 
     A teacher that is None is not looked into: nothing says which files it should have.

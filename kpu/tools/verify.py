@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 
 from kpu.errors import CorruptError, NotACacheError
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
 from kpu.records.plan import check_image_arrays, image_layouts, read_plan
 from kpu.records.samples import Samples, row_digest
-from kpu.records.teachers import TeacherFiles, load_teacher, output_layout, read_teacher, teacher_folders
+from kpu.records.teachers import TeacherManifest, load_teacher, output_layout, read_teacher, teacher_folders
 from kpu.records.units import (
     Mask,
     committed_units,
@@ -29,7 +29,7 @@ from kpu.shards.reader import ShardReader
 from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.storage.open import open_storage
-from kpu.tools.report import NOT_COMMITTED, Collector, Problem, VerifyReport
+from kpu.tools.report import NOT_COMMITTED, Problem, ReportBuilder, VerifyReport
 from kpu.tools.strays import foreign_beside_shard, foreign_files
 
 __all__ = ["Problem", "VerifyReport", "verify"]
@@ -52,7 +52,7 @@ def verify(
         NotACacheError: there is no cache, or one of another format version.
     """
     storage = open_storage(cache) if isinstance(cache, str | os.PathLike) else cache
-    report = Collector(storage)
+    report = ReportBuilder(storage)
     try:
         plan = read_plan(storage)
     except CorruptError as error:
@@ -81,9 +81,9 @@ def verify(
     return report.finish()
 
 
-def _check_teachers(report: Collector, plan: Plan) -> dict[str, TeacherFiles | None]:
+def _check_teachers(report: ReportBuilder, plan: Plan) -> dict[str, TeacherManifest | None]:
     """Every teacher that a run began, its files checked; None where nothing says what they should be."""
-    teachers: dict[str, TeacherFiles | None] = {}
+    teachers: dict[str, TeacherManifest | None] = {}
     for name in teacher_folders(report.storage):
         folder = paths.teacher(name)
         teacher = report.attempt(paths.group(folder), partial(read_teacher, report.storage, name), teacher=name)
@@ -98,7 +98,7 @@ def _check_teachers(report: Collector, plan: Plan) -> dict[str, TeacherFiles | N
     return teachers
 
 
-def _row_digests(report: Collector, plan: Plan, wanted: Mask) -> Iterator[tuple[range, dict[int, str | None]]]:
+def _row_digests(report: ReportBuilder, plan: Plan, wanted: Mask) -> Iterator[tuple[range, dict[int, str | None]]]:
     """For each part of the sample table its units and, of the `wanted` ones, the row digest, None if damaged."""
     samples = Samples(report.storage, plan, cached_parts=1)
     for part in range(samples.parts):
@@ -115,14 +115,14 @@ def _row_digests(report: Collector, plan: Plan, wanted: Mask) -> Iterator[tuple[
 class _Units:
     """Checks one unit of the images and of every teacher, from several threads."""
 
-    def __init__(self, report: Collector, plan: Plan, teachers: dict[str, TeacherFiles]) -> None:
+    def __init__(self, report: ReportBuilder, plan: Plan, teachers: dict[str, TeacherManifest]) -> None:
         self._report, self._storage, self._plan, self._teachers = report, report.storage, plan, teachers
         self._images = image_layouts(plan.rows, plan.unit_rows)
         none = np.empty(0, np.float32)
         self._outputs = {
             name: {
                 output.name: output_layout(
-                    plan, teacher.spec, output, Grid(teacher.spec.codec, none, none, none.astype(np.int32))
+                    plan, teacher.spec, output, QuantGrid(teacher.spec.codec, none, none, none.astype(np.int32))
                 )
                 for output in teacher.spec.outputs
             }

@@ -9,7 +9,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class LRUCache(Generic[K, V]):
     """The values used last, made on demand. Two threads may make the same value at once; neither waits.
 
     `size` is how many are kept; a function is asked whenever one is added.

@@ -12,7 +12,7 @@ from kpu.errors import KpuError
 from kpu.format.statistics import Statistics
 from pipeline.run.reports import Task, UnitReport
 from pipeline.worker.measure import Measurement
-from pipeline.worker.worker import Description, Worker, WorkerSetup
+from pipeline.worker.worker import TeacherDescription, Worker, WorkerSetup
 
 
 class ActorWorker:
@@ -33,7 +33,7 @@ class ActorWorker:
         with _machine_named():
             self._worker = Worker(self._setup, self._threads)
 
-    def describe(self) -> list[Description]:
+    def describe(self) -> list[TeacherDescription]:
         with _machine_named():
             return self._worker.describe()
 

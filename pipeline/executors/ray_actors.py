@@ -28,7 +28,7 @@ from pipeline.executors.room import (
 from pipeline.executors.seats import Seat, TaskQueue
 from pipeline.executors.signals import stop_signals_kept
 from pipeline.run.observers import TELL_EVERY_SECONDS, Observer, Progress
-from pipeline.run.reports import Failure, Task, UnitReport
+from pipeline.run.reports import Task, UnitFailure, UnitReport
 from pipeline.worker.worker import WorkerSetup
 
 IN_FLIGHT = 2
@@ -56,7 +56,7 @@ class RayExecutor:
         self._observer = observer
         self._cleanup = ExitStack()
         self._seats: list[Seat] = []
-        self._homeless_since: float | None = None
+        self._no_capacity_since: float | None = None
         self._looks = 0  # at a cluster that has room, in vain
         self.workers = self.threads = 0
         self.gpus_per_worker = 0.0
@@ -154,7 +154,7 @@ class RayExecutor:
             return None
         if done[0] in flying:
             return flying[done[0]], done[0]
-        seat, self._homeless_since = arriving[done[0]], None
+        seat, self._no_capacity_since = arriving[done[0]], None
         try:
             ray.get(done[0])
             seat.ready = None
@@ -168,16 +168,16 @@ class RayExecutor:
         """A worker that no node can hold is never made, one whose place others hold is waited for; Ray says nothing."""
         nodes = _living_nodes()
         if count_room(nodes, self.threads, self.gpus_per_worker):
-            self._homeless_since = None
+            self._no_capacity_since = None
             self._look_for_others(nodes)
             return
         needed = f"a worker of {self.threads} CPU threads and {self.gpus_per_worker:g} GPUs"
-        if self._homeless_since is None:
-            self._homeless_since = monotonic()
+        if self._no_capacity_since is None:
+            self._no_capacity_since = monotonic()
             self._observer.warn(
                 f"no node of the cluster has room for {needed} any more; waiting {PATIENCE_SECONDS:g} s for one"
             )
-        elif monotonic() - self._homeless_since > PATIENCE_SECONDS:
+        elif monotonic() - self._no_capacity_since > PATIENCE_SECONDS:
             raise IncompleteError(
                 f"no node of the cluster has had room for {needed} for {PATIENCE_SECONDS:g} s; committed units are "
                 "safe, and the same command resumes once nodes are back"
@@ -256,7 +256,7 @@ def _last_reports(seat: Seat, queue: TaskQueue, deaths: Counter[int]) -> Iterato
                 queue.suspects.append(task)
                 continue
             reason = f"its worker died {DEATHS_ALLOWED} times while it held this unit ({_detail(error)}); {ADVICE}"
-            yield UnitReport(task, 0, 0, 0, {}, (Failure(task.unit, None, reason),))
+            yield UnitReport(task, 0, 0, 0, {}, (UnitFailure(task.unit, None, reason),))
         except RayError as error:
             raise _unwrap(error) from None
 

@@ -24,7 +24,7 @@ from kpu.storage.base import Storage
 from kpu.storage.places import redact
 from kpu.util.versions import installed_versions
 from pipeline.config import ExtractConfig
-from pipeline.run.reports import STAGES, Failure, Task, UnitReport
+from pipeline.run.reports import STAGES, Task, UnitFailure, UnitReport
 
 PACKAGES = (
     "kpu",
@@ -59,7 +59,7 @@ class RunSummary:
     bytes: int
     masked: int
     remaining_units: int
-    failures: tuple[Failure, ...]
+    failures: tuple[UnitFailure, ...]
     saturated: dict[str, float] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
@@ -93,7 +93,7 @@ class Run:
         self._saved = self._clock
         self._totals = dict.fromkeys(STAGES, 0.0)
         self._rows = self._bytes = self._masked = 0
-        self._failures: list[Failure] = []
+        self._failures: list[UnitFailure] = []
         self._saturated: Counter[str] = Counter()
         self._values: Counter[str] = Counter()
         self._nonfinite: Counter[str] = Counter()

@@ -18,7 +18,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Failure:
+class UnitFailure:
     """Why a unit did not commit; `teacher` is None where it concerns all of them."""
 
     unit: int
@@ -40,7 +40,7 @@ class UnitReport:
     masked: int
     bytes: int
     seconds: dict[str, float]
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[UnitFailure, ...] = ()
     saturated: dict[str, tuple[int, int]] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)

@@ -6,10 +6,10 @@ from kpu.errors import ConfigError
 from kpu.trust.code import CodeLoader, naming
 from kpu.trust.list import Trust, load_trust
 from pipeline.config import TeacherConfig
-from pipeline.teachers.base import Teacher
+from pipeline.teachers.base import FrozenTeacher
 from pipeline.teachers.custom.factory import load_custom, read_source
 
-__all__ = ["ShippedTeacher", "Teacher", "build_teacher", "load_shipped", "ship"]
+__all__ = ["FrozenTeacher", "ShippedTeacher", "build_teacher", "load_shipped", "ship"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def ship(
     return ShippedTeacher(config, code.source if code.is_file else None, trust)
 
 
-def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", seed: int = 0) -> Teacher:
+def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", seed: int = 0) -> FrozenTeacher:
     """Load, freeze and probe a teacher. `seed` is for `weights: random`.
 
     Raises:
@@ -70,9 +70,9 @@ def load_shipped(name: str, shipped: ShippedTeacher, *, device: str = "cpu", see
         backbone = load_hf(name, config, seed)
     else:
         raise ConfigError(f"teacher {name!r}: model: expected timm:, hf: or torch:, found {config.model!r}")
-    return Teacher(name, config, backbone, device)
+    return FrozenTeacher(name, config, backbone, device)
 
 
-def build_teacher(name: str, config: TeacherConfig, *, device: str = "cpu", seed: int = 0) -> Teacher:
+def build_teacher(name: str, config: TeacherConfig, *, device: str = "cpu", seed: int = 0) -> FrozenTeacher:
     """`load_shipped` of a teacher that the caller names, and that stays here."""
     return load_shipped(name, ship(config), device=device, seed=seed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import ConfigError, TeacherError
-from kpu.format.spec import LABEL_OF_NOTHING, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
+from kpu.format.spec import NO_LABEL, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
 from kpu.storage.paths import check_name
 from pipeline.config import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, proportional_grid, reason
@@ -27,7 +27,7 @@ _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_IMAGES = 2
 
 
-class Teacher:
+class FrozenTeacher:
     """A frozen model on a device.
 
     `outputs` are in stored order. `head` is (weight float32 [classes, D], bias float32 [classes]) of a linear
@@ -242,7 +242,7 @@ class Teacher:
         classes = len(self.head[0])
         if len(config.labels) != classes:
             raise TeacherError(f"{self._who}: labels: expected {classes}, one a class, found {len(config.labels)}")
-        return tuple(LABEL_OF_NOTHING if label is None else label for label in config.labels)
+        return tuple(NO_LABEL if label is None else label for label in config.labels)
 
 
 def _choose_precision(wanted: str, device: torch.device) -> Precision:

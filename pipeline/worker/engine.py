@@ -13,19 +13,20 @@ import pyarrow as pa
 import torch
 
 from kpu.errors import NonFiniteError
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import Decoding, ImageStatus
 from kpu.format.statistics import Accumulator, Statistics
 from kpu.pixels.resize import geometry
 from kpu.sources import SourceReader
 from pipeline.config import ExtractConfig
 from pipeline.run.reports import Stopwatch
-from pipeline.teachers import ShippedTeacher, Teacher, load_shipped
-from pipeline.worker.collect import Collector, Computed, new_images
+from pipeline.teachers import ShippedTeacher, load_shipped
+from pipeline.teachers.base import FrozenTeacher
 from pipeline.worker.device import Device
-from pipeline.worker.loading import Batch, Loader
+from pipeline.worker.loading import Batch, ImageLoader
 from pipeline.worker.moments import moments
 from pipeline.worker.quantise import DeviceGrid
+from pipeline.worker.unit_buffer import Computed, UnitBuffer, new_images
 
 DECODE_AHEAD_OF_GPU = 2
 
@@ -52,14 +53,16 @@ class Engine:
         self._device = Device(device, threads)
         # On the CPU decoding ahead would only compete with the teachers for the same cores.
         ahead = DECODE_AHEAD_OF_GPU if self._device.is_cuda else 0
-        self._loader = Loader(reader, pool, threads, ahead, config.crop, decoding)
+        self._loader = ImageLoader(reader, pool, threads, ahead, config.crop, decoding)
         self.stopping = Event()
         self.seen = np.zeros(0, np.uint8)
-        self.teachers: dict[str, Teacher] = {
+        self.teachers: dict[str, FrozenTeacher] = {
             name: load_shipped(name, shipped, device=device, seed=config.seed) for name, shipped in teachers.items()
         }
 
-    def device_grids(self, grids: Mapping[str, Grid], statistics: Mapping[str, Statistics]) -> dict[str, DeviceGrid]:
+    def device_grids(
+        self, grids: Mapping[str, QuantGrid], statistics: Mapping[str, Statistics]
+    ) -> dict[str, DeviceGrid]:
         """Quantisation parameters of a teacher's outputs, on the device."""
         return {output: DeviceGrid(grid, statistics[output], self._device.name) for output, grid in grids.items()}
 
@@ -106,7 +109,7 @@ class Engine:
     ) -> Computed:
         """Quantised features of the rows of `table`, in host memory."""
         collectors = {
-            name: Collector(self._device, self.teachers[name].outputs, grids[name], table.num_rows) for name in names
+            name: UnitBuffer(self._device, self.teachers[name].outputs, grids[name], table.num_rows) for name in names
         }
         images = new_images(table.num_rows)
         for batch in self.batches(table, names, watch):

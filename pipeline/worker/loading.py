@@ -42,7 +42,7 @@ class Batch:
         return len(self.status)
 
 
-class Loader:
+class ImageLoader:
     """Loads batches with a pool of threads; `decode_ahead` batches are decoded before they are asked for."""
 
     def __init__(

@@ -7,13 +7,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
 
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import OutputSpec, ShardFormat
 from kpu.records.plan import MAX_CHUNK_ROWS
 from kpu.records.teachers import shard_layout
 from kpu.shards.writer import encode_shard
 from pipeline.run.reports import Stopwatch
-from pipeline.worker.collect import QuantisedFeatures
+from pipeline.worker.unit_buffer import QuantisedFeatures
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def measurement(rows: int, started: float, watch: Stopwatch, sizes: dict[str, di
 def encoded_sizes(
     features: QuantisedFeatures,
     outputs: tuple[OutputSpec, ...],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, QuantGrid],
     shards: ShardFormat,
     pool: Executor | None = None,
 ) -> dict[str, int]:

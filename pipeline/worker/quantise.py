@@ -1,7 +1,7 @@
 """Quantisation where the features are, with what it cost in each row.
 
-On the CPU the stored values are bit-equal to those of `kpu.format.codecs.Grid.encode` (under `rotated` except for some
-halfway between two steps), and the costs agree with `kpu.format.fidelity.measure` to about seven digits. A rotation
+On the CPU the stored values are bit-equal to those of `kpu.format.codecs.QuantGrid.encode` (under `rotated` except for
+some halfway between two steps), and the costs agree with `kpu.format.fidelity.measure` to about seven digits. A rotation
 changes neither lengths nor angles, so under `rotated` they are measured on the axes.
 
 Letters: B rows, T tokens (1 for vectors), N = B * T, D channels.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kpu.format.codecs import HUGE, MASKED, Grid
+from kpu.format.codecs import HUGE, MASKED, QuantGrid
 from kpu.format.statistics import Statistics
 
 _DTYPES = {
@@ -51,7 +51,7 @@ class Quantised:
 class DeviceGrid:
     """A grid on a device; `dtype` is torch's for the stored values. One thread at a time may use it."""
 
-    def __init__(self, grid: Grid, statistics: Statistics, device: str | torch.device) -> None:
+    def __init__(self, grid: QuantGrid, statistics: Statistics, device: str | torch.device) -> None:
         self.dtype = _DTYPES[grid.codec.name]
         self._device = torch.device(device)
         self._codec = grid.codec.name

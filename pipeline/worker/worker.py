@@ -20,7 +20,7 @@ from kpu.commit.teacher import list_differences
 from kpu.commit.unit import UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
-from kpu.format.codecs import Grid, calibrated, make_grid
+from kpu.format.codecs import QuantGrid, calibrated, make_grid
 from kpu.format.fidelity import RowFidelity, measure
 from kpu.format.reasons import count_reasons, describe_reasons
 from kpu.format.spec import OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
@@ -33,14 +33,14 @@ from kpu.storage import paths
 from kpu.storage.open import open_storage
 from kpu.util.failpoints import failpoint
 from pipeline.config import ExtractConfig
-from pipeline.run.reports import Failure, Stopwatch, Task, UnitReport
+from pipeline.run.reports import Stopwatch, Task, UnitFailure, UnitReport
 from pipeline.teachers import ShippedTeacher
 from pipeline.teachers.backbone import reason
-from pipeline.worker.collect import Computed
 from pipeline.worker.device import choose_device
 from pipeline.worker.engine import Engine, nonfinite_error
 from pipeline.worker.measure import Measurement, encoded_sizes, measurement
 from pipeline.worker.quantise import DeviceGrid
+from pipeline.worker.unit_buffer import Computed
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class WorkerSetup:
 
 
 @dataclass(frozen=True)
-class Description:
+class TeacherDescription:
     """A loaded teacher, as the driver needs to know it: `head` is (weight [C, D], bias [C]) in float32.
 
     `code` are the places, by digest, of code that the user named and that was run.
@@ -123,10 +123,12 @@ class Worker:
         self._device_thread.shutdown()
         self._pool.shutdown()
 
-    def describe(self) -> list[Description]:
+    def describe(self) -> list[TeacherDescription]:
         """Say what was loaded, in the order of the configuration."""
         return [
-            Description(teacher.spec(self._config.codec_of(name), self._config.format), teacher.head, teacher.code)
+            TeacherDescription(
+                teacher.spec(self._config.codec_of(name), self._config.format), teacher.head, teacher.code
+            )
             for name, teacher in self._engine.teachers.items()
         ]
 
@@ -167,7 +169,7 @@ class Worker:
         except StorageError:
             raise
         except KpuError as error:
-            failure = Failure(task.unit, None, str(error))
+            failure = UnitFailure(task.unit, None, str(error))
             return UnitReport(task, len(rows), 0, 0, watch.seconds, (failure,))
 
     def features(self, names: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]:
@@ -226,13 +228,13 @@ class Worker:
         with watch("publish"):
             images = transaction.images(computed.images)
         valid = ~images.masked
-        written, failures = 0, list[Failure]()
+        written, failures = 0, list[UnitFailure]()
         saturated, masked_alone = dict[str, tuple[int, int]](), dict[str, int]()
         for name in task.teachers:
             nonfinite = valid & ~computed.teachers[name].finite
             if nonfinite.any() and not self._config.allow_nonfinite:
                 key = table["key"][int(np.flatnonzero(nonfinite)[0])].as_py()
-                failures.append(Failure(task.unit, name, str(nonfinite_error(name, key))))
+                failures.append(UnitFailure(task.unit, name, str(nonfinite_error(name, key))))
                 continue
             features = _Computed(computed.teachers[name].outputs, computed.teachers[name].finite, self, name, task.unit)
             with watch("publish"):
@@ -278,7 +280,7 @@ class Worker:
         names = list(self._engine.teachers)
         warm = table.slice(0, warm_rows)
         timed = table.slice(warm_rows) if table.num_rows > warm_rows else warm
-        grids: dict[str, dict[str, Grid]] = {}
+        grids: dict[str, dict[str, QuantGrid]] = {}
         device_grids = {}
         for name, totals in self._engine.accumulate(warm, names).items():
             statistics = self._finish(name, totals)

@@ -14,11 +14,11 @@ from cli import live
 from cli.live import run_teachers
 from kpu import open_cache
 from kpu.errors import MismatchError
-from pipeline.teachers import Teacher, load_shipped
+from pipeline.teachers import FrozenTeacher, load_shipped
 from tests.support.toys import TOY, kpu, write_images, write_teacher
 from trainer.config import validate_config
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Drawn, Upload
+from trainer.data.loading import DeviceTransfer, Drawn
 from trainer.data.targets import choose_outputs
 from trainer.loop.batches import open_loader
 from trainer.model import Inheritance
@@ -66,7 +66,7 @@ def test_live_targets_are_the_cached_ones_within_half_a_step(place: Path) -> Non
     config = validate_config(values(place), "test")
     corpus = Corpus(config.caches, choose_outputs(config), config.base)
     fetch = run_teachers(corpus, config, corpus.fetch)
-    cached, raw = Upload(corpus, CPU), Upload(corpus, CPU, raw=True)
+    cached, raw = DeviceTransfer(corpus, CPU), DeviceTransfer(corpus, CPU, raw=True)
     rows = np.random.default_rng(0).permutation(corpus.rows)
     largest = 0.0
     for part in np.array_split(rows, 6):
@@ -114,7 +114,7 @@ def test_teachers_run_on_the_gpu_of_this_process(
     corpus = Corpus(config.caches, choose_outputs(config), config.base)
     built, chosen = [], []
 
-    def build(*arguments: Any, device: str, **options: Any) -> Teacher:
+    def build(*arguments: Any, device: str, **options: Any) -> FrozenTeacher:
         built.append(device)
         return load_shipped(*arguments, device="cpu", **options)
 

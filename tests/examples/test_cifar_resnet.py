@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 
 FILE = Path(__file__).parents[2] / "examples/cifar_resnet.py"
 
 
-def build(factory: str, weights: str, **options: object) -> Teacher:
+def build(factory: str, weights: str, **options: object) -> FrozenTeacher:
     model = f"torch:{FILE}:{factory}"
     return build_teacher("resnet", TeacherConfig.model_validate({"model": model, "weights": weights, **options}))
 
@@ -54,7 +54,7 @@ def test_the_weights_decide_the_classes(shared_data: Path, factory: str, file: s
     assert teacher.head[0].shape == (classes, 64)
 
 
-def accuracy(shared_data: Path, teacher: Teacher, count: int, batch: int = 200) -> float:
+def accuracy(shared_data: Path, teacher: FrozenTeacher, count: int, batch: int = 200) -> float:
     """Top-1 of the head on the first `count` test images of CIFAR-10, in percent."""
     table = pq.read_table(shared_data / "data/cifar10/test-00000-of-00001.parquet").slice(0, count)
     decoded = [

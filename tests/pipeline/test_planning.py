@@ -8,7 +8,7 @@ from kpu.errors import MismatchError, SourceError
 from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, InputSpec, OutputSpec, Plan, TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.samples import Samples
-from kpu.sources import Source, open_source
+from kpu.sources import ImageSource, open_source
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
@@ -59,7 +59,7 @@ def configure(images: Path, **values: object) -> ExtractConfig:
 
 
 def plan(
-    config: ExtractConfig, run: str = "run", observer: Observer | None = None, source: Source | None = None
+    config: ExtractConfig, run: str = "run", observer: Observer | None = None, source: ImageSource | None = None
 ) -> Plan:
     storage = open_storage(config.out, create=True)
     with lease(storage, run):
@@ -194,7 +194,7 @@ def test_a_plan_of_an_earlier_release_keeps_its_limit(images: Path) -> None:
     check_settings(old, source, config)
 
 
-def earlier(config: ExtractConfig) -> Source:
+def earlier(config: ExtractConfig) -> ImageSource:
     """The source as earlier releases listed it."""
     found = open_source(config.data).earlier
     assert found is not None

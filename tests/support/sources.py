@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from kpu.sources import Source, open_source, source_reader
+from kpu.sources import ImageSource, open_source, source_reader
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -25,7 +25,7 @@ class Data:
     limit: int | None = None
 
 
-def listed(source: Source) -> pa.Table:
+def listed(source: ImageSource) -> pa.Table:
     """The whole listing."""
     return pa.Table.from_batches(list(source.batches()))
 

@@ -30,7 +30,7 @@ from trainer.evaluation.trained import load_trained
 from trainer.export.export import export
 from trainer.run.checkpoint import load_checkpoint
 from trainer.run.runs import MAY_CHANGE, RunFolder
-from trainer.util.sealed import plain, seal_yaml
+from trainer.util.sealed import seal_yaml, to_json
 
 
 def attempt(call: Callable[[], object]) -> bool:
@@ -111,7 +111,7 @@ def reseal(folder: Path) -> None:
                 for file in document["digests"]:
                     document["digests"][file] = digest((folder / file).read_bytes())
             document.pop("digest", None)
-            (folder / name).write_text(json.dumps({**document, "digest": digest_of(plain(document))}))
+            (folder / name).write_text(json.dumps({**document, "digest": digest_of(to_json(document))}))
 
 
 _SENSELESS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)

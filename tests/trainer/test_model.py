@@ -12,7 +12,7 @@ import torch
 from tests.trainer.conftest import BROKEN, RED, Configure
 from trainer.config import TrainConfig
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Batch, Upload
+from trainer.data.loading import Batch, DeviceTransfer
 from trainer.data.targets import choose_outputs
 from trainer.loop.prepare import prepare_space
 from trainer.loop.scores import score
@@ -27,7 +27,7 @@ def model_and_batch(config: TrainConfig, rows: np.ndarray | None = None) -> tupl
     corpus = Corpus(config.caches, choose_outputs(config), config.base)
     torch.manual_seed(config.seed)
     model = Inheritance(config, corpus.sources)
-    upload = Upload(corpus, CPU)
+    upload = DeviceTransfer(corpus, CPU)
 
     def whole() -> Iterator[Batch]:
         while True:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kpu.errors import MismatchError
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import TeacherSpec
 from kpu.format.statistics import Statistics
 from kpu.reading.cache import Cache, open_cache
-from kpu.reading.teachers import Teacher
+from kpu.reading.teachers import CachedTeacher
 from kpu.util.digests import digest_of
-from trainer.data.resident import Rows, Shelf
+from trainer.data.resident import RowCache, RowNumbers
 from trainer.data.shapes import OutputShape, shape_of
 from trainer.data.split import validation_mask
 from trainer.data.targets import not_among, require
@@ -30,7 +30,7 @@ Wanted = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherInfo:
     """A teacher as the run knows it: as the first cache that has it describes it; `seed` is that cache's plan's."""
 
     spec: TeacherSpec
@@ -77,9 +77,9 @@ class HostBatch:
     float32 [B] by teacher is 0 where a row is masked or its cache lacks the teacher.
     """
 
-    rows: Rows
-    epochs: Rows
-    parts: tuple[tuple[int, Rows], ...]
+    rows: RowNumbers
+    epochs: RowNumbers
+    parts: tuple[tuple[int, RowNumbers], ...]
     stored: dict[tuple[int, str, str], Tensor]
     weights: dict[str, Tensor]
     images: Tensor | None = None
@@ -103,14 +103,14 @@ class Corpus:
         self.wanted = {name: tuple(outputs) for name, outputs in wanted.items()}
         self.starts = np.cumsum([0, *(cache.rows for cache in self.caches)])
         self.rows = int(self.starts[-1])
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[str, TeacherInfo] = {}
         for cache in self.caches:
             require(base in cache.teachers, f"base: {not_among(base, cache.teachers, f'cache {cache.path}')}")
             for name in self.teachers_of(cache):
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
             require(name in self.sources, f"teachers: {not_among(name, self._all_names(), 'the caches')}")
-        self._shelf, self.pinned = Shelf(memory), pinned
+        self._shelf, self.pinned = RowCache(memory), pinned
 
     @property
     def digest(self) -> str:
@@ -165,7 +165,7 @@ class Corpus:
             for output in self.wanted[name]
         }
 
-    def fetch(self, rows: Rows, epochs: Rows | None = None) -> HostBatch:
+    def fetch(self, rows: RowNumbers, epochs: RowNumbers | None = None) -> HostBatch:
         """Read rows of the corpus. Safe to call from several threads.
 
         Raises:
@@ -188,13 +188,13 @@ class Corpus:
                     stored[number, name, output] = tensor
         return HostBatch(rows, epochs, parts, stored, weights)
 
-    def _parts(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+    def _parts(self, rows: RowNumbers) -> Iterator[tuple[int, RowNumbers]]:
         """(cache, places in `rows`) for each cache that has some of the rows."""
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(owners):
             yield int(number), np.flatnonzero(owners == number)
 
-    def _admit(self, cache: Cache, teacher: Teacher) -> None:
+    def _admit(self, cache: Cache, teacher: CachedTeacher) -> None:
         name = teacher.name
         for output in self.wanted[name]:
             require(
@@ -211,7 +211,9 @@ class Corpus:
         existing = self.sources.get(name)
         if existing is None:
             shapes = {output: shape_of(teacher.outputs[output]) for output in self.wanted[name]}
-            self.sources[name] = Source(teacher.spec, shapes, dict(teacher.statistics), teacher.head, cache.plan.seed)
+            self.sources[name] = TeacherInfo(
+                teacher.spec, shapes, dict(teacher.statistics), teacher.head, cache.plan.seed
+            )
         elif differing := existing.spec.model_differences(teacher.spec):
             raise MismatchError(
                 f"cache {cache.path}: teacher {name!r}: expected the same model in every cache, found another "
@@ -222,7 +224,7 @@ class Corpus:
         return sorted({name for cache in self.caches for name in cache.teachers})
 
 
-def _standardiser(grid: Grid | None, statistics: Statistics) -> Standardiser:
+def _standardiser(grid: QuantGrid | None, statistics: Statistics) -> Standardiser:
     """Where the cache's own grid is that of the statistics, the factor is its step, the same for all channels."""
     std = statistics.std
     if grid is None:

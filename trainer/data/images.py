@@ -18,13 +18,13 @@ from kpu.format.spec import InputSpec
 from kpu.pixels.resize import geometry, resize_image
 from kpu.pixels.views import resolve_view
 from kpu.reading.cache import Cache
-from kpu.reading.originals import Originals
+from kpu.reading.source_images import SourceImages
 from kpu.records.samples import Samples
 from kpu.storage.open import open_storage
 from kpu.storage.paths import UNITS_PER_PART
 from kpu.util.digests import DIGEST_BYTES
-from kpu.util.lru import Recent
-from trainer.data.resident import Rows
+from kpu.util.lru import LRUCache
+from trainer.data.resident import RowNumbers
 
 _HELD_ROWS: Final = 2**22  # of the sample table, some 100 bytes each: random rows lie in all of its parts
 _HELD_UNITS: Final = 2**12  # of digests, at most 64 KiB each
@@ -50,14 +50,14 @@ class ImageReader:
         option: str = "images.root",
     ) -> None:
         self._cache, self._geometry = cache, geometry(input)
-        self._originals = Originals(cache, root, option=option)
+        self._originals = SourceImages(cache, root, option=option)
         parts = max(2, _HELD_ROWS // (UNITS_PER_PART * cache.plan.unit_rows))
         self._samples = Samples(open_storage(cache.path), cache.plan, cached_parts=parts)
-        self._digests: Recent[int, npt.NDArray[np.uint8]] = Recent(_HELD_UNITS)
+        self._digests: LRUCache[int, npt.NDArray[np.uint8]] = LRUCache(_HELD_UNITS)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
-    def load(self, rows: Rows) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    def load(self, rows: RowNumbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Pixels uint8 [n, H, W, 3] of any rows, and which of them have an image, bool [n]; the others are black.
 
         A row that is masked in the cache is not read at all.
@@ -102,7 +102,7 @@ class ImageReader:
         for _ in self._pool.map(work, (range(at, min(at + length, count)) for at in range(0, count, length))):
             pass
 
-    def _expected(self, rows: Rows) -> npt.NDArray[np.uint8]:
+    def _expected(self, rows: RowNumbers) -> npt.NDArray[np.uint8]:
         """Digests of the images of rows, uint8 [n, 16]; whole units are kept, for random rows come back to them."""
         plan = self._cache.plan
         digests = np.empty((len(rows), DIGEST_BYTES), np.uint8)

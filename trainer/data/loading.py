@@ -20,9 +20,9 @@ from kpu.util.cores import usable_cores
 from trainer.data.corpus import Corpus, HostBatch
 from trainer.data.images import normalise
 from trainer.data.order import Order
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 
-Fetch = Callable[[Rows, Rows], HostBatch]
+Fetch = Callable[[RowNumbers, RowNumbers], HostBatch]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Batch:
     float32 [B] by teacher; `images` float32 [B, 3, H, W], where the student needs them.
     """
 
-    rows: Rows
-    epochs: Rows
+    rows: RowNumbers
+    epochs: RowNumbers
     targets: dict[str, dict[str, Tensor]]
     weights: dict[str, Tensor]
     images: Tensor | None = None
@@ -47,8 +47,8 @@ class Batch:
 class Drawn:
     """The rows of one batch, with the epoch of each; `position` is where the next batch begins."""
 
-    rows: Rows
-    epochs: Rows
+    rows: RowNumbers
+    epochs: RowNumbers
     position: int
 
 
@@ -83,7 +83,7 @@ def loader_threads(device: torch.device, *, images: bool) -> int:
     return max(2, min(8, usable_cores() // 2)) if images and device.type == "cuda" else 2
 
 
-class Loader:
+class BatchLoader:
     """Reads batches ahead with threads. `waited` is the seconds that `next` has spent waiting for them.
 
     `targets`, where images take a `fetch` of their own, reads the same rows without them.
@@ -109,7 +109,7 @@ class Loader:
             for _, future in waiting:
                 future.cancel()
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "BatchLoader":
         return self
 
     def __exit__(
@@ -125,7 +125,7 @@ class Loader:
         return drawn, loaded
 
 
-class Upload:
+class DeviceTransfer:
     """Brings batches to the training device, and standardises targets and normalises images there.
 
     `pixels` says how the student wants its images; `raw` that batches hold features as teachers emit them.

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from kpu.reading.cache import Cache
 from kpu.util.memory import available_memory
 
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 
 _SHARE: Final = 0.4  # of the memory that is free when a run begins
 
 
-class Shelf:
+class RowCache:
     """Stored rows of outputs, as many whole outputs as fit into `memory` bytes, first come, first served.
 
     Rows that share a chunk, as those of vectors do, are kept together: to read one is to decode them all.
@@ -28,7 +28,7 @@ class Shelf:
         self._left, self._lock = memory, Lock()
         self._kept: dict[tuple[str, str, str], _Room | None] = {}
 
-    def take(self, cache: Cache, teacher: str, output: str, rows: Rows, out: npt.NDArray[Any]) -> None:
+    def take(self, cache: Cache, teacher: str, output: str, rows: RowNumbers, out: npt.NDArray[Any]) -> None:
         """Fill `out` [n, ...] with rows as stored. Raises as `Cache.read_encoded`."""
         array = cache.teachers[teacher].published.layouts[output]
         shape = (cache.rows, *array.item_shape)
@@ -38,7 +38,7 @@ class Shelf:
         else:
             room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values, out)
 
-    def valid(self, cache: Cache, teacher: str, rows: Rows) -> npt.NDArray[np.bool_]:
+    def valid(self, cache: Cache, teacher: str, rows: RowNumbers) -> npt.NDArray[np.bool_]:
         """As `Cache.valid`."""
         room = self._room(
             (cache.path, teacher, ""), (cache.rows,), np.dtype(bool), cache.plan.unit_rows, optional=False
@@ -75,7 +75,7 @@ class _Room:
     known: npt.NDArray[np.bool_]
     together: int
 
-    def take(self, rows: Rows, read: Callable[[Rows], npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
+    def take(self, rows: RowNumbers, read: Callable[[RowNumbers], npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
         chunks = np.unique(rows[~self.known[rows]] // self.together)
         if chunks.size:
             missing = (chunks[:, None] * self.together + np.arange(self.together)).ravel()

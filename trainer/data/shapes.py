@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from kpu.format.spec import OutputSpec
 
-Grid = tuple[int, int]
+TokenGrid = tuple[int, int]
 """(H, W); the tokens of a map lie row by row."""
 
 
@@ -12,7 +12,7 @@ class OutputShape(NamedTuple):
     """A vector [B, C] where `grid` is None, else a map [B, H * W, C]."""
 
     channels: int
-    grid: Grid | None = None
+    grid: TokenGrid | None = None
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 
 _PERSON: Final = b"kpu-split"
 _BYTES: Final = 8
@@ -41,7 +41,7 @@ def validation_mask(keys: Sequence[str] | pa.Array | pa.ChunkedArray, fraction: 
     return mask
 
 
-def some_of(rows: Rows, most: int, seed: int) -> Rows:
+def some_of(rows: RowNumbers, most: int, seed: int) -> RowNumbers:
     """At most so many of the rows, drawn with a seed, in order."""
     if len(rows) <= most:
         return rows

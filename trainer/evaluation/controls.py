@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.loading import Batch
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.data.shapes import OutputShape
 from trainer.data.split import some_of
 from trainer.objective.projectors import onto_grid
@@ -32,7 +32,7 @@ class LinearMaps:
     cache may all be of one class.
     """
 
-    def __init__(self, base: str, shapes: Shapes, rows: Rows, seed: int) -> None:
+    def __init__(self, base: str, shapes: Shapes, rows: RowNumbers, seed: int) -> None:
         self._base, self._shapes = base, shapes
         tokens = {shape.tokens for outputs in shapes.values() for shape in outputs.values()}
         self._rows = {count: some_of(rows, VECTORS // count, seed) for count in tokens}

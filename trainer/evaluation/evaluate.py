@@ -13,8 +13,8 @@ from torch import Tensor
 from kpu.errors import StorageError
 from kpu.trust.list import Trust
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Batch, Fetch, Loader, Upload
-from trainer.data.resident import Rows
+from trainer.data.loading import Batch, BatchLoader, DeviceTransfer, Fetch
+from trainer.data.resident import RowNumbers
 from trainer.data.split import some_of
 from trainer.evaluation.controls import LinearMaps
 from trainer.evaluation.heldout import FITTED_ROWS, open_training, rows_to_measure, split_training
@@ -140,7 +140,7 @@ class _Reading:
     images: str | None
     progress: Progress | None
 
-    def batches(self, corpus: Corpus, rows: Rows) -> Iterator[Batch]:
+    def batches(self, corpus: Corpus, rows: RowNumbers) -> Iterator[Batch]:
         """Rows of a corpus in order."""
         student, config = self.trained.model.student, self.trained.config
         fetch: Fetch = corpus.fetch
@@ -150,8 +150,8 @@ class _Reading:
             root = self.trained.images_root if self.images is None else self.images
             place = config.images.model_copy(update={"root": root})
             fetch = with_images(fetch, corpus, student, config.model_copy(update={"images": place}), "--images")
-        upload, done = Upload(corpus, self.device, student.input), 0
-        with Loader(fetch, _THREADS, _AHEAD) as loader:
+        upload, done = DeviceTransfer(corpus, self.device, student.input), 0
+        with BatchLoader(fetch, _THREADS, _AHEAD) as loader:
             for batch in batches_of(rows, config.rows_per_worker, loader, upload):
                 yield batch
                 done += len(batch)
@@ -159,7 +159,9 @@ class _Reading:
                     self.progress(done, len(rows))
 
 
-def _gather(reading: _Reading, corpus: Corpus, rows: Rows, labels: Labels, maps: LinearMaps | None = None) -> Vectors:
+def _gather(
+    reading: _Reading, corpus: Corpus, rows: RowNumbers, labels: Labels, maps: LinearMaps | None = None
+) -> Vectors:
     """Collect what probes and, with `maps`, linear maps are fitted on."""
     model, into = reading.trained.model, Vectors(reading.device)
     fitted = np.full(corpus.rows, NO_LABEL, np.int64) if labels.fitted is None else labels.fitted
@@ -172,7 +174,7 @@ def _gather(reading: _Reading, corpus: Corpus, rows: Rows, labels: Labels, maps:
 
 
 def _measure(
-    reading: _Reading, corpus: Corpus, rows: Rows, labels: Labels, maps: LinearMaps | None
+    reading: _Reading, corpus: Corpus, rows: RowNumbers, labels: Labels, maps: LinearMaps | None
 ) -> tuple[dict[str, Any], Vectors]:
     """The student and, with `maps`, the frozen base over the rows, which are read once."""
     config, model, device = reading.trained.config, reading.trained.model, reading.device

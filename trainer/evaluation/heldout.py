@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kpu.errors import ConfigError, KpuError
 from kpu.records.units import Mask
 from trainer.data.corpus import Corpus
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.data.split import some_of, validation_mask
 from trainer.evaluation.measured import open_measured
 from trainer.evaluation.trained import Trained
@@ -24,12 +24,12 @@ _CHOSEN_SHARE: Final = 0.1  # of the samples, where the validation rows are what
 
 
 @dataclass(frozen=True)
-class Training:
+class ProbeSplit:
     """Rows to fit on, and those to choose a penalty on."""
 
     corpus: Corpus
-    fitted: Rows
-    chosen: Rows
+    fitted: RowNumbers
+    chosen: RowNumbers
 
 
 def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus | None:
@@ -43,7 +43,7 @@ def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus 
 
 def rows_to_measure(
     trained: Trained, corpus: Corpus, training: Corpus | None, given: bool, notes: list[str]
-) -> tuple[Rows, bool]:
+) -> tuple[RowNumbers, bool]:
     """Rows to measure on, and whether some are the training caches' validation rows.
 
     Never one whose image the student learned from, whatever the cache is called that it is in now; what is left out of
@@ -95,7 +95,7 @@ def _images_of(corpus: Corpus) -> Iterator[npt.NDArray[np.uint64]]:
             yield np.ascontiguousarray(digests[:, :8]).view(np.uint64).ravel()
 
 
-def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> Training:
+def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> ProbeSplit:
     """Training rows to fit on and rows to choose on; never those that are measured."""
     fraction = trained.config.validation
     held_back = corpus.validation(fraction)
@@ -105,7 +105,7 @@ def split_training(trained: Trained, corpus: Corpus, unseen: bool) -> Training:
         more = min(fraction + _CHOSEN_SHARE, (1 + fraction) / 2)
         choose = np.concatenate([validation_mask(t["key"].combine_chunks(), more) for t in keys]) & ~held_back
     seed = trained.config.seed
-    return Training(
+    return ProbeSplit(
         corpus,
         some_of(np.flatnonzero(~held_back & ~choose), FITTED_ROWS, seed),
         some_of(np.flatnonzero(choose), CHOSEN_ROWS, seed),

@@ -7,7 +7,7 @@ import numpy as np
 
 from kpu.reading.cache import Cache
 from trainer.data.corpus import Corpus
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.evaluation.measures import NO_LABEL
 
 Names = tuple[str, ...]
@@ -44,7 +44,7 @@ class Numbering:
             )
         return None
 
-    def labels(self, cache: Cache, labels: Rows) -> Rows:
+    def labels(self, cache: Cache, labels: RowNumbers) -> RowNumbers:
         """Labels of a cache in this numbering, int64 [n]; those below 0 are NO_LABEL."""
         if not self.plain and cache.plan.classes is not None:
             table = np.array([self._numbers[name] for name in cache.plan.classes], np.int64)
@@ -60,7 +60,7 @@ class Numbering:
             for each, number in zip(labels, own, strict=True)
         )
 
-    def rows(self, corpus: Corpus) -> Rows:
+    def rows(self, corpus: Corpus) -> RowNumbers:
         """The label of every row of a corpus in this numbering, int64 [rows]."""
         labels, starts = corpus.labels(), corpus.starts
         parts = (
@@ -102,7 +102,7 @@ class Labels:
             self.probed = self._taught(learned, notes)
         self._notes = notes
 
-    def _taught(self, learned: Sequence[Cache], notes: list[str]) -> Rows:
+    def _taught(self, learned: Sequence[Cache], notes: list[str]) -> RowNumbers:
         """The truth without classes that no training cache names: a probe cannot know them."""
         names = {name for cache in learned for name in cache.plan.classes or ()}
         taught = [number for number, name in enumerate(self._numbering.names) if name in names]

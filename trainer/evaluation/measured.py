@@ -6,7 +6,7 @@ from typing import Any, Final
 from kpu.errors import ConfigError, MismatchError
 from kpu.format.spec import TeacherSpec
 from kpu.reading.cache import open_cache
-from kpu.reading.teachers import Teacher
+from kpu.reading.teachers import CachedTeacher
 from trainer.data.corpus import Corpus
 from trainer.evaluation.trained import Trained
 
@@ -56,7 +56,7 @@ def open_measured(trained: Trained, paths: Sequence[str], notes: list[str], *, m
     return corpus
 
 
-def _check_same(spec: TeacherSpec, teacher: Teacher, who: str) -> None:
+def _check_same(spec: TeacherSpec, teacher: CachedTeacher, who: str) -> None:
     """Raises MismatchError where `teacher` has other features than the run's `spec` says."""
     expected, found = compared_part(spec), compared_part(teacher.spec)
     differing = [key for key in spec.model_differences(teacher.spec) if key != _NOT_COMPARED]

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.data.corpus import Source
-from trainer.data.resident import Rows
+from trainer.data.corpus import TeacherInfo
+from trainer.data.resident import RowNumbers
 from trainer.util.metrics import R2, agreement, cohens_kappa
 
 Features = Mapping[str, Tensor]
@@ -22,7 +22,7 @@ NO_LABEL: Final = -1
 class OwnHead:
     """A teacher's own linear classifier on its standardised `global`."""
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, source: TeacherInfo, device: torch.device) -> None:
         assert source.head is not None
         statistics = source.statistics["global"]
         weight, bias = (np.asarray(part, np.float64) for part in source.head)
@@ -30,9 +30,9 @@ class OwnHead:
         self._weight = torch.from_numpy((weight * statistics.std).astype(np.float32)).to(device)
         self._bias = torch.from_numpy((bias + weight @ statistics.centre).astype(np.float32)).to(device)
 
-    def __call__(self, x_BC: Tensor) -> Rows:
+    def __call__(self, x_BC: Tensor) -> RowNumbers:
         """The output with the largest logit, int64 [B]."""
-        found: Rows = (x_BC.float() @ self._weight.T + self._bias).argmax(dim=1).cpu().numpy()
+        found: RowNumbers = (x_BC.float() @ self._weight.T + self._bias).argmax(dim=1).cpu().numpy()
         return found
 
 
@@ -42,11 +42,11 @@ class HeadMeasures:
     def __init__(self, head: OwnHead | None, labels: Sequence[int] | None) -> None:
         self._head = head
         self._labels = None if labels is None else np.asarray(labels, np.int64)
-        self._inherited: list[Rows] = []
-        self._own: list[Rows] = []
-        self._truth: list[Rows] = []
+        self._inherited: list[RowNumbers] = []
+        self._own: list[RowNumbers] = []
+        self._truth: list[RowNumbers] = []
 
-    def update(self, inherited_BC: Tensor, own_BC: Tensor, truth_B: Rows) -> None:
+    def update(self, inherited_BC: Tensor, own_BC: Tensor, truth_B: RowNumbers) -> None:
         """Add standardised `global` features, all of them valid; labels are NO_LABEL where there is none."""
         if self._head is None or not len(truth_B):
             return
@@ -61,7 +61,7 @@ class HeadMeasures:
         inherited, own = np.concatenate(self._inherited), np.concatenate(self._own)
         return {
             "agreement": agreement(inherited, own),
-            "kappa": plain(cohens_kappa(inherited, own)),
+            "kappa": finite_or_none(cohens_kappa(inherited, own)),
             "majority": float(np.bincount(own).max() / len(own)),
             "accuracy": self._accuracy(inherited),
         }
@@ -70,11 +70,11 @@ class HeadMeasures:
         """Accuracy of the teacher itself."""
         return self._accuracy(np.concatenate(self._own)) if self._own else None
 
-    def _accuracy(self, answers: Rows) -> float | None:
+    def _accuracy(self, answers: RowNumbers) -> float | None:
         return None if self._labels is None else mapped_accuracy(answers, np.concatenate(self._truth), self._labels)
 
 
-def mapped_accuracy(answers: Rows, truth: Rows, labels: npt.NDArray[np.int64]) -> float | None:
+def mapped_accuracy(answers: RowNumbers, truth: RowNumbers, labels: npt.NDArray[np.int64]) -> float | None:
     """Share of answers whose label is the true one; None where no row can be judged.
 
     Args:
@@ -99,7 +99,7 @@ class TeacherMeasures:
         self._r2 = {output: R2() for output in outputs}
         self.head = HeadMeasures(head, labels)
 
-    def update(self, predicted: Features, own: Features, valid_B: Tensor, truth_B: Rows) -> None:
+    def update(self, predicted: Features, own: Features, valid_B: Tensor, truth_B: RowNumbers) -> None:
         """Add standardised features."""
         for output, r2 in self._r2.items():
             r2.update(predicted[output].float(), own[output], valid_B)
@@ -119,12 +119,12 @@ class TeacherMeasures:
 def value_of(r2: R2) -> float | None:
     """R2, None where it is undefined."""
     try:
-        return plain(r2.value())
+        return finite_or_none(r2.value())
     except ValueError:  # no valid row
         return None
 
 
-def plain(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """None for NaN, which JSON lacks."""
     return None if np.isnan(value) else float(value)
 

@@ -11,7 +11,7 @@ from kpu.storage.places import require_plain
 from kpu.trust.code import CodeLoader
 from kpu.trust.list import Trust
 from trainer.config import TrainConfig
-from trainer.data.corpus import Source
+from trainer.data.corpus import TeacherInfo
 from trainer.model import Inheritance
 from trainer.run.runs import MODEL, RunFolder
 from trainer.students.weights import RANDOM, differences
@@ -28,7 +28,7 @@ class Trained:
 
     run: RunFolder
     config: TrainConfig
-    sources: dict[str, Source]
+    sources: dict[str, TeacherInfo]
     model: Inheritance
     notes: list[str]
     codes: CodeLoader
@@ -77,7 +77,7 @@ def load_trained(path: Path, trust: Trust | None = None) -> Trained:
 
 
 def _rebuild(
-    config: TrainConfig, sources: dict[str, Source], state: dict[str, Tensor], codes: CodeLoader
+    config: TrainConfig, sources: dict[str, TeacherInfo], state: dict[str, Tensor], codes: CodeLoader
 ) -> Inheritance:
     """A model that `state` fits."""
     found: list[str] = []

@@ -12,7 +12,7 @@ from kpu.torch.checkpoints import split_entry
 from kpu.trust.code import CodeLoader, split_model
 from trainer.evaluation.measured import wanted_outputs
 from trainer.evaluation.trained import Trained
-from trainer.export.description import BASE, BASE_CODE, STUDENT_CODE, Description
+from trainer.export.description import BASE, BASE_CODE, STUDENT_CODE, StudentDescription
 from trainer.export.exported import Affine, ExportedStudent
 from trainer.objective.normalize import PhiNormalizer
 from trainer.objective.projectors import slot
@@ -55,7 +55,7 @@ def assemble(trained: Trained, *, bundle: bool | None) -> tuple[ExportedStudent,
         kept = kept.model_copy(update={"model": _bundle_code(kept.model, STUDENT_CODE, files, trained.codes)})
     else:
         spec = _absolute(spec)
-    description = Description(
+    description = StudentDescription(
         base=spec,
         seed=source.seed,
         bundled=bundled,

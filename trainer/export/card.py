@@ -7,7 +7,7 @@ from kpu.trust.code import split_model
 from trainer.evaluation.trained import Trained
 from trainer.export.assemble import TIMM
 from trainer.export.checked import Checked
-from trainer.export.description import BASE, Description
+from trainer.export.description import BASE, StudentDescription
 from trainer.export.program import PROGRAM
 
 _CARD = """# Student of {names}
@@ -59,7 +59,7 @@ torch.onnx.export(program, dynamo=True).save("student.onnx")  # outputs in the o
 
 
 def write_card(
-    trained: Trained, description: Description, checked: Checked, notes: list[str], code: Mapping[str, str]
+    trained: Trained, description: StudentDescription, checked: Checked, notes: list[str], code: Mapping[str, str]
 ) -> str:
     """Markdown: what it is, how to run it, how it was checked, how close it is to its teachers, whose weights.
 
@@ -92,7 +92,7 @@ def _model(model: str) -> str:
     return f"{kind}:{rest.rpartition('/')[2]}" if kind == "torch" else model
 
 
-def _code(description: Description, code: Mapping[str, str]) -> str:
+def _code(description: StudentDescription, code: Mapping[str, str]) -> str:
     """A warning of the Python that `load_student` runs."""
     base = description.base.model if description.student.kind in ("side", "frozen") else ""
     models = (base, description.student.model or "")
@@ -108,7 +108,7 @@ def _code(description: Description, code: Mapping[str, str]) -> str:
     return "\n".join(lines[:2]) + "".join(lines[2:])
 
 
-def _outputs(description: Description) -> str:
+def _outputs(description: StudentDescription) -> str:
     lines = []
     for output in description.outputs:
         shape = description.base_shapes[output]
@@ -125,7 +125,7 @@ def _outputs(description: Description) -> str:
     return "\n".join(lines)
 
 
-def _preprocessing(description: Description) -> str:
+def _preprocessing(description: StudentDescription) -> str:
     own = description.input
     order = ", blue first" if own.channels == "bgr" else ""
     how = f"mean {own.mean}, std {own.std}{order}"
@@ -135,7 +135,7 @@ def _preprocessing(description: Description) -> str:
     return f"{resized} ({own.interpolation}), the centre {own.size} is cut, {how}"
 
 
-def _extra(description: Description) -> str:
+def _extra(description: StudentDescription) -> str:
     if not (description.student.kind == "full" and (description.student.model or "").startswith("timm:")):
         return ""
     name = (description.student.model or "").removeprefix("timm:")
@@ -170,7 +170,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _weights(description: Description) -> str:
+def _weights(description: StudentDescription) -> str:
     spec = description.base
     if description.student.kind in ("parallel", "full"):
         return "The student's whole model is in this folder, with what it began from."

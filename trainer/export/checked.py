@@ -12,8 +12,8 @@ from torch import Tensor
 from kpu.errors import MismatchError
 from trainer.data.corpus import Corpus
 from trainer.data.images import normalise
-from trainer.data.loading import Batch, Upload
-from trainer.data.resident import Rows
+from trainer.data.loading import Batch, DeviceTransfer
+from trainer.data.resident import RowNumbers
 from trainer.evaluation.trained import Trained
 from trainer.export.exported import ExportedStudent
 from trainer.export.program import SAME, relative_rmse
@@ -39,7 +39,7 @@ class Checked:
     student_limit: float
 
 
-def check_paths(trained: Trained, module: ExportedStudent, corpus: Corpus, rows: Rows, pixels: Tensor) -> Checked:
+def check_paths(trained: Trained, module: ExportedStudent, corpus: Corpus, rows: RowNumbers, pixels: Tensor) -> Checked:
     """Compare what the module makes of images with what was trained makes of cached features of the same rows.
 
     A cache with the grid `uniform` of `step` standard deviations holds features with a root mean square error of
@@ -50,7 +50,7 @@ def check_paths(trained: Trained, module: ExportedStudent, corpus: Corpus, rows:
     Raises:
         MismatchError: naming output, figure and limit.
     """
-    batch = Upload(corpus, torch.device("cpu"))(corpus.fetch(rows))
+    batch = DeviceTransfer(corpus, torch.device("cpu"))(corpus.fetch(rows))
     spec = trained.sources[trained.config.base].spec
     codec = corpus.caches[0].teachers[spec.name].spec.codec
     stored = codec.step / 12**0.5 if codec.step is not None else _REDUCED[codec.name]

@@ -27,7 +27,7 @@ _DIGEST: Final = "digest"
 _EXPORT_AGAIN: Final = "copy the folder again from where it is whole, or export the run again"
 
 
-class Description(BaseModel):
+class StudentDescription(BaseModel):
     """`config.json`: what `load_student` needs to build the module that the weights belong to.
 
     `student.model` and `base.model` name Python files by a path in the folder, or by an absolute one elsewhere.
@@ -55,7 +55,7 @@ class Description(BaseModel):
     decoding: Decoding = Decoding()
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "Description":
+    def _parts_fit(self) -> "StudentDescription":
         known = {output.name for output in self.base.outputs}
         if not known >= set(self.inputs):
             raise ValueError(f"inputs: expected some of {sorted(known)}, found {list(self.inputs)}")
@@ -95,13 +95,13 @@ def _global_of(teacher: str) -> str:
     return _slot(teacher, "global")
 
 
-def dump_description(description: Description) -> bytes:
+def dump_description(description: StudentDescription) -> bytes:
     """`config.json`, with a digest of itself."""
     document = json.loads(description.model_dump_json())
     return (json.dumps({**document, _DIGEST: digest_of(document)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_description(place: Path) -> Description:
+def read_description(place: Path) -> StudentDescription:
     """What `config.json` says. One of an older release, without a digest of itself, is warned of.
 
     Raises:
@@ -123,7 +123,7 @@ def read_description(place: Path) -> Description:
     try:
         if kept is not None and kept != digest_of(document):
             raise CorruptError(str(place / CONFIG), f"is not what was exported; {_EXPORT_AGAIN}")
-        description = Description.model_validate(document)
+        description = StudentDescription.model_validate(document)
     except ValueError as error:
         raise CorruptError(str(place / CONFIG), f"describes no student ({error})") from None
     foreign = [name for name in description.digests if Path(name).name != name]
@@ -137,7 +137,7 @@ def read_description(place: Path) -> Description:
     return description
 
 
-def read_bytes(place: Path, name: str, description: Description) -> bytes:
+def read_bytes(place: Path, name: str, description: StudentDescription) -> bytes:
     """The content of a file beside `config.json`.
 
     Raises:
@@ -152,7 +152,7 @@ def read_bytes(place: Path, name: str, description: Description) -> bytes:
     return data
 
 
-def check_others(place: Path, description: Description, read: Collection[str]) -> None:
+def check_others(place: Path, description: StudentDescription, read: Collection[str]) -> None:
     """Hold files that loading does not read, such as the program, against their digests; they may have been removed.
 
     Raises:

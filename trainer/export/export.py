@@ -22,7 +22,7 @@ from kpu.trust.list import Trust, remember
 from kpu.util.digests import digest
 from trainer.data.corpus import Corpus
 from trainer.data.images import ImageReader
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.evaluation.measured import wanted_outputs
 from trainer.evaluation.trained import Trained, load_trained
 from trainer.export.assemble import assemble
@@ -107,7 +107,7 @@ def export(
     return Export(out, {name: len(data) for name, data in files.items()}, checked, notes)
 
 
-def _rows(trained: Trained) -> tuple[Corpus, Rows]:
+def _rows(trained: Trained) -> tuple[Corpus, RowNumbers]:
     """The run's first cache that has the base, and some of its valid rows, validation rows first."""
     config = trained.config
     base = config.base
@@ -126,7 +126,7 @@ def _rows(trained: Trained) -> tuple[Corpus, Rows]:
     return corpus, chosen
 
 
-def _pixels(corpus: Corpus, rows: Rows, module: ExportedStudent, root: str | None) -> Tensor:
+def _pixels(corpus: Corpus, rows: RowNumbers, module: ExportedStudent, root: str | None) -> Tensor:
     reader = ImageReader(corpus.caches[0], module.description.input, root=root, threads=1, option="--images")
     pixels, _ = reader.load(rows)
     return torch.from_numpy(pixels)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kpu.errors import MismatchError
 from kpu.pixels.resize import geometry, resize_image
-from trainer.export.description import Description
+from trainer.export.description import StudentDescription
 from trainer.export.inputs import Images, load_images
 from trainer.objective.normalize import Normalizer
 from trainer.objective.projectors import Projectors, slot
@@ -62,7 +62,7 @@ class ExportedStudent(nn.Module):
             and `logits` [B, K] where it has a classifier.
     """
 
-    def __init__(self, description: Description, student: Student, base: BaseModel | None) -> None:
+    def __init__(self, description: StudentDescription, student: Student, base: BaseModel | None) -> None:
         super().__init__()
         self.description = description
         self.student = student

@@ -13,7 +13,7 @@ from kpu.errors import CorruptError
 from kpu.format.statistics import Statistics
 from kpu.trust.code import CodeLoader, split_model
 from kpu.trust.list import Trust, load_trust
-from trainer.export.description import BASE, STUDENT, Description, check_others, read_bytes, read_description
+from trainer.export.description import BASE, STUDENT, StudentDescription, check_others, read_bytes, read_description
 from trainer.export.exported import BASE_PREFIX, ExportedStudent
 from trainer.students import BaseInfo, make_student
 from trainer.students.factories import code_of
@@ -66,7 +66,7 @@ def load_exported(place: Path, trust: Trust) -> ExportedStudent:
     return exported.eval()
 
 
-def _tensors(place: Path, name: str, description: Description) -> dict[str, Tensor]:
+def _tensors(place: Path, name: str, description: StudentDescription) -> dict[str, Tensor]:
     data = read_bytes(place, name, description)
     try:
         return load_tensors(data)
@@ -74,7 +74,7 @@ def _tensors(place: Path, name: str, description: Description) -> dict[str, Tens
         raise CorruptError(str(place / name), f"holds no tensors ({error})") from None
 
 
-def _in(place: Path, model: str | None, description: Description, codes: CodeLoader) -> str | None:
+def _in(place: Path, model: str | None, description: StudentDescription, codes: CodeLoader) -> str | None:
     """A model's name with the path of its Python file made absolute; one in the folder is what was exported.
 
     Raises:

@@ -6,7 +6,7 @@ from itertools import islice
 from kpu.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Batch, Drawn, Fetch, Loader, Stream, Upload, loader_threads
+from trainer.data.loading import Batch, BatchLoader, DeviceTransfer, Drawn, Fetch, Stream, loader_threads
 from trainer.data.order import make_order
 from trainer.data.resident import free_memory
 from trainer.data.targets import choose_outputs
@@ -38,11 +38,11 @@ def draw_batches(stream: Stream, size: int, position: int = 0, share: slice = sl
 
 
 def first_epoch(
-    config: TrainConfig, stream: Stream, loader: Loader, upload: Upload, *, images: bool = False
+    config: TrainConfig, stream: Stream, loader: BatchLoader, upload: DeviceTransfer, *, images: bool = False
 ) -> Iterator[Batch]:
     """The training rows in their first order, the same in every process, as many at a time as it has in a step.
 
-    `images` as for `Loader.load`.
+    `images` as for `BatchLoader.load`.
     """
     size = config.rows_per_worker
     drawn = islice(draw_batches(stream, size), -(-stream.rows // size))
@@ -50,7 +50,7 @@ def first_epoch(
         yield upload(host)
 
 
-def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: Live | None) -> Loader:
+def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: Live | None) -> BatchLoader:
     """The threads that read ahead what the model needs.
 
     Raises:
@@ -69,4 +69,4 @@ def open_loader(config: TrainConfig, corpus: Corpus, model: Inheritance, live: L
     threads = config.loader.threads
     if threads == "auto":
         threads = loader_threads(next(model.parameters()).device, images=model.student.needs_images)
-    return Loader(fetch, threads, config.loader.ahead, targets=targets)
+    return BatchLoader(fetch, threads, config.loader.ahead, targets=targets)

@@ -18,8 +18,8 @@ from kpu.trust.list import Trust, load_trust, remember
 from kpu.util.failpoints import failpoint
 from trainer.config import TrainConfig, as_config
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Loader, Stream, Upload
-from trainer.data.resident import Rows
+from trainer.data.loading import BatchLoader, DeviceTransfer, Stream
+from trainer.data.resident import RowNumbers
 from trainer.data.split import some_of
 from trainer.data.targets import choose_outputs
 from trainer.loop.batches import Live, draw_batches, first_epoch, open_corpus, open_loader, open_stream
@@ -34,11 +34,11 @@ from trainer.model import Inheritance
 from trainer.run.checkpoint import load_checkpoint, save_checkpoint
 from trainer.run.repeated import shared_images
 from trainer.run.runs import RunFolder
-from trainer.util.files import held
+from trainer.util.files import lock
 
 VALIDATION_ROWS: Final = 4096  # at most, on the way; all of them at the end
 
-Watch = Callable[[dict[str, Any]], None]
+LogCallback = Callable[[dict[str, Any]], None]
 """Called with each object that is logged, and with each `note`."""
 
 
@@ -55,7 +55,7 @@ def fit(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    watch: Watch | None = None,
+    watch: LogCallback | None = None,
     live: Live | None = None,
     trust: Trust | None = None,
 ) -> Fitted:
@@ -86,7 +86,7 @@ def fit(
 
     with ExitStack() as stack:
         loader = stack.enter_context(open_loader(config, corpus, model, live))
-        upload = Upload(corpus, world.device, model.student.input, raw=config.targets.source == "live")
+        upload = DeviceTransfer(corpus, world.device, model.student.input, raw=config.targets.source == "live")
         check_student(model, corpus.sources[config.base].spec, first_epoch(config, stream, loader, upload, images=True))
         run = open_run(config, out, corpus, world, resume=resume, code=codes.digests)
         unkept = remember(codes.ran) if world.leads else None
@@ -97,7 +97,7 @@ def fit(
         if finished is not None:
             world.leave()
             return Fitted(out, finished)
-        world.lead(lambda: stack.enter_context(held(run.lock)))
+        world.lead(lambda: stack.enter_context(lock(run.lock)))
         checkpoint = load_checkpoint(run.checkpoints) if resume else None
         if checkpoint is None:
             learn_space(model, stream, loader, upload, world, run, watch, resume=resume)
@@ -122,7 +122,7 @@ def fit(
         position = train(training, stream, loader, upload, position, run, events, selection)
         seconds = perf_counter() - seconds
 
-        def measure(rows: Rows) -> dict[str, Any]:
+        def measure(rows: RowNumbers) -> dict[str, Any]:
             return score(training.trained, batches_of(rows, config.rows_per_worker, loader, upload))
 
         weights, chosen = choose_weights(selection, training.trained, training.step, stream.held_back, measure)
@@ -137,11 +137,11 @@ def fit(
 def learn_space(
     model: Inheritance,
     stream: Stream,
-    loader: Loader,
-    upload: Upload,
+    loader: BatchLoader,
+    upload: DeviceTransfer,
     world: World,
     run: RunFolder,
-    watch: Watch | None,
+    watch: LogCallback | None,
     *,
     resume: bool,
 ) -> None:
@@ -166,8 +166,8 @@ def learn_space(
 def train(
     training: Training,
     stream: Stream,
-    loader: Loader,
-    upload: Upload,
+    loader: BatchLoader,
+    upload: DeviceTransfer,
     position: int,
     run: RunFolder,
     events: Events,
@@ -202,7 +202,9 @@ def train(
     return position
 
 
-def gate_joint_space(training: Training, stream: Stream, loader: Loader, upload: Upload, run: RunFolder) -> None:
+def gate_joint_space(
+    training: Training, stream: Stream, loader: BatchLoader, upload: DeviceTransfer, run: RunFolder
+) -> None:
     """Refuse a space that learns along with the student and has collapsed; nothing of it is saved then.
 
     Raises:

@@ -9,7 +9,7 @@ from trainer.config import TrainConfig
 from trainer.data.corpus import Corpus, HostBatch
 from trainer.data.images import ImageReader
 from trainer.data.loading import Fetch
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.students import Student
 
 _THREADS: Final = 1  # each loader thread decodes its own batch
@@ -30,7 +30,7 @@ def with_images(
         for cache in corpus.caches
     ]
 
-    def fetch_both(rows: Rows, epochs: Rows) -> HostBatch:
+    def fetch_both(rows: RowNumbers, epochs: RowNumbers) -> HostBatch:
         batch = fetch(rows, epochs)
         images = torch.empty((len(rows), height, width, 3), dtype=torch.uint8, pin_memory=corpus.pinned)
         pixels = images.numpy()

@@ -26,7 +26,7 @@ _CHECKED_ROWS: Final = 32  # at most, that a base is computed again for
 _TOLERANCE: Final = {"fp32": 0.05}
 _REDUCED_TOLERANCE: Final = 0.2
 
-Watch = Callable[[dict[str, Any]], None]
+LogCallback = Callable[[dict[str, Any]], None]
 
 
 def check_student(model: Inheritance, spec: TeacherSpec, batches: Iterator[Batch]) -> None:
@@ -58,7 +58,7 @@ def prepare_space(
     model: Inheritance,
     shares: Iterator[Batch],
     whole: Callable[[], Iterator[Batch]],
-    watch: Watch | None = None,
+    watch: LogCallback | None = None,
 ) -> dict[str, float] | None:
     """Bring the space of `model` to where the student may lean on it; what the gates measured, None where they do not.
 
@@ -114,7 +114,7 @@ def _enough(model: Inheritance, batches: Iterator[Batch]) -> Iterator[Batch]:
             return
 
 
-def _learn(model: Inheritance, batches: Iterator[Batch], watch: Watch | None) -> None:
+def _learn(model: Inheritance, batches: Iterator[Batch], watch: LogCallback | None) -> None:
     space, config = model.space, model.config.unify
     assert space is not None
     space.train()

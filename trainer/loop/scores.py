@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.loading import Batch, Drawn, Loader, Upload
-from trainer.data.resident import Rows
+from trainer.data.loading import Batch, BatchLoader, DeviceTransfer, Drawn
+from trainer.data.resident import RowNumbers
 from trainer.model import Inheritance
 from trainer.util.metrics import R2
 
@@ -48,8 +48,10 @@ class Scores:
         return {"teachers": teachers, "base": {"r2": float(np.mean(list(base.values()))), **base}}
 
 
-def batches_of(rows: Rows, size: int, loader: Loader, upload: Upload, *, images: bool = True) -> Iterator[Batch]:
-    """The given rows in order, `size` at a time; the last batch may be shorter. `images` as for `Loader.load`."""
+def batches_of(
+    rows: RowNumbers, size: int, loader: BatchLoader, upload: DeviceTransfer, *, images: bool = True
+) -> Iterator[Batch]:
+    """The given rows in order, `size` at a time; the last batch may be shorter. `images` as for `BatchLoader.load`."""
 
     def drawn() -> Iterable[Drawn]:
         for start in range(0, len(rows), size):

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from kpu.errors import CorruptError
 from kpu.util.digests import digest
 from trainer.config import TrainConfig
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.loop.world import World
 from trainer.model import Inheritance
 from trainer.run.checkpoint import pack_tensors
@@ -58,7 +58,7 @@ class Selection:
     `rows` are scored on the way; without any nothing is due, and the last weights are kept.
     """
 
-    def __init__(self, config: TrainConfig, world: World, folder: Path, steps: int, rows: Rows) -> None:
+    def __init__(self, config: TrainConfig, world: World, folder: Path, steps: int, rows: RowNumbers) -> None:
         self._config, self._world, self._folder, self._steps = config, world, folder, steps
         self.rows, self.every = rows, validation_interval(config, steps, len(rows))
         self.best = _find(folder)
@@ -115,8 +115,8 @@ def choose_weights(
     selection: Selection,
     model: Inheritance,
     step: int,
-    validation_rows: Rows,
-    measure: Callable[[Rows], dict[str, Any]],
+    validation_rows: RowNumbers,
+    measure: Callable[[RowNumbers], dict[str, Any]],
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Choose between the best and the last weights of a training that ended.
 

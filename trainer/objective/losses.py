@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kpu.errors import MismatchError
 from trainer.config import LossConfig
-from trainer.data.shapes import Grid
+from trainer.data.shapes import TokenGrid
 
 SMALLEST_NORM: Final = 1e-3  # below it a vector counts as this long, so that the cosine's gradient stays below 1e3
 
@@ -75,7 +75,7 @@ def weighted_mean(loss_B: Tensor, weight_B: Tensor) -> Tensor:
     return (loss_B * weight_B).sum() / torch.where(total > 0, total, 1.0)
 
 
-def resize_map(x_BTC: Tensor, grid: Grid, to: Grid) -> Tensor:
+def resize_map(x_BTC: Tensor, grid: TokenGrid, to: TokenGrid) -> Tensor:
     """Bilinear resize of a map from `grid` to `to`, corners not aligned, antialiased along a side that shrinks.
 
     Equal to `F.interpolate(mode="bilinear", align_corners=False, antialias=True)`, as two small matrix products in

@@ -36,7 +36,7 @@ from kpu.storage.places import redact
 from kpu.util.digests import digest
 from kpu.util.strict_json import parse_json, parse_json_object
 from trainer.config import TrainConfig, validate_config
-from trainer.data.corpus import Corpus, Source
+from trainer.data.corpus import Corpus, TeacherInfo
 from trainer.run.measured import check_summary
 from trainer.run.place import CONFIG, SOURCE_FILES, check_place
 from trainer.run.repeated import require_distinct
@@ -59,10 +59,10 @@ from trainer.util.sealed import (
     dump_json,
     open_json,
     open_yaml,
-    plain,
     read_sealed,
     seal_json,
     seal_yaml,
+    to_json,
 )
 
 MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
@@ -208,7 +208,7 @@ class RunFolder:
         """
         return load_code(self.path)
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, TeacherInfo]:
         """The teachers of the run, base included, with the statistics that it was trained with.
 
         Raises:
@@ -286,7 +286,7 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one object."""
-        append_line(self.path / _METRICS, json.dumps(plain(line)))
+        append_line(self.path / _METRICS, json.dumps(to_json(line)))
 
     def finish(self, weights: Mapping[str, bytes], summary: Mapping[str, Any]) -> None:
         """Keep the trained model, other weights beside it and, last, how the run ended; NaN becomes null."""

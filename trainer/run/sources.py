@@ -17,7 +17,7 @@ from kpu.format.statistics import Statistics, dump_statistics, load_statistics
 from kpu.reading.cache import Cache
 from kpu.storage.places import redact
 from kpu.util.digests import digest
-from trainer.data.corpus import Corpus, Source
+from trainer.data.corpus import Corpus, TeacherInfo
 from trainer.data.shapes import shape_of
 from trainer.run.place import HEADS, SOURCES, STATISTICS
 from trainer.util.sealed import ADVICE, DIGESTS, digests_in, open_json, read_sealed, seal_json
@@ -95,7 +95,7 @@ def load_specs(folder: Path) -> dict[str, TeacherSpec]:
     return _specs(open_sources(folder), folder / SOURCES)
 
 
-def load_sources(folder: Path) -> dict[str, Source]:
+def load_sources(folder: Path) -> dict[str, TeacherInfo]:
     """The teachers, with the statistics of the training.
 
     Raises:
@@ -136,7 +136,7 @@ def _source(
     seed: int,
     statistics: Mapping[str, Statistics],
     heads: Mapping[str, npt.NDArray[np.float32]],
-) -> Source:
+) -> TeacherInfo:
     """A teacher of the document, with its part of the statistics and heads of all."""
     own = {key.partition("/")[2]: value for key, value in statistics.items() if key.partition("/")[0] == name}
     shapes = {output.name: shape_of(output) for output in spec.outputs if output.name in own}
@@ -146,4 +146,4 @@ def _source(
     head = (heads[f"{name}.weight"], heads[f"{name}.bias"]) if f"{name}.weight" in heads else None
     if head is not None and (head[0].ndim != 2 or head[1].shape != head[0].shape[:1]):
         raise ValueError(f"{name}: expected a head [C, D] with a bias [C], found {head[0].shape}, {head[1].shape}")
-    return Source(spec, shapes, own, head, seed)
+    return TeacherInfo(spec, shapes, own, head, seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.shapes import Grid, OutputShape
+from trainer.data.shapes import OutputShape, TokenGrid
 from trainer.objective.losses import resize_map
 
 _GROUPS = 8
@@ -26,7 +26,7 @@ def tokens_of(map_BCHV: Tensor) -> Tensor:
     return tokens_BTC
 
 
-def map_of(tokens_BTC: Tensor, grid: Grid) -> Tensor:
+def map_of(tokens_BTC: Tensor, grid: TokenGrid) -> Tensor:
     """[B, H * V, C] as [B, C, H, V] with channels last in memory, without a copy."""
     map_BCHV: Tensor = tokens_BTC.unflatten(1, grid).permute(0, 3, 1, 2)
     return map_BCHV
@@ -72,7 +72,7 @@ class Entry(nn.Module):
     any other by a bilinear resize before it.
     """
 
-    def __init__(self, shape: OutputShape, to: Grid, width: int) -> None:
+    def __init__(self, shape: OutputShape, to: TokenGrid, width: int) -> None:
         super().__init__()
         assert shape.grid is not None
         self.grid, self.target = shape.grid, to
@@ -109,7 +109,7 @@ class MapAdapter(nn.Module):
     """
 
     def __init__(
-        self, inputs: Mapping[str, OutputShape], target: Grid, outputs: Mapping[str, int], width: int, depth: int
+        self, inputs: Mapping[str, OutputShape], target: TokenGrid, outputs: Mapping[str, int], width: int, depth: int
     ) -> None:
         super().__init__()
         maps = {name: shape for name, shape in inputs.items() if shape.grid is not None}

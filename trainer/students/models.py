@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kpu.errors import ConfigError, MismatchError
 from kpu.format.spec import InputSpec, TeacherSpec
 from kpu.trust.code import CodeLoader
-from trainer.data.shapes import Grid, OutputShape, shape_of
+from trainer.data.shapes import OutputShape, TokenGrid, shape_of
 from trainer.students.adapters import tokens_of
 from trainer.students.factories import data_config, from_factory
 from trainer.students.timm_models import TimmOutputs, from_timm
@@ -28,7 +28,7 @@ def build_model(
     weights: Weights,
     outputs: Sequence[str],
     *,
-    size: Grid | None = None,
+    size: TokenGrid | None = None,
     seed: int | None = None,
     codes: CodeLoader | None = None,
     recorded: str | None = None,
@@ -134,7 +134,7 @@ def build_base(
     return base
 
 
-def probe(model: nn.Module, size: Grid, outputs: Sequence[str], name: str) -> dict[str, OutputShape]:
+def probe(model: nn.Module, size: TokenGrid, outputs: Sequence[str], name: str) -> dict[str, OutputShape]:
     """Shapes of a model's outputs for images of `size`.
 
     Raises:
@@ -171,7 +171,7 @@ def _timm(
     name: str,
     weights: Weights,
     seed: int | None,
-    size: Grid | None,
+    size: TokenGrid | None,
     section: str,
     *,
     classifier: bool,

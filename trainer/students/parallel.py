@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kpu.errors import ConfigError, MismatchError
 from kpu.trust.code import CodeLoader
 from trainer.config import StudentConfig
-from trainer.data.shapes import Grid
+from trainer.data.shapes import TokenGrid
 from trainer.students.adapters import Beside, Bottleneck
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe
@@ -114,7 +114,7 @@ class ParallelStudent(Student):
                 part.active = True
 
 
-def _adapt(model: nn.Module, size: Grid, width: int, name: str) -> int:
+def _adapt(model: nn.Module, size: TokenGrid, width: int, name: str) -> int:
     """Put a bottleneck beside each block of `model`; their number."""
     modules = dict(model.named_modules())
     lists = [path for path, part in modules.items() if _is_list(path, part)]
@@ -140,7 +140,7 @@ def _is_list(path: str, part: nn.Module) -> bool:
 
 
 def _shapes(
-    model: nn.Module, size: Grid, blocks: Sequence[nn.Module]
+    model: nn.Module, size: TokenGrid, blocks: Sequence[nn.Module]
 ) -> dict[nn.Module, tuple[torch.Size, torch.Size]]:
     """Shapes of what goes into and comes out of each block that runs and maps a tensor to a tensor."""
     seen: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}

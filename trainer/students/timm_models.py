@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kpu.errors import ConfigError
 from kpu.format.timm_args import with_layers
 from kpu.trust.list import tensors_only
-from trainer.data.shapes import Grid
+from trainer.data.shapes import TokenGrid
 from trainer.students.weights import RANDOM, Weights, differences, initialise, load_strictly, read_weights
 
 _MOST_PREFIX_TOKENS = 16
@@ -51,7 +51,7 @@ class TimmOutputs(nn.Module):
             found["global"] = self.model.forward_head(final, pre_logits=True)
         return found
 
-    def _as_map(self, final: Tensor, image: Grid) -> Tensor:
+    def _as_map(self, final: Tensor, image: TokenGrid) -> Tensor:
         if final.ndim == 4:
             return final.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else final
         stated = getattr(self.model, "num_prefix_tokens", None)
@@ -69,7 +69,7 @@ def from_timm(
     name: str,
     weights: Weights,
     seed: int | None,
-    size: Grid | None,
+    size: TokenGrid | None,
     section: str,
     *,
     classifier: bool,
@@ -121,7 +121,7 @@ def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
 
 
 @tensors_only()
-def _create(name: str, size: Grid | None, section: str, args: Mapping[str, Any], **options: Any) -> nn.Module:
+def _create(name: str, size: TokenGrid | None, section: str, args: Mapping[str, Any], **options: Any) -> nn.Module:
     options = {**args, **options}
     try:
         if size is not None:

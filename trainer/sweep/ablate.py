@@ -23,7 +23,7 @@ from trainer.data.resident import free_memory
 from trainer.data.targets import choose_outputs
 from trainer.loop.fit import choose_teachers, fit
 from trainer.run.runs import RunFolder
-from trainer.sweep.sweeps import TRIAL_NAME, Sweep, Trial, name_of
+from trainer.sweep.sweeps import TRIAL_NAME, Sweep, SweepTrial, name_of
 from trainer.util.files import refuse_links, remove_folder, replace_file, write_error
 from trainer.util.sealed import dump_json
 
@@ -150,7 +150,9 @@ def reach(differences: "np.ndarray[Any, Any]") -> float:
     return float(student_t.ppf((1 + LEVEL) / 2, count - 1) * differences.std(ddof=1) / math.sqrt(count))
 
 
-def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1, trust: Trust | None = None) -> str | None:
+def run_trial(
+    trials: list[tuple[SweepTrial, Path]], number: int, beside: int = 1, trust: Trust | None = None
+) -> str | None:
     """Begin a training, or go on with it; why it failed, None where it did not.
 
     `beside` trainings, this one included, share the memory of this machine; `trust` is as for `fit`.
@@ -170,7 +172,7 @@ def run_trial(trials: list[tuple[Trial, Path]], number: int, beside: int = 1, tr
     return None
 
 
-def _inline(waiting: list[Trial], work: _Work, say: Callable[[str], None]) -> list[tuple[Trial, str]]:
+def _inline(waiting: list[SweepTrial], work: _Work, say: Callable[[str], None]) -> list[tuple[SweepTrial, str]]:
     failures = []
     for number, trial in enumerate(waiting):
         failure = work(number)
@@ -180,7 +182,7 @@ def _inline(waiting: list[Trial], work: _Work, say: Callable[[str], None]) -> li
     return failures
 
 
-def _by_ray(sweep: Sweep, waiting: list[Trial], work: _Work, address: str | None) -> list[tuple[Trial, str]]:
+def _by_ray(sweep: Sweep, waiting: list[SweepTrial], work: _Work, address: str | None) -> list[tuple[SweepTrial, str]]:
     if not waiting:
         return []
     from trainer.ray_train import run_trials  # the one module that knows Ray
@@ -193,7 +195,7 @@ def _by_ray(sweep: Sweep, waiting: list[Trial], work: _Work, address: str | None
     return [(trial, why) for trial, why in zip(waiting, found, strict=True) if why is not None]
 
 
-def _on_own_cores(trial: Trial) -> Trial:
+def _on_own_cores(trial: SweepTrial) -> SweepTrial:
     """Trainings side by side must not take all cores each."""
     if trial.config.threads != "auto":
         return trial
@@ -210,7 +212,7 @@ def _require_own(out: Path) -> None:
         )
 
 
-def _ended(sweep: Sweep, trial: Trial) -> bool:
+def _ended(sweep: Sweep, trial: SweepTrial) -> bool:
     """Whether a training has ended.
 
     Raises:
@@ -229,13 +231,13 @@ def _ended(sweep: Sweep, trial: Trial) -> bool:
     return run.summary() is not None
 
 
-def _describe(sweep: Sweep, trial: Trial) -> dict[str, Any]:
+def _describe(sweep: Sweep, trial: SweepTrial) -> dict[str, Any]:
     """Where a training is kept, and what it was of."""
     cell = sweep.cells[trial.cell]
     return {"folder": trial.name, "cell": name_of(cell), "set": cell, "seed": trial.seed}
 
 
-def _figures(sweep: Sweep, trial: Trial) -> dict[str, float]:
+def _figures(sweep: Sweep, trial: SweepTrial) -> dict[str, float]:
     """The scores of a training on its validation rows, by flat names such as `general r2_global`; none if it failed."""
     summary = RunFolder(sweep.out / trial.name).summary()
     if summary is None:

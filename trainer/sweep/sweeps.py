@@ -34,7 +34,7 @@ class SweepConfig(Section):
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepTrial:
     """One training of a sweep: its cell, its seed, its configuration and the name of its folder."""
 
     cell: int
@@ -51,7 +51,7 @@ class Sweep:
     executor: str
     cells: tuple[dict[str, Any], ...]
     seeds: tuple[int, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[SweepTrial, ...]
 
 
 def load_sweep(file: Path, out: Path | None = None) -> Sweep:
@@ -80,7 +80,7 @@ def load_sweep(file: Path, out: Path | None = None) -> Sweep:
         for seed in sweep.seeds:
             name = _folder_of(place, number, cell, seed)
             config = validate_config(_laid_over(base, {**cell, "seed": seed}), f"{file}: {name_of(cell)}")
-            trials.append(Trial(number, seed, config, name))
+            trials.append(SweepTrial(number, seed, config, name))
     return Sweep(place, sweep.executor, cells, tuple(sweep.seeds), tuple(trials))
 
 

@@ -123,7 +123,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, which stays, while this process lives.
 
     Raises:

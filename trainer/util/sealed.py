@@ -42,12 +42,12 @@ def read_sealed(path: Path, expected: str | None) -> bytes:
 
 def dump_json(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
     """Indented, with null for what is no finite number."""
-    return (json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def seal_json(document: Mapping[str, Any]) -> bytes:
     """`dump_json` with a `digest` of the document added."""
-    return dump_json({**document, DIGEST: digest_of(plain(document))})
+    return dump_json({**document, DIGEST: digest_of(to_json(document))})
 
 
 def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def open_json(path: Path, keys: Sequence[str], advice: str = ADVICE) -> dict[str
         raise CorruptError(str(path), f"is not JSON ({error}); {advice}") from None
     if DIGEST in document:
         body = {key: value for key, value in document.items() if key != DIGEST}
-        _check(path, digest_of(plain(body)), document[DIGEST])
+        _check(path, digest_of(to_json(body)), document[DIGEST])
     missing = [key for key in keys if key not in document]
     if missing:
         raise CorruptError(str(path), f"expected the keys {', '.join(keys)}, found no {missing[0]}; {advice}")
@@ -110,17 +110,17 @@ def open_yaml(path: Path, data: bytes, free: Collection[str]) -> dict[str, Any]:
     return values
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _digest_without(values: Mapping[str, Any], free: Collection[str]) -> str:
-    return digest_of(plain({str(key): value for key, value in values.items() if key not in free}))
+    return digest_of(to_json({str(key): value for key, value in values.items() if key not in free}))
 
 
 def _check(path: Path, found: str, expected: Any) -> None:

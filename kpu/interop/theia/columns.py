@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from kpu.errors import SourceError
 from kpu.interop.theia.names import IMAGE, IMAGES, SPLITS, extension_of, is_tar_of, parse_splits
-from kpu.interop.theia.tensors import Features, load_features
-from kpu.sources import Source, open_source
+from kpu.interop.theia.tensors import SampleFeatures, load_features
+from kpu.sources import ImageSource, open_source
 from kpu.sources.files import Files, Piece, file_system
 from kpu.sources.keys import unique_keys
 from kpu.sources.tables import BATCH_ROWS
@@ -23,7 +23,7 @@ from kpu.sources.tars.headers import members
 Shapes = tuple[tuple[int, ...], tuple[int, ...] | None, str]
 
 
-class Entry(NamedTuple):
+class ColumnEntry(NamedTuple):
     """One sample of a column: its key, and where its bytes lie. `tar` is relative to the dataset's folder."""
 
     key: str
@@ -49,25 +49,25 @@ class Dataset:
 
     files: Files
     split: str
-    images: Source
+    images: ImageSource
     models: dict[str, tuple[str, ...]]
 
-    def image_entries(self) -> Iterator[Entry]:
+    def image_entries(self) -> Iterator[ColumnEntry]:
         """The samples of the column of images, in order."""
         for batch in self.images.batches():
             columns = (batch.column(name).to_pylist() for name in ("key", "file", "offset", "length"))
             for key, tar, offset, length in zip(*columns, strict=True):
-                yield Entry(key.removeprefix(f"{tar.removesuffix('.tar')}/"), f"{IMAGES}/{tar}", offset, length)
+                yield ColumnEntry(key.removeprefix(f"{tar.removesuffix('.tar')}/"), f"{IMAGES}/{tar}", offset, length)
 
-    def entries(self, model: str) -> Iterator[Entry]:
+    def entries(self, model: str) -> Iterator[ColumnEntry]:
         """The samples of a model's column, in order; members of other names are passed over, as Theia does."""
         for tar in self.models[model]:
             for member in members(self.files, tar):
                 key, extension = split_name(member.name)
                 if key is not None and extension == extension_of(model):
-                    yield Entry(key, tar, member.offset, member.length)
+                    yield ColumnEntry(key, tar, member.offset, member.length)
 
-    def place(self, model: str, entry: Entry) -> str:
+    def place(self, model: str, entry: ColumnEntry) -> str:
         """Tar and member, for messages."""
         name = IMAGE if model == IMAGES else extension_of(model)
         return f"{self.files.name(entry.tar)}, member '{entry.key}.{name}' at offset {entry.offset}"
@@ -110,7 +110,7 @@ def check_keys(dataset: Dataset) -> int:
 
     def listing() -> Iterator[pa.RecordBatch]:
         nonlocal samples
-        samples, waiting = 0, list[Entry]()
+        samples, waiting = 0, list[ColumnEntry]()
         for entry in _agreeing(dataset):
             samples += 1
             waiting.append(entry)
@@ -125,7 +125,7 @@ def check_keys(dataset: Dataset) -> int:
     return samples
 
 
-def _agreeing(dataset: Dataset) -> Iterator[Entry]:
+def _agreeing(dataset: Dataset) -> Iterator[ColumnEntry]:
     """The entries of the images, each once every column was found to have its key at this place."""
     names = [IMAGES, *dataset.models]
     streams = [dataset.image_entries(), *(dataset.entries(model) for model in dataset.models)]
@@ -141,17 +141,17 @@ def _agreeing(dataset: Dataset) -> Iterator[Entry]:
         yield found[0]
 
 
-def _key(entry: Entry | None) -> str | None:
+def _key(entry: ColumnEntry | None) -> str | None:
     return None if entry is None else entry.key
 
 
-def _described(dataset: Dataset, column: str, entry: Entry | None) -> str:
+def _described(dataset: Dataset, column: str, entry: ColumnEntry | None) -> str:
     if entry is None:
         return f"the end of {dataset.files.name(column)}"
     return f"{entry.key!r} in {dataset.place(column, entry)}"
 
 
-def _batch(entries: Sequence[Entry]) -> pa.RecordBatch:
+def _batch(entries: Sequence[ColumnEntry]) -> pa.RecordBatch:
     keys, tars, offsets, lengths = (list(column) for column in zip(*entries, strict=True))
     return pa.RecordBatch.from_pydict({"key": keys, "file": tars, "offset": offsets, "length": lengths})
 
@@ -191,7 +191,7 @@ class FeatureReader:
         self.shapes: Final = _shapes(self._parse(first, self._fetch([first])[0]))
         """Of `embedding` and `cls_token`, and the dtype of both."""
 
-    def read(self, entries: Sequence[Entry]) -> dict[str, npt.NDArray[np.float32]]:
+    def read(self, entries: Sequence[ColumnEntry]) -> dict[str, npt.NDArray[np.float32]]:
         """`patch` float32 [n, H * W, C] and, where there is one, `global` float32 [n, C].
 
         Raises:
@@ -212,19 +212,19 @@ class FeatureReader:
                 raise self._error(entry, "expected finite values, found NaN or infinity")
         return found
 
-    def _fetch(self, entries: Sequence[Entry]) -> list[bytes]:
+    def _fetch(self, entries: Sequence[ColumnEntry]) -> list[bytes]:
         return self._dataset.files.fetch([Piece(e.tar, e.key, e.offset, e.length) for e in entries])
 
-    def _parse(self, entry: Entry, raw: bytes) -> Features:
+    def _parse(self, entry: ColumnEntry, raw: bytes) -> SampleFeatures:
         try:
             return load_features(raw)
         except ValueError as error:
             raise self._error(entry, str(error)) from None
 
-    def _error(self, entry: Entry, reason: str) -> SourceError:
+    def _error(self, entry: ColumnEntry, reason: str) -> SourceError:
         return SourceError(f"{self._dataset.place(self.model, entry)}: {reason}; make the column anew")
 
 
-def _shapes(features: Features) -> Shapes:
+def _shapes(features: SampleFeatures) -> Shapes:
     vector = None if features.cls_token is None else features.cls_token.shape
     return features.embedding.shape, vector, features.dtype

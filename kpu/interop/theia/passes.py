@@ -20,7 +20,7 @@ from kpu.format.codecs import calibrated
 from kpu.format.fidelity import RowFidelity, measure
 from kpu.format.spec import Decoding, ImageStatus, Plan, TeacherSpec
 from kpu.format.statistics import Accumulator, Statistics
-from kpu.interop.theia.columns import Dataset, Entry, FeatureReader
+from kpu.interop.theia.columns import ColumnEntry, Dataset, FeatureReader
 from kpu.pixels.decode import Decoded
 from kpu.reading.cache import Cache
 from kpu.records.images import UnitImages, load_status
@@ -120,7 +120,7 @@ class Passes:
             status = self._writer.unit(unit, table).images(images).status
         return np.equal(status, ImageStatus.OK)
 
-    def _check_keys(self, table: pa.Table, entries: Sequence[Entry], model: str) -> None:
+    def _check_keys(self, table: pa.Table, entries: Sequence[ColumnEntry], model: str) -> None:
         """The column must be what it was when it was checked against the images."""
         pairs = zip(table["key"].to_pylist(), table["file"].to_pylist(), strict=True)
         expected = [key.removeprefix(f"{tar.removesuffix('.tar')}/") for key, tar in pairs]
@@ -136,7 +136,7 @@ class Passes:
         unit: int,
         teacher: PublishedTeacher,
         reader: FeatureReader,
-        entries: Sequence[Entry],
+        entries: Sequence[ColumnEntry],
         valid: npt.NDArray[np.bool_],
     ) -> None:
         """Hold a committed unit against the column, by its first valid row in each tar: keys outlive other features."""
@@ -167,7 +167,7 @@ class Passes:
         table: pa.Table,
         teacher: PublishedTeacher,
         reader: FeatureReader,
-        entries: Sequence[Entry],
+        entries: Sequence[ColumnEntry],
     ) -> None:
         """Encode and publish one unit of one teacher."""
         outputs = {
@@ -199,7 +199,7 @@ class _Imported(UnitFeatures):
 
     teacher: PublishedTeacher
     reader: FeatureReader
-    entries: Sequence[Entry]
+    entries: Sequence[ColumnEntry]
 
     def measure(self, output: str, stored: npt.NDArray[Any]) -> RowFidelity:
         found = _no_fidelity(len(self.entries))
@@ -210,7 +210,7 @@ class _Imported(UnitFeatures):
         return found
 
 
-def _cut(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
+def _cut(entries: Sequence[ColumnEntry]) -> list[Sequence[ColumnEntry]]:
     return [entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH)]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kpu.pixels.views import resolve_view
 from kpu.reading.cache import Cache
-from kpu.reading.originals import Originals
+from kpu.reading.source_images import SourceImages
 
 
 class Pictures:
@@ -19,7 +19,7 @@ class Pictures:
 
     def __init__(self, cache: Cache, root: str | None) -> None:
         self._cache = cache
-        self._originals = Originals(cache, root, option="--images")
+        self._originals = SourceImages(cache, root, option="--images")
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
         """RGB pixels uint8 [H, W, 3] of unmasked rows, each of its own size.

@@ -7,16 +7,16 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 
-from kpu.format.codecs import Grid
+from kpu.format.codecs import QuantGrid
 from kpu.format.spec import CodecSpec
 from kpu.interop.theia.names import CLS_TOKEN, EMBEDDING
 
 _DTYPES: Final[dict[str, str]] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 _ALIGNED: Final = 8
-_BF16: Final = Grid(CodecSpec(name="bf16"), np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
+_BF16: Final = QuantGrid(CodecSpec(name="bf16"), np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
 
 
-class Features(NamedTuple):
+class SampleFeatures(NamedTuple):
     """`embedding` float32 [C, H, W], `cls_token` float32 [C] or None; `dtype` as safetensors names the stored one."""
 
     embedding: npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ def dump_features(embedding: npt.NDArray[np.float32], cls_token: npt.NDArray[np.
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def load_features(raw: bytes) -> Features:
+def load_features(raw: bytes) -> SampleFeatures:
     """Parse one file; tensors of other names are left out.
 
     Raises:
@@ -58,11 +58,11 @@ def load_features(raw: bytes) -> Features:
     embedding = _take(tensors[EMBEDDING], EMBEDDING, 3)
     dtype = tensors[EMBEDDING]["dtype"]
     if CLS_TOKEN not in tensors:
-        return Features(embedding, None, dtype)
+        return SampleFeatures(embedding, None, dtype)
     cls_token = _take(tensors[CLS_TOKEN], CLS_TOKEN, 1)
     if tensors[CLS_TOKEN]["dtype"] != dtype:
         raise ValueError(f"{CLS_TOKEN}: expected {dtype} like {EMBEDDING}, found {tensors[CLS_TOKEN]['dtype']}")
-    return Features(embedding, cls_token, dtype)
+    return SampleFeatures(embedding, cls_token, dtype)
 
 
 def _take(tensor: dict[str, Any], name: str, rank: int) -> npt.NDArray[np.float32]:

@@ -7,12 +7,12 @@ from rich.console import Console
 
 from cli.views.progress import LiveObserver, Meter, PlainObserver, open_observer
 from pipeline.run.records import RunSummary
-from pipeline.run.reports import Failure, Task, UnitReport
+from pipeline.run.reports import Task, UnitFailure, UnitReport
 
 SUMMARY = RunSummary("id", "o.kpu", 128, 2.0, 4000, 1, 0, ())
 
 
-def report(unit: int, *failures: Failure) -> UnitReport:
+def report(unit: int, *failures: UnitFailure) -> UnitReport:
     seconds = {"decode": 1.0, "forward": 3.0, "quantise": 0.0}
     return UnitReport(Task(unit, ("t",)), 64, 1, 2000, seconds, failures)
 
@@ -23,7 +23,7 @@ def play(observer: PlainObserver) -> None:
         observer.phase("calibrate", "")
         observer.begin(total=192, pending=128, workers=2)
         observer.report(report(0))
-        observer.report(report(1, Failure(1, "t", "it broke [here]")))
+        observer.report(report(1, UnitFailure(1, "t", "it broke [here]")))
         observer.end(SUMMARY)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kpu.errors import CorruptError, MismatchError
-from kpu.format.codecs import FOLDED_LIMIT, LIMIT, MASKED, Grid, calibrated, fold, make_grid, unfold
+from kpu.format.codecs import FOLDED_LIMIT, LIMIT, MASKED, QuantGrid, calibrated, fold, make_grid, unfold
 from kpu.format.fidelity import measure
 from kpu.format.spec import CodecSpec
 from kpu.format.statistics import Accumulator, Statistics
@@ -87,7 +87,7 @@ def test_a_raw_zero_stays_exactly_zero(mean: list[float], data: st.DataObject, s
 
 
 def test_rounding_is_half_to_even() -> None:
-    grid = Grid(UNIFORM, np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
+    grid = QuantGrid(UNIFORM, np.zeros(1, np.float32), np.ones(1, np.float32), np.zeros(1, np.int32))
     halves = np.array([[-2.5], [-1.5], [-0.5], [0.5], [1.5], [2.5], [32767.4], [32767.6], [-40000]], np.float32)
     assert grid.encode(halves).ravel().tolist() == [-2, -2, 0, 0, 2, 2, 32767, 32767, -32767]
     assert grid.saturated(halves).ravel().tolist() == [False] * 7 + [True] * 2
@@ -186,7 +186,7 @@ def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, token
     attributes = grid.attributes(tokens)
     extra = ["axes"] if codec.name == "rotated" else []
     assert list(attributes) == ["codec", "step", "centre", "scale", "offset", "grid", *extra]
-    again, found_tokens = Grid.from_attributes(attributes, "f")
+    again, found_tokens = QuantGrid.from_attributes(attributes, "f")
     assert found_tokens == tokens
     assert again.codec == codec
     np.testing.assert_array_equal(again.centre, grid.centre)
@@ -217,7 +217,7 @@ def test_attributes_say_everything_and_come_back_exactly(codec: CodecSpec, token
 def test_broken_attributes_are_refused(change: dict[str, Any]) -> None:
     attributes = make_grid(UNIFORM, statistics([0.5], [1.0])).attributes((1, 1))
     with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: attribute kpu"):
-        Grid.from_attributes({**attributes, **change}, "t/patch/zarr.json")
+        QuantGrid.from_attributes({**attributes, **change}, "t/patch/zarr.json")
 
 
 @pytest.mark.parametrize("axes", [None, 3, "?", "", "AACAPw==", "AAAAAAAAgD8AAIA/AACAPw=="])
@@ -225,7 +225,7 @@ def test_broken_axes_are_refused(axes: Any) -> None:
     attributes = make_grid(ROTATED, statistics([0.5, 0.0], [1.0, 1.0])).attributes((1, 1))
     for change in ({**attributes, "axes": axes}, {key: attributes[key] for key in attributes if key != "axes"}):
         with pytest.raises(CorruptError, match=r"^t/patch/zarr\.json: attribute kpu"):
-            Grid.from_attributes(change, "t/patch/zarr.json")
+            QuantGrid.from_attributes(change, "t/patch/zarr.json")
 
 
 def test_axes_by_hand() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from kpu.records.runs import Failure, latest_run, load_runs
+from kpu.records.runs import RecordedFailure, latest_run, load_runs
 from kpu.storage.open import open_storage
 
 
@@ -35,7 +35,7 @@ def test_a_run_says_what_failed_and_what_it_was_for(tmp_path: Path) -> None:
     config = {"teachers": {"alpha": {}, "beta": {}}}
     write(tmp_path, "a.json", {"id": "a", "started": "x", "failed": failed, "config": config, "rows_per_second": 3.5})
     (run,) = load_runs(open_storage(tmp_path))
-    assert run.failed == (Failure("alpha", 3, "NaN in class/x.png"), Failure(None, 4, "gone"))
+    assert run.failed == (RecordedFailure("alpha", 3, "NaN in class/x.png"), RecordedFailure(None, 4, "gone"))
     assert run.teachers == ("alpha", "beta")
     assert run.rows_per_second == 3.5
 

@@ -2,12 +2,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kpu.util.lru import Recent
+from kpu.util.lru import LRUCache
 
 
 def test_the_values_used_last_are_kept() -> None:
     made: list[int] = []
-    recent: Recent[int, int] = Recent(2)
+    recent: LRUCache[int, int] = LRUCache(2)
 
     def make(key: int) -> int:
         made.append(key)
@@ -19,7 +19,7 @@ def test_the_values_used_last_are_kept() -> None:
 
 def test_a_size_that_changes() -> None:
     size = 3
-    recent: Recent[int, int] = Recent(lambda: size)
+    recent: LRUCache[int, int] = LRUCache(lambda: size)
     for key in range(3):
         recent.get(key, int)
     size = 1
@@ -28,14 +28,14 @@ def test_a_size_that_changes() -> None:
 
 
 def test_what_cannot_be_made_is_not_kept() -> None:
-    recent: Recent[int, int] = Recent(2)
+    recent: LRUCache[int, int] = LRUCache(2)
     with pytest.raises(ZeroDivisionError):
         recent.get(0, lambda key: 1 // key)
     assert recent.get(0, lambda key: key) == 0
 
 
 def test_threads_get_the_value_of_their_key() -> None:
-    recent: Recent[int, int] = Recent(3)
+    recent: LRUCache[int, int] = LRUCache(3)
     with ThreadPoolExecutor(8) as pool:
         keys = [key % 7 for key in range(2000)]
         assert list(pool.map(lambda key: recent.get(key, lambda key: key + 1), keys)) == [key + 1 for key in keys]

@@ -13,7 +13,7 @@ from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
 from pipeline.config import ExtractConfig, validate_config
 from pipeline.run.records import LINES_PER_PART, Run, new_run_id
-from pipeline.run.reports import STAGES, Failure, Task, UnitReport
+from pipeline.run.reports import STAGES, Task, UnitFailure, UnitReport
 from tests.support.builders import make_plan
 
 ID = "20200101T000000Z-abcdef"
@@ -35,7 +35,7 @@ def storage(out: Path) -> Storage:
     return open_storage(out, create=True)
 
 
-def report(unit: int, *failures: Failure, size: int = 100) -> UnitReport:
+def report(unit: int, *failures: UnitFailure, size: int = 100) -> UnitReport:
     seconds = {"decode": 0.5, "forward": 1.5}
     return UnitReport(Task(unit, ("t", "u")), 64, 2, size, seconds, failures, nonfinite={"t": unit, "u": 0})
 
@@ -75,8 +75,8 @@ def test_a_complete_run(config: ExtractConfig, storage: Storage, out: Path) -> N
 
 def test_a_run_with_failures(config: ExtractConfig, storage: Storage, out: Path) -> None:
     with lease(storage, ID), Run(storage, ID, config) as run:
-        run.record(report(0, Failure(0, "t", "no"), size=50))  # the other teacher committed
-        run.record(report(1, Failure(1, None, "unreadable"), size=0))
+        run.record(report(0, UnitFailure(0, "t", "no"), size=50))  # the other teacher committed
+        run.record(report(1, UnitFailure(1, None, "unreadable"), size=0))
         summary = run.finish([Task(0, ("t",)), Task(1, ("t", "u"))])
     assert (summary.complete, summary.rows, summary.remaining_units) == (False, 64, 2)
     document = read(out)

@@ -16,7 +16,7 @@ from kpu.errors import TeacherError
 from kpu.format.spec import CodecSpec
 from kpu.util.digests import digest
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher, load_shipped, ship
+from pipeline.teachers import FrozenTeacher, build_teacher, load_shipped, ship
 
 PREAMBLE = """
 import torch
@@ -53,7 +53,7 @@ def config(path: Path | str, factory: str = "tiny", weights: str | None = "rando
     return TeacherConfig.model_validate({"model": f"torch:{path}:{factory}", "weights": weights, **options})
 
 
-def build(path: Path | str, factory: str = "tiny", **options: Any) -> Teacher:
+def build(path: Path | str, factory: str = "tiny", **options: Any) -> FrozenTeacher:
     return build_teacher("t", config(path, factory, **options))
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,7 +25,7 @@ SMALL = {
 INPUT = {"size": 28, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 
-def build(folder: Path, **options: Any) -> Teacher:
+def build(folder: Path, **options: Any) -> FrozenTeacher:
     return build_teacher("t", TeacherConfig.model_validate({"model": f"hf:{folder}", **options}))
 
 
@@ -50,7 +50,7 @@ def make(kind: str, folder: Path) -> Any:
     return made
 
 
-def noise(teacher: Teacher) -> torch.Tensor:
+def noise(teacher: FrozenTeacher) -> torch.Tensor:
     return torch.randint(0, 256, (2, *teacher.input.size, 3), dtype=torch.uint8)
 
 

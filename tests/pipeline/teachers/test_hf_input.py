@@ -13,7 +13,7 @@ from kpu.errors import TeacherError
 from kpu.format.spec import InputSpec
 from kpu.pixels.resize import resize_image
 from pipeline.config import InputConfig, TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.hf.input import hf_input
 from pipeline.teachers.hf.processor import study
 from pipeline.teachers.hf.trials import pictures
@@ -341,7 +341,7 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
-def build(folder: Path, **options: Any) -> Teacher:
+def build(folder: Path, **options: Any) -> FrozenTeacher:
     return build_teacher("t", TeacherConfig.model_validate({"model": f"hf:{folder}", **options}))
 
 

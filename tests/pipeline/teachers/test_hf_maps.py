@@ -10,7 +10,7 @@ from torch import Tensor
 from kpu.errors import TeacherError
 from kpu.format.spec import CodecSpec
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.hf.maps import read_facts, reading_of
 
 transformers = pytest.importorskip("transformers")
@@ -36,12 +36,12 @@ def save(folder: Path, kind: str, **values: Any) -> Any:
     return model
 
 
-def build(folder: Path, size: int | tuple[int, int], **options: Any) -> Teacher:
+def build(folder: Path, size: int | tuple[int, int], **options: Any) -> FrozenTeacher:
     given = {"size": size, "mean": [0.5] * 3, "std": [0.5] * 3}
     return build_teacher("t", TeacherConfig.model_validate({"model": f"hf:{folder}", "input": given, **options}))
 
 
-def run(teacher: Teacher, model: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
+def run(teacher: FrozenTeacher, model: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
     """The teacher's features of two noise images, and the model's own answer."""
     torch.manual_seed(1)
     images = torch.randint(0, 256, (2, *teacher.input.size, 3), dtype=torch.uint8)
@@ -49,7 +49,7 @@ def run(teacher: Teacher, model: Any, **options: Any) -> tuple[dict[str, Tensor]
         return teacher(images), model(pixel_values=teacher._normalise(images), **options)
 
 
-def grids(teacher: Teacher) -> dict[str, tuple[int, int] | None]:
+def grids(teacher: FrozenTeacher) -> dict[str, tuple[int, int] | None]:
     return {output.name: output.grid for output in teacher.outputs}
 
 

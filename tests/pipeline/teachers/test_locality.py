@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kpu.errors import TeacherError
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.locality import judge, pictures
 
 MODULE = '''
@@ -44,7 +44,7 @@ def nothing_is_proven_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
-def build(folder: Path, answer: str, size: tuple[int, int] = (64, 64), **options: Any) -> Teacher:
+def build(folder: Path, answer: str, size: tuple[int, int] = (64, 64), **options: Any) -> FrozenTeacher:
     file = folder / "own.py"
     file.write_text(MODULE.format(size=size, answer=answer))
     config = {"model": f"torch:{file}:own", "weights": "random", **options}

@@ -15,7 +15,7 @@ from kpu.format.spec import CodecSpec, TeacherSpec
 from kpu.trust.code import CodeLoader
 from kpu.trust.list import Trust
 from pipeline.config import TeacherConfig
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from trainer.students.factories import from_factory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -38,7 +38,7 @@ class Net(nn.Module):
         return {"global": patch.mean((2, 3)), "patch": patch}
 
 
-def teacher(folder: Path, body: str, **options: Any) -> Teacher:
+def teacher(folder: Path, body: str, **options: Any) -> FrozenTeacher:
     """A teacher whose factory `make` is written to `folder`, beside which the files are that it reads."""
     file = folder / "mine.py"
     file.write_text(
@@ -47,7 +47,7 @@ def teacher(folder: Path, body: str, **options: Any) -> Teacher:
     return build_teacher("t", TeacherConfig.model_validate({"model": f"torch:{file}:make", "input": INPUT, **options}))
 
 
-def spec(made: Teacher) -> TeacherSpec:
+def spec(made: FrozenTeacher) -> TeacherSpec:
     return made.spec(CodecSpec())
 
 

@@ -21,7 +21,7 @@ from pipeline.checks import warn_of_heads
 from pipeline.config import TeacherConfig, load_config
 from pipeline.recorded import teacher_config
 from pipeline.run.observers import Silent
-from pipeline.teachers import Teacher, build_teacher
+from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.backbone import reason
 from pipeline.teachers.timm.classifiers import linear_head
 from tests.support.toys import kpu, write_images
@@ -31,12 +31,12 @@ DISTILLED, SMALL = "deit_tiny_distilled_patch16_224", {"depth": 1, "embed_dim": 
 UNI2 = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU", "reg_tokens": 4, "init_values": 1e-5, "no_embed_class": True}
 
 
-def build(model: str, weights: str = "random", **options: Any) -> Teacher:
+def build(model: str, weights: str = "random", **options: Any) -> FrozenTeacher:
     config = {"model": f"timm:{model}", "weights": weights, **options}
     return build_teacher("t", TeacherConfig.model_validate(config))
 
 
-def spec(teacher: Teacher) -> TeacherSpec:
+def spec(teacher: FrozenTeacher) -> TeacherSpec:
     return teacher.spec(CodecSpec())
 
 

@@ -13,7 +13,7 @@ from kpu.pixels.views import draw_views
 from kpu.records.samples import sample_schema
 from kpu.sources import source_reader
 from pipeline.run.reports import Stopwatch
-from pipeline.worker.loading import Loader
+from pipeline.worker.loading import ImageLoader
 from tests.support.toys import noise
 
 GEOMETRY = Geometry((8, 8), (8, 8), "bilinear")
@@ -41,7 +41,7 @@ def table(tmp_path: Path) -> pa.Table:
 def load(root: Path, table: pa.Table) -> np.ndarray:
     reader = source_reader(SourceSpec(kind="folder", root=str(root)))
     with ThreadPoolExecutor(2) as pool:
-        batches = list(Loader(reader, pool, 2, 0).batches(table, 4, [GEOMETRY], Stopwatch()))
+        batches = list(ImageLoader(reader, pool, 2, 0).batches(table, 4, [GEOMETRY], Stopwatch()))
     assert not any(batch.status.any() for batch in batches)
     return np.concatenate([batch.pixels[GEOMETRY] for batch in batches])
 

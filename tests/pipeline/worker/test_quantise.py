@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kpu.format import codecs
-from kpu.format.codecs import MASKED, Grid, make_grid
+from kpu.format.codecs import MASKED, QuantGrid, make_grid
 from kpu.format.fidelity import measure
 from kpu.format.spec import DEFAULT_STEP, CodecSpec
 from kpu.format.statistics import Accumulator, Statistics, snap
@@ -22,7 +22,7 @@ CODECS: Sequence[Codec] = ("uniform", "fp32", "fp16", "bf16")
 CHANNELS = 24
 
 
-def calibrated(codec: Codec | Literal["rotated"], x: np.ndarray) -> tuple[Grid, Statistics]:
+def calibrated(codec: Codec | Literal["rotated"], x: np.ndarray) -> tuple[QuantGrid, Statistics]:
     accumulator = Accumulator(x.shape[-1])
     accumulator.update(x.reshape(-1, x.shape[-1]))
     spec = CodecSpec(name=codec)
@@ -30,7 +30,7 @@ def calibrated(codec: Codec | Literal["rotated"], x: np.ndarray) -> tuple[Grid, 
     return make_grid(spec, statistics), statistics
 
 
-def check_rotated(grid: Grid, statistics: Statistics, x: np.ndarray) -> None:
+def check_rotated(grid: QuantGrid, statistics: Statistics, x: np.ndarray) -> None:
     """As `check`, where the two products may round differently, and what lies between two steps goes either way."""
     found = DeviceGrid(grid, statistics, "cpu").encode(torch.from_numpy(x))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -55,7 +55,7 @@ def heavy_tailed(*shape: int) -> np.ndarray:
     return ((rng.standard_t(3, size=shape) + rng.normal(size=shape[-1])) * scale).astype(np.float32)
 
 
-def check(codec: Codec, grid: Grid, statistics: Statistics, x: np.ndarray) -> None:
+def check(codec: Codec, grid: QuantGrid, statistics: Statistics, x: np.ndarray) -> None:
     """Compare with the reference; rows that are not finite have no cost."""
     found = DeviceGrid(grid, statistics, "cpu").encode(torch.from_numpy(x))
     with np.errstate(invalid="ignore", over="ignore"):

@@ -12,7 +12,7 @@ from tests.support.toys import write_images
 from tests.trainer.conftest import BROKEN, IMAGES, RED, Configure, Extract
 from trainer.config import validate_config
 from trainer.data.corpus import Corpus, HostBatch
-from trainer.data.loading import Upload
+from trainer.data.loading import DeviceTransfer
 from trainer.data.targets import choose_outputs
 
 OUTPUTS = ("global", "patch")
@@ -47,7 +47,7 @@ def others(extract: Extract, place: Path) -> Path:
 def test_rows_are_standardised_and_masked_rows_are_zero(toys: Path, memory: int) -> None:
     corpus = open_both(toys, memory=memory)
     for _ in range(2):  # the second time from memory, where there is some
-        batch = Upload(corpus, CPU)(everything(corpus))
+        batch = DeviceTransfer(corpus, CPU)(everything(corpus))
         for teacher in ALL:
             for output in OUTPUTS:
                 found = batch.targets[teacher][output]
@@ -60,7 +60,7 @@ def test_rows_are_standardised_and_masked_rows_are_zero(toys: Path, memory: int)
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16"])
 def test_every_codec_gives_the_same_targets_within_its_bound(extract: Extract, toys: Path, codec: str) -> None:
     other = extract(codec, f"codec.name={codec}", general="toy", big="wider", shy="poisoned")
-    plain, lossless = (Upload(corpus := open_both(cache), CPU)(everything(corpus)) for cache in (toys, other))
+    plain, lossless = (DeviceTransfer(corpus := open_both(cache), CPU)(everything(corpus)) for cache in (toys, other))
     step = open_cache(toys).teachers["general"].spec.codec.step
     assert step is not None
     relative = {"fp32": 1e-6, "fp16": 2.0**-11, "bf16": 2.0**-8}[codec]
@@ -80,8 +80,8 @@ def test_rotated_integers_give_the_same_targets_but_for_their_rounding(extract: 
     exact = extract("fp32", "codec.name=fp32", general="toy", big="wider", shy="poisoned")
     for statistics_of in (rotated, exact):  # the run's statistics are the grid's own, or of another cache
         corpus = Corpus([str(statistics_of), str(rotated)], dict.fromkeys(ALL, OUTPUTS), "general")
-        batch = Upload(corpus, CPU)(corpus.fetch(np.arange(IMAGES, 2 * IMAGES)))
-        expected = Upload(one := open_both(exact), CPU)(everything(one))
+        batch = DeviceTransfer(corpus, CPU)(corpus.fetch(np.arange(IMAGES, 2 * IMAGES)))
+        expected = DeviceTransfer(one := open_both(exact), CPU)(everything(one))
         for teacher in ALL:
             for output in OUTPUTS:
                 error = batch.targets[teacher][output] - expected.targets[teacher][output]
@@ -92,7 +92,7 @@ def test_rotated_integers_give_the_same_targets_but_for_their_rounding(extract: 
 def test_a_second_cache_uses_the_statistics_of_the_first(toys: Path, others: Path) -> None:
     corpus = open_both(toys, others)
     assert corpus.rows == IMAGES + 40
-    upload = Upload(corpus, CPU)
+    upload = DeviceTransfer(corpus, CPU)
     statistics = open_cache(toys).teachers["big"].statistics["patch"]
     rows = np.array([IMAGES + 3, 2, IMAGES + 39, BROKEN, IMAGES])  # of both, in any order
     found = upload(corpus.fetch(rows)).targets["big"]["patch"]
@@ -105,11 +105,11 @@ def test_a_second_cache_uses_the_statistics_of_the_first(toys: Path, others: Pat
 
 def test_rows_of_a_cache_that_lacks_a_teacher_count_nothing_for_it(toys: Path, others: Path) -> None:
     corpus = open_both(toys, others)
-    batch = Upload(corpus, CPU)(everything(corpus))
+    batch = DeviceTransfer(corpus, CPU)(everything(corpus))
     assert batch.weights["shy"][IMAGES:].sum() == 0
     assert batch.weights["big"][IMAGES:].sum() == 40
     assert not batch.targets["shy"]["patch"][IMAGES:].any()
-    only = Upload(corpus, CPU)(corpus.fetch(np.arange(IMAGES, IMAGES + 3)))
+    only = DeviceTransfer(corpus, CPU)(corpus.fetch(np.arange(IMAGES, IMAGES + 3)))
     assert only.targets["shy"]["patch"].shape == batch.targets["shy"]["patch"][:3].shape
 
 

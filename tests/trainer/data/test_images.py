@@ -23,7 +23,7 @@ from kpu.sources import source_reader
 from pipeline.config import InputConfig, TeacherConfig
 from pipeline.run.reports import Stopwatch
 from pipeline.teachers import build_teacher
-from pipeline.worker.loading import Loader
+from pipeline.worker.loading import ImageLoader
 from tests.support.toys import kpu, noise, write_teacher
 from trainer.data.images import ImageReader, normalise
 
@@ -105,7 +105,7 @@ def toy_input(cache: Cache) -> InputSpec:
 def extraction_pixels(cache: Cache, spec: InputSpec) -> np.ndarray[Any, Any]:
     """What extraction computes with, of all rows: uint8 [rows, H, W, 3]."""
     with ThreadPoolExecutor(1) as pool:
-        loader = Loader(source_reader(cache.plan.source), pool, 1, 0)
+        loader = ImageLoader(source_reader(cache.plan.source), pool, 1, 0)
         batches = loader.batches(cache.samples.to_table(), 16, [geometry(spec)], Stopwatch())
         return np.concatenate([batch.pixels[geometry(spec)] for batch in batches])
 

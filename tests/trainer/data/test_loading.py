@@ -12,7 +12,7 @@ import torch
 from tests.trainer.conftest import Configure
 from trainer.data import loading
 from trainer.data.corpus import Corpus, HostBatch
-from trainer.data.loading import Drawn, Loader, Stream, Upload, loader_threads
+from trainer.data.loading import BatchLoader, DeviceTransfer, Drawn, Stream, loader_threads
 from trainer.data.order import FullOrder
 
 OUTPUTS = ("global", "patch")
@@ -57,7 +57,7 @@ def test_batches_are_identical_under_any_teachers_and_place_in_a_batch(toys: Pat
     rows = np.random.default_rng(0).permutation(70)
     whole = Corpus([str(toys)], dict.fromkeys(["general", "big", "shy"], OUTPUTS), "general")
     pair = Corpus([str(toys)], {"general": OUTPUTS, "shy": ("patch",)}, "general", memory=2**20)
-    batch, split = Upload(whole, CPU)(whole.fetch(rows)), Upload(pair, CPU)
+    batch, split = DeviceTransfer(whole, CPU)(whole.fetch(rows)), DeviceTransfer(pair, CPU)
     for part in np.array_split(np.arange(70), 9):
         other = split(pair.fetch(rows[part]))
         for teacher, outputs in other.targets.items():
@@ -77,7 +77,7 @@ def draws(count: int) -> list[Drawn]:
 
 @pytest.mark.parametrize(("threads", "ahead"), [(1, 1), (3, 1), (3, 8)])
 def test_batches_come_in_order_whatever_the_threads(threads: int, ahead: int) -> None:
-    with Loader(numbered, threads, ahead) as loader:
+    with BatchLoader(numbered, threads, ahead) as loader:
         found = [(drawn.position, int(host.rows[0])) for drawn, host in loader.load(iter(draws(20)))]
     assert found == [(i + 1, i) for i in range(20)]
 
@@ -101,7 +101,7 @@ def test_no_more_is_read_than_asked_for_and_little_ahead() -> None:
             asked.append(int(rows[0]))
         return numbered(rows, epochs)
 
-    with Loader(fetch, 2, 3) as loader:
+    with BatchLoader(fetch, 2, 3) as loader:
         loaded = loader.load(iter(draws(100)))
         next(loaded)
     assert max(asked) <= 4
@@ -111,7 +111,7 @@ def test_rows_are_read_without_images_where_nobody_looks() -> None:
     def pictured(rows: np.ndarray, epochs: np.ndarray) -> HostBatch:
         return replace(numbered(rows, epochs), images=torch.zeros(len(rows), 1, 1, 3, dtype=torch.uint8))
 
-    with Loader(pictured, 2, 2, targets=numbered) as loader:
+    with BatchLoader(pictured, 2, 2, targets=numbered) as loader:
         seen, unseen = (list(loader.load(iter(draws(5)), images=images)) for images in (True, False))
     assert [drawn.position for drawn, _ in unseen] == [drawn.position for drawn, _ in seen]
     assert all(host.images is not None for _, host in seen)
@@ -125,7 +125,7 @@ def test_an_error_comes_at_its_place() -> None:
         return numbered(rows, epochs)
 
     found = []
-    with Loader(fetch, 2, 2) as loader, pytest.raises(OSError, match="gone"):
+    with BatchLoader(fetch, 2, 2) as loader, pytest.raises(OSError, match="gone"):
         for drawn, _ in loader.load(iter(draws(10))):
             found.append(drawn.position)
     assert found == [1, 2, 3]

@@ -16,7 +16,7 @@ from kpu.storage import leases
 from trainer.loop.events import Events
 from trainer.loop.world import World
 from trainer.run.runs import RunFolder
-from trainer.util.files import held
+from trainer.util.files import lock
 
 SCORES = {f"score{number}": 0.5 for number in range(40)}
 
@@ -69,11 +69,11 @@ def test_a_lock_that_cannot_be_closed_ends_no_work(tmp_path: Path, monkeypatch: 
     path = tmp_path / "lock"
     with monkeypatch.context() as patch:
         patch.setattr(leases.os, "close", close)
-        with held(path):
+        with lock(path):
             pass
-    with pytest.raises(ConfigError, match="another process"), held(path):
+    with pytest.raises(ConfigError, match="another process"), lock(path):
         pass  # for the lock is still held
     (descriptor,) = failed
     os.close(descriptor)
-    with held(path):
+    with lock(path):
         pass

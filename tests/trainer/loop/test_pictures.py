@@ -9,7 +9,7 @@ import torch
 from tests.trainer.conftest import BROKEN, Configure
 from trainer.data.corpus import Corpus, HostBatch
 from trainer.data.images import ImageReader
-from trainer.data.resident import Rows
+from trainer.data.resident import RowNumbers
 from trainer.data.targets import choose_outputs
 from trainer.loop.pictures import with_images
 from trainer.model import Inheritance
@@ -17,14 +17,14 @@ from trainer.model import Inheritance
 ROWS = np.array([3, BROKEN, 60])
 
 
-def pictured(configure: Configure, place: Path, *, pinned: bool) -> tuple[HostBatch, list[Rows], Corpus]:
+def pictured(configure: Configure, place: Path, *, pinned: bool) -> tuple[HostBatch, list[RowNumbers], Corpus]:
     """Some rows with images, and what was asked of the fetch below."""
     model = f"torch:{place}/toy.py:toy"
     config = configure(student={"kind": "full", "model": model, "weights": "random"})
     corpus = Corpus(config.caches, choose_outputs(config), config.base, pinned=pinned)
-    asked: list[Rows] = []
+    asked: list[RowNumbers] = []
 
-    def fetch(rows: Rows, epochs: Rows) -> HostBatch:
+    def fetch(rows: RowNumbers, epochs: RowNumbers) -> HostBatch:
         asked.append(rows)
         return corpus.fetch(rows, epochs)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.trainer.conftest import BROKEN, Configure, Extract
 from trainer.data.corpus import Corpus
-from trainer.data.loading import Upload
+from trainer.data.loading import DeviceTransfer
 from trainer.data.targets import choose_outputs
 from trainer.loop.fit import fit
 from trainer.loop.pictures import with_images
@@ -104,7 +104,7 @@ def test_nobody_waits_for_a_gpu_within_a_step(configure: Configure, toys: Path, 
     model = Inheritance(config, corpus.sources).to(world.device)
     rows = np.array([1, BROKEN, 80, 90])
     host = with_images(corpus.fetch, corpus, model.student, config)(rows, np.zeros_like(rows))
-    training, upload = Training(config, model, world, 10), Upload(corpus, world.device, model.student.input)
+    training, upload = Training(config, model, world, 10), DeviceTransfer(corpus, world.device, model.student.input)
     training.advance([upload(host)], measure=False)
     try:
         torch.cuda.set_sync_debug_mode("error")

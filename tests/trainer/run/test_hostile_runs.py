@@ -22,12 +22,12 @@ from trainer.data.corpus import Corpus
 from trainer.data.targets import choose_outputs
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.trained import load_trained
-from trainer.export.description import Description, read_bytes, read_description
+from trainer.export.description import StudentDescription, read_bytes, read_description
 from trainer.export.export import _publish, export
 from trainer.ray_train import _storage
 from trainer.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trainer.run.runs import RunFolder
-from trainer.util.files import held, publish_folder, remove_folder, replace_file
+from trainer.util.files import lock, publish_folder, remove_folder, replace_file
 from trainer.util.sealed import seal_json
 
 
@@ -99,7 +99,7 @@ def test_nothing_is_written_through_a_link(begun: RunFolder, tmp_path: Path) -> 
         (begun.path / name).symlink_to(target)
     with pytest.raises(LinkError, match=r"metrics\.jsonl"):
         begun.log({"step": 1})
-    with pytest.raises(LinkError, match="lock"), held(begun.lock):
+    with pytest.raises(LinkError, match="lock"), lock(begun.lock):
         pass
     replace_file(begun.path / "summary.json", b"{}")
     assert not (begun.path / "summary.json").is_symlink()
@@ -110,7 +110,7 @@ def test_discarding_a_run_removes_what_it_wrote_alone(begun: RunFolder) -> None:
     (begun.path / "notes.txt").write_bytes(b"precious")
     (begun.checkpoints / "mine").mkdir()
     (begun.checkpoints / "mine/weights").write_bytes(b"precious")
-    with held(begun.lock):
+    with lock(begun.lock):
         begun.discard()
     assert contents(begun.path) == {"notes.txt": b"precious", "checkpoints/mine/weights": b"precious"}
 
@@ -200,7 +200,7 @@ def test_files_of_an_export_are_regular(tmp_path: Path) -> None:
         read_description(tmp_path)
     (tmp_path / "student.safetensors").symlink_to("/dev/zero")
     with pytest.raises(LinkError, match=r"symbolic link student\.safetensors"):
-        read_bytes(tmp_path, "student.safetensors", Description.model_construct(digests={}))
+        read_bytes(tmp_path, "student.safetensors", StudentDescription.model_construct(digests={}))
 
 
 def test_an_export_that_fails_leaves_other_hidden_folders(tmp_path: Path) -> None:

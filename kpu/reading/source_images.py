@@ -22,7 +22,7 @@ from kpu.storage.places import redact, refuse_password, require_plain
 from kpu.util.digests import digest_bytes
 
 
-class Originals:
+class SourceImages:
     """Reads and checks a cache's images. Safe to use from several threads.
 
     `root`, if given, replaces the folder or URL that the cache remembers; `option` is what a user sets to give it.

@@ -38,7 +38,7 @@ def new_images(rows: int) -> UnitImages:
     return UnitImages(np.zeros((rows, DIGEST_BYTES), np.uint8), np.zeros(rows, np.uint8), np.zeros((rows, 2), np.int32))
 
 
-class Collector:
+class UnitBuffer:
     """Quantises one teacher's batches on the device and brings them to the host without waiting."""
 
     def __init__(

@@ -13,7 +13,7 @@ import pytest
 from kpu import open_cache
 from kpu.errors import ConfigError, MismatchError, SourceError
 from kpu.interop.theia.export import export_theia
-from kpu.reading.originals import Originals
+from kpu.reading.source_images import SourceImages
 from kpu.sources.files import MOST_BYTES
 from tests.support.builders import key_of
 from tests.support.theia import build_pictured
@@ -28,8 +28,8 @@ def test_images_are_checked_wherever_they_are(tmp_path: Path) -> None:
     record, digest = cache.samples.take(np.array([ROW])), cache.image_digests([ROW])[0]
     moved = images.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match=r"--where: expected the folder .*images; set --where to where they are now"):
-        Originals(cache, str(images), option="--where")
-    originals = Originals(cache, str(moved), option="--where")
+        SourceImages(cache, str(images), option="--where")
+    originals = SourceImages(cache, str(moved), option="--where")
     (data,) = originals.read(record)
     assert data == (moved / key_of(ROW)).read_bytes()
     with originals.decode(data, digest, record) as image:
@@ -86,7 +86,7 @@ def test_a_place_that_the_cache_alone_names_is_not_opened(
     build_pictured(tmp_path / "small.kpu", tmp_path / "images", root=root.format(host))
     cache = open_cache(tmp_path / "small.kpu")
     for use in (
-        lambda: Originals(cache, None, option="images.root"),
+        lambda: SourceImages(cache, None, option="images.root"),
         lambda: export_theia(tmp_path / "small.kpu", tmp_path / "theia", dataset="d", split="train"),
     ):
         with pytest.raises(
@@ -107,7 +107,7 @@ def test_a_place_that_the_user_names_is_opened(tmp_path: Path, server: tuple[str
     host, asked = server
     build_pictured(tmp_path / "small.kpu", tmp_path / "images", root=f"http://{host}/x")
     cache = open_cache(tmp_path / "small.kpu")
-    originals = Originals(cache, f"http://{host}/x", option="images.root")
+    originals = SourceImages(cache, f"http://{host}/x", option="images.root")
     with pytest.raises(SourceError, match="no such file"):
         originals.read(cache.samples.take(np.array([ROW])))
     assert asked == [f"/x/{quote(key_of(ROW))}"]
@@ -117,12 +117,12 @@ def test_a_password_that_an_older_release_recorded_is_not_shown(tmp_path: Path) 
     build_pictured(tmp_path / "small.kpu", tmp_path / "images", root="https://me:hunter2@host/x?sig=abc")
     cache = open_cache(tmp_path / "small.kpu")
     with pytest.raises(ConfigError) as caught:
-        Originals(cache, None, option="images.root")
+        SourceImages(cache, None, option="images.root")
     assert "https://me:***@host/x?sig=***" in str(caught.value)
     with pytest.raises(ConfigError, match="--where: expected the folder of the images") as caught:
-        Originals(cache, str(tmp_path / "nowhere"), option="--where")
+        SourceImages(cache, str(tmp_path / "nowhere"), option="--where")
     with pytest.raises(ConfigError, match="expected a location without a password"):
-        Originals(cache, "https://me:hunter2@host/x", option="--images")
+        SourceImages(cache, "https://me:hunter2@host/x", option="--images")
     assert "hunter2" not in str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, kind: str) 
 
     def read() -> None:
         with pytest.raises(SourceError) as caught:
-            Originals(cache, str(images), option="--images").read(cache.samples.take(np.array([ROW])))
+            SourceImages(cache, str(images), option="--images").read(cache.samples.take(np.array([ROW])))
         found.append(str(caught.value))
 
     reading = threading.Thread(target=read, daemon=True)
@@ -165,4 +165,4 @@ def test_addresses_stay_below_the_root(tmp_path: Path, file: str) -> None:
     record = cache.samples.take(np.array([ROW]))
     hostile = record.set_column(record.schema.get_field_index("file"), record.schema.field("file"), [[file]])
     with pytest.raises(SourceError, match="the sample table names a file outside it"):
-        Originals(cache, str(images), option="--images").read(hostile)
+        SourceImages(cache, str(images), option="--images").read(hostile)
