@@ -178,8 +178,9 @@ class QuantGrid:
             if codec.name == "rotated":
                 raw = np.frombuffer(base64.b64decode(attributes["axes"], validate=True), "<f4")
                 axes = raw.astype(np.float32).reshape(len(centre), len(centre))
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise CorruptError(file, f"attribute kpu is not that of a teacher's output ({error})") from None
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+            expected = "codec, step, centre, scale, offset and grid of a teacher's output (axes, if rotated)"
+            raise CorruptError(file, f"attribute kpu: expected {expected}, found {repr(attributes)[:200]}") from None
         finite = np.isfinite(centre).all() and np.isfinite(scale).all()
         if centre.ndim != 1 or not centre.shape == scale.shape == offset.shape or not finite or not (scale > 0).all():
             raise CorruptError(file, "attribute kpu: expected finite centres, as many positive scales and offsets")

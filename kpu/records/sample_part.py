@@ -69,6 +69,20 @@ def _check_shape(parquet: pq.ParquetFile, file: str, schema: pa.Schema, rows: in
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if metadata.num_rows != rows or sum(groups) != rows or min(groups, default=0) < 1 or not found.equals(schema):
         raise _other_rows(file, schema, rows, metadata.num_rows, found)
+    for group in range(metadata.num_row_groups):  # a few bytes of a page may stand for any number of equal values
+        _check_counts(metadata.row_group(group), file, schema)
+
+
+def _check_counts(group: Any, file: str, schema: pa.Schema) -> None:
+    """See, before any page is decoded, that a row group has as many values as its rows can hold."""
+    for index in range(group.num_columns):
+        column = group.column(index)
+        name = schema.field(index).name
+        most = group.num_rows * (_DRAWS if name == "draws" else 1)
+        if column.num_values > most:
+            raise CorruptError(
+                file, f"{name}: expected up to {most:,} values in {group.num_rows:,} rows, found {column.num_values:,}"
+            )
 
 
 def _other_rows(file: str, schema: pa.Schema, rows: int, found: int, columns: pa.Schema) -> CorruptError:

@@ -1,7 +1,7 @@
 """A published teacher: its `zarr.json`, which seals its spec, arrays, statistics and head."""
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -140,11 +140,7 @@ def read_teacher(storage: Storage, name: str) -> TeacherManifest:
         raw = storage.read(file)
     except FileNotFoundError:
         raise CorruptError(file, "is missing: the teacher is not published", teacher=name) from None
-    try:
-        attributes = parse_json_object(raw)["attributes"]["kpu"]
-        claimed = attributes["digest"].encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(file, f"is not a teacher's zarr.json ({error})", teacher=name) from None
+    attributes, claimed = _attributes(raw, file, name)
     blank = raw.replace(claimed, _NO_DIGEST.encode()) if claimed else raw
     if digest(blank) != claimed.decode():
         raise CorruptError(file, "does not match the digest it carries", teacher=name)
@@ -167,6 +163,27 @@ def read_teacher(storage: Storage, name: str) -> TeacherManifest:
         encoding_fingerprint=sealed.encoding_fingerprint,
         files={**sealed.files, GROUP: digest(raw)},
     )
+
+
+def _attributes(raw: bytes, file: str, name: str) -> tuple[dict[str, Any], bytes]:
+    """The attribute `kpu` of a teacher's `zarr.json`, and the digest in it."""
+    try:
+        found: Any = parse_json_object(raw)
+    except ValueError as error:
+        raise CorruptError(file, f"is not JSON ({error})", teacher=name) from None
+    for key in ("attributes", "kpu"):
+        found = found.get(key)
+        if not isinstance(found, dict):
+            reason = f"{key}: expected a JSON object, found {_short(found)}"
+            raise CorruptError(file, f"is not a teacher's zarr.json: {reason}", teacher=name)
+    if not isinstance(found.get("digest"), str):
+        reason = f"digest: expected text, found {_short(found.get('digest'))}"
+        raise CorruptError(file, f"is not a teacher's zarr.json: {reason}", teacher=name)
+    return found, found["digest"].encode()
+
+
+def _short(value: object) -> str:
+    return "nothing" if value is None else repr(value)[:80]
 
 
 def load_teacher(storage: Storage, plan: Plan, name: str) -> PublishedTeacher:

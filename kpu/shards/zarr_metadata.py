@@ -72,10 +72,10 @@ def array_layout(raw: bytes, file: str) -> tuple[ArrayLayout, dict[str, Any]]:
     """
     document = _parse(raw, file)
     try:
-        tars = document["node_type"] == "group"
-        layout = _tar_layout(document["attributes"]["tar"]) if tars else _layout(document, file)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise CorruptError(file, f"is not the metadata of an array of a cache ({error!r})") from None
+        tars = document.get("node_type") == "group"
+        layout = _tar_layout(_object(document, "attributes", "tar")) if tars else _layout(document, file)
+    except (ValueError, OverflowError) as error:
+        raise CorruptError(file, f"is not the metadata of an array of a cache: {error}") from None
     return layout, _attributes(document, file)
 
 
@@ -91,57 +91,62 @@ def _tar_attributes(layout: ArrayLayout) -> dict[str, Any]:
 
 
 def _tar_layout(attributes: dict[str, Any]) -> ArrayLayout:
-    rows, *item_shape = attributes["shape"]
-    if attributes["dtype"] not in _DTYPES or not isinstance(attributes["member"], str):
+    rows, *item_shape = _lengths(attributes, "shape")
+    member, fill = attributes.get("member"), attributes.get("fill")
+    if attributes.get("dtype") not in _DTYPES or not isinstance(member, str):
         raise ValueError(f"tar: expected a dtype among {_DTYPES} and the name of members, found {attributes}")
-    fill = attributes["fill"]
     return ArrayLayout(
-        rows=int(rows),
-        unit_rows=int(attributes["rows_per_tar"]),
+        rows=rows,
+        unit_rows=_length(attributes.get("rows_per_tar"), "rows_per_tar"),
         chunk_rows=1,
-        item_shape=tuple(int(length) for length in item_shape),
+        item_shape=tuple(item_shape),
         dtype=np.dtype(attributes["dtype"]),
-        fill=float("nan") if fill is None else int(fill),
-        packing="gzip" if attributes["gzip"] else "plain",
-        member=attributes["member"],
+        fill=float("nan") if fill is None else _fill(fill, np.dtype("int32")),
+        packing="gzip" if attributes.get("gzip") else "plain",
+        member=member,
     )
 
 
 def _layout(document: dict[str, Any], file: str) -> ArrayLayout:
-    _expect(file, "node_type", "array", document["node_type"])
-    if document["data_type"] not in _DTYPES:
-        raise CorruptError(file, f"data_type: expected one of {', '.join(_DTYPES)}, found {document['data_type']!r}")
+    _expect(file, "node_type", "array", document.get("node_type"))
+    if document.get("data_type") not in _DTYPES:
+        raise CorruptError(
+            file, f"data_type: expected one of {', '.join(_DTYPES)}, found {document.get('data_type')!r}"
+        )
     dtype = np.dtype(document["data_type"])
-    _expect(file, "chunk_key_encoding", ("default", {"separator": "/"}), _named(document["chunk_key_encoding"]))
+    encoding = _named(document.get("chunk_key_encoding"), "chunk_key_encoding")
+    _expect(file, "chunk_key_encoding", ("default", {"separator": "/"}), encoding)
     _expect(file, "storage_transformers", [], document.get("storage_transformers", []))
-    grid, grid_options = _named(document["chunk_grid"])
+    grid, grid_options = _named(document.get("chunk_grid"), "chunk_grid")
     _expect(file, "chunk_grid", "regular", grid)
-    (sharding,) = document["codecs"]
-    name, options = _named(sharding)
-    _expect(file, "codecs", "sharding_indexed", name)
+    sharding = _codecs(document, "codecs")
+    _expect(file, "codecs", ["sharding_indexed"], [name for name, _ in sharding])
+    options = sharding[0][1]
     _expect(file, "index_location", "end", options.get("index_location", "end"))
     little = ("bytes", {"endian": "little"})
-    _expect(file, "index_codecs", [little, ("crc32c", {})], [_named(codec) for codec in options["index_codecs"]])
-    codecs = [_named(codec) for codec in options["codecs"]]
-    shape, shard, chunk = document["shape"], grid_options["chunk_shape"], options["chunk_shape"]
+    _expect(file, "index_codecs", [little, ("crc32c", {})], _codecs(options, "index_codecs"))
+    codecs = _codecs(options, "codecs")
     names = tuple(codec for codec, _ in codecs)
     if names not in _PACKINGS:
         raise CorruptError(file, f"codecs: expected one of {list(_PACKINGS)}, found {names}")
     if dtype.itemsize > 1:
         _expect(file, "codecs", little, codecs[names.index("bytes")])
+    shape, shard, chunk = (
+        _lengths(document, "shape"),
+        _lengths(grid_options, "chunk_shape"),
+        _lengths(options, "chunk_shape"),
+    )
     if names[0] == "transpose":
-        _expect(file, "transpose", list(_channels_first(len(shape))), codecs[0][1]["order"])
-
+        _expect(file, "transpose", list(_channels_first(len(shape))), codecs[0][1].get("order"))
     _expect(file, "inner dimensions of the shards", shape[1:], shard[1:])
     _expect(file, "inner dimensions of the chunks", shape[1:], chunk[1:])
-    fill = document["fill_value"]
     return ArrayLayout(
-        rows=int(shape[0]),
-        unit_rows=int(shard[0]),
-        chunk_rows=int(chunk[0]),
-        item_shape=tuple(int(length) for length in shape[1:]),
+        rows=shape[0],
+        unit_rows=shard[0],
+        chunk_rows=chunk[0],
+        item_shape=tuple(shape[1:]),
         dtype=dtype,
-        fill=float(fill) if dtype.kind == "f" else int(fill),
+        fill=_fill(document.get("fill_value"), dtype),
         packing=_PACKINGS[names],
     )
 
@@ -167,11 +172,56 @@ def _attributes(document: dict[str, Any], file: str) -> dict[str, Any]:
     return attributes
 
 
-def _named(value: Any) -> tuple[str, dict[str, Any]]:
+def _named(value: Any, field: str) -> tuple[str, dict[str, Any]]:
     """Name and configuration of a Zarr extension point, which may be a bare name."""
     if isinstance(value, str):
         return value, {}
-    return value["name"], value.get("configuration", {})
+    name, options = (value.get("name"), value.get("configuration", {})) if isinstance(value, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise _unexpected(field, "a name and its configuration", value)
+    return name, options
+
+
+def _codecs(owner: dict[str, Any], field: str) -> list[tuple[str, dict[str, Any]]]:
+    found = owner.get(field)
+    if not isinstance(found, list):
+        raise _unexpected(field, "a list of codecs", found)
+    return [_named(codec, field) for codec in found]
+
+
+def _object(document: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """The JSON object below a path of keys."""
+    found: Any = document
+    for depth, field in enumerate(fields, 1):
+        found = found.get(field)
+        if not isinstance(found, dict):
+            raise _unexpected(".".join(fields[:depth]), "a JSON object", found)
+    return dict(found)
+
+
+def _lengths(owner: dict[str, Any], field: str) -> list[int]:
+    found = owner.get(field)
+    if not isinstance(found, list) or not found:
+        raise _unexpected(field, "a list of lengths", found)
+    return [_length(length, field) for length in found]
+
+
+def _length(value: Any, field: str) -> int:
+    if type(value) is not int or value < 1:
+        raise _unexpected(field, "an integer from 1", value)
+    return value
+
+
+def _fill(value: Any, dtype: np.dtype[Any]) -> int | float:
+    if dtype.kind == "f" and (type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity")):
+        return float(value)
+    if dtype.kind == "f" or type(value) is not int:
+        raise _unexpected("fill value", f"a number of {dtype.name}", value)
+    return value
+
+
+def _unexpected(field: str, expected: str, found: Any) -> ValueError:
+    return ValueError(f"{field}: expected {expected}, found {'nothing' if found is None else repr(found)[:80]}")
 
 
 def _expect(file: str, field: str, expected: object, found: object) -> None:

@@ -196,3 +196,10 @@ def test_an_installed_plugin_decodes_its_format(module: str, kind: str) -> None:
     decoded = decode_image(encode(Image.fromarray(pixels), kind, quality=95))
     assert isinstance(decoded, Image.Image)
     assert np.abs(np.asarray(decoded).astype(int) - pixels).mean() < 2
+
+
+@pytest.mark.parametrize(("canvas", "frame"), [((100, 100), (1, 1)), ((1, 1), (100, 100)), ((60, 10), (10, 100))])
+def test_a_gif_counts_by_its_canvas_however_small_its_frame(canvas: tuple[int, int], frame: tuple[int, int]) -> None:
+    head = b"GIF89a" + struct.pack("<HHBBB", *canvas, 0x80, 0, 0) + bytes(6)
+    data = head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x44\x01\x00;"
+    assert decode_image(data, Decoding(max_pixels=5999)) is ImageStatus.TOO_LARGE

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kpu.errors import CorruptError
+from kpu.records.sample_part import read_part
 from kpu.records.samples import Fingerprint, Samples, row_digest, sample_schema, split_parts, write_part
 from tests.support.builders import ROWS, UNIT_ROWS, SmallCache, key_of, sample_table
 
@@ -121,3 +122,12 @@ def test_a_damaged_or_missing_part_is_named(small_cache: SmallCache) -> None:
         with pytest.raises(CorruptError, match=r"samples/part-000000.parquet: is missing"):
             Samples(small_cache.storage, small_cache.plan).take([0])
         file.write_bytes(raw)
+
+
+def test_draws_beyond_those_of_a_view_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = pa.array([[0.5] * 300_000] * ROWS, pa.list_(pa.float64()))
+    table = sample_table().set_column(sample_table().schema.get_field_index("draws"), "draws", draws)
+    raw = write_part(table, UNIT_ROWS)
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_, **__: pytest.fail("the pages were decoded"))
+    with pytest.raises(CorruptError, match="draws: expected up to 40 values in 8 rows, found 2,400,000"):
+        read_part(raw, "samples.parquet", table.schema, range(ROWS), 1)

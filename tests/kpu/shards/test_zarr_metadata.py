@@ -1,6 +1,7 @@
 """`zarr.json` documents survive the way through zarr-python and back, and nothing else is taken for one."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,46 @@ def test_other_arrays_with_channels_first_are_refused(damage: Callable[[dict[str
     document = json.loads(array_metadata(LAYOUTS[1], {}))
     damage(document)
     with pytest.raises(CorruptError, match=r"^f: "):
+        array_layout(json.dumps(document).encode(), "f")
+
+
+def _paths(value: Any) -> list[tuple[Any, ...]]:
+    """The way to every value inside a JSON document."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [way for key, inner in pairs for way in [(key,), *((key, *rest) for rest in _paths(inner))]]
+
+
+_PYTHON = re.compile(r"Error\(|subscript|object has|unpack|iterable|argument|literal")
+_TAR = ArrayLayout(100, 64, 1, (4,), np.dtype("int16"), -32768, "plain", "npy")
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS[1:4], _TAR], ids=lambda layout: layout.packing)
+def test_no_damage_shows_the_text_of_an_error_of_python(layout: ArrayLayout) -> None:
+    whole = array_metadata(layout, {})
+    for path in _paths(json.loads(whole)):
+        for value in (None, "x", -1, 1.5, True, [], {}, ["a"], [[]], [{"name": []}]):
+            document = json.loads(whole)
+            change(*path, to=value)(document)
+            try:
+                array_layout(json.dumps(document).encode(), "f")
+            except CorruptError as error:
+                assert not _PYTHON.search(str(error)), error
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("shape", to=7), "shape: expected a list of lengths, found 7"),
+        (change("shape", 0, to="9"), "shape: expected an integer from 1, found '9'"),
+        (change("chunk_grid", to=None), "chunk_grid: expected a name and its configuration, found nothing"),
+        (change("codecs", to=5), "codecs: expected a list of codecs, found 5"),
+        (change("fill_value", to="x"), "fill value: expected a number of int16, found 'x'"),
+    ],
+)
+def test_a_damaged_field_is_named_with_what_was_found(damage: Callable[[dict[str, Any]], None], message: str) -> None:
+    document = json.loads(array_metadata(LAYOUTS[0], {}))
+    damage(document)
+    with pytest.raises(CorruptError, match=re.escape(message)):
         array_layout(json.dumps(document).encode(), "f")
 
 
