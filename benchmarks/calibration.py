@@ -27,7 +27,7 @@ from kpu.format.spec import CodecSpec
 from kpu.format.statistics import F32, Accumulator, Statistics
 from kpu.pixels.resize import geometry, resize_image
 from kpu.shards.chunk import encode_chunk, use_one_thread
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.worker.moments import moments
 

@@ -173,9 +173,9 @@ class Ours:
 
 def draw(task: Task, corpus: Any) -> Iterator[Any]:
     """The trainer's order `full`, batch after batch."""
-    from trainer.config import OrderConfig
     from trainer.data.loading import Stream
     from trainer.data.order import make_order
+    from trainer.sections import OrderConfig
 
     stream = Stream(make_order(OrderConfig(), corpus.units(), corpus.digest, 0), corpus.validation(0.0))
     position = 0

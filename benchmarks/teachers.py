@@ -14,7 +14,7 @@ import timm
 import transformers
 
 from kpu.errors import TeacherError
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 
 TIMM = (

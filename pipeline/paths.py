@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from kpu.format.spec import LOCAL_DIR
-from pipeline.config import ExtractConfig, TeacherConfig
+from pipeline.config import ExtractConfig
+from pipeline.sections import TeacherConfig
 
 
 def is_url(path: str) -> bool:

@@ -16,8 +16,9 @@ from kpu.records.samples import Fingerprint, Samples, split_parts
 from kpu.sources import ImageSource, describe_left_out, open_source
 from kpu.sources.rows import listed_rows
 from kpu.storage.base import Storage
-from pipeline.config import DataConfig, ExecutorConfig, ExtractConfig
+from pipeline.config import ExtractConfig
 from pipeline.run.observers import Observer
+from pipeline.sections import DataConfig, ExecutorConfig
 
 SHARD_BYTES = 64 * 2**20
 UNIT_BYTES = 2**30

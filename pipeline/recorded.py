@@ -17,8 +17,9 @@ from kpu.sources.files import is_local
 from kpu.storage import paths
 from kpu.storage.open import location_exists, open_storage
 from kpu.storage.places import is_plain, require_plain
-from pipeline.config import DataConfig, ExtractConfig, InputConfig, TeacherConfig
+from pipeline.config import ExtractConfig
 from pipeline.paths import absolute
+from pipeline.sections import DataConfig, InputConfig, TeacherConfig
 
 
 def teacher_config(spec: TeacherSpec) -> TeacherConfig:

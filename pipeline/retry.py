@@ -15,9 +15,10 @@ from kpu.reading.cache import Cache, open_cache
 from kpu.records.runs import RunRecord, load_runs
 from kpu.storage.open import open_storage
 from kpu.tools.status import status
-from pipeline.config import ExecutorConfig, ExtractConfig
+from pipeline.config import ExtractConfig
 from pipeline.paths import absolute
 from pipeline.recorded import planned_data, teacher_config
+from pipeline.sections import ExecutorConfig
 
 _LARGEST_BATCH: Final = 2**16
 

@@ -17,8 +17,9 @@ from kpu.storage.open import open_storage
 from kpu.storage.places import is_plain, require_plain
 from kpu.tools.verify import Problem, VerifyReport
 from kpu.trust.list import Trust, load_trust
-from pipeline.config import DataConfig, ExtractConfig
+from pipeline.config import ExtractConfig
 from pipeline.recorded import teacher_config
+from pipeline.sections import DataConfig
 from pipeline.teachers import ShippedTeacher, ship
 from pipeline.teachers.backbone import describe
 from pipeline.worker.worker import Worker, WorkerSetup

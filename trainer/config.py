@@ -9,24 +9,40 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kpu.config.paths import anchor_paths
-from kpu.config.settings import Positive, Section, read_yaml, validate, validate_overridden
+from kpu.config.settings import (
+    COUNT,
+    COUNT_OR_AUTO,
+    Positive,
+    Section,
+    as_schema,
+    read_yaml,
+    setting,
+    validate,
+    validate_overridden,
+)
 from kpu.errors import KpuError
 from kpu.reading.cache import open_cache
 from kpu.storage.places import refuse_password, require_plain
+from trainer.sections import (
+    NAMES,
+    Auto,
+    BalanceConfig,
+    ImagesConfig,
+    LoaderConfig,
+    LogConfig,
+    LossConfig,
+    OptimConfig,
+    OrderConfig,
+    PreserveConfig,
+    ProjectorConfig,
+    StudentConfig,
+    TargetsConfig,
+    Text,
+    UnifyConfig,
+)
 
-Text = Annotated[str, Field(min_length=1)]
 Target = Annotated[str, Field(pattern="^(global|patch)$")]
-Width = Annotated[int, Field(gt=0, le=2**16)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Auto = Literal["auto"]
 
-# A field's description is what a message says was expected.
-_COUNT = "a whole number above 0"
-_WIDTH = "a whole number from 1 to 65536"
-_WEIGHT = "a number from 0"
-_SHARE = "a number from 0 to 1"
-_NAMES = "a list of names"
 
 PATHS: Final = ("caches", "student.model", "student.weights", "images.root")
 """Keys of the configuration that hold paths."""
@@ -34,207 +50,67 @@ PATHS: Final = ("caches", "student.model", "student.weights", "images.root")
 _HOW: Final = {"caches": "--cache PATH or caches"}
 
 
-class StudentConfig(Section):
-    """What is trained. `side` needs the cached base alone; `frozen` is the base itself, a control.
-
-    `layers` are further outputs of the base that a side student reads, and no other; `width` and `depth` are those of
-    the adapter (channels; blocks). `merge` says how base and adapter become one; `auto` is `concat` for side students.
-    `model` is a timm model or `torch:<file.py>:<factory>`, for `parallel` and `full`; null means the base's own;
-    `weights` is a file, `random` or null for the model's own.
-    """
-
-    kind: Literal["side", "parallel", "full", "frozen"] = Field(
-        default="side", description="side, parallel, full or frozen"
-    )
-    model: Text | None = Field(default=None, description="timm:<model>, torch:<file.py>:<factory> or null")
-    weights: Text | None = Field(default=None, description="the path of a weights file, random, or null")
-    merge: Literal["auto", "add", "concat"] = Field(default="auto", description="auto, add or concat")
-    layers: tuple[Text, ...] = Field(default=(), description=_NAMES)
-    width: Width = Field(default=160, description=_WIDTH)
-    depth: Width = Field(default=3, description=_WIDTH)
-
-    @property
-    def concat(self) -> bool:
-        """Whether the student is [base, adapter], and not their sum."""
-        return self.merge == "concat" or (self.merge == "auto" and self.kind == "side")
-
-    @model_validator(mode="after")
-    def _keys_belong_to_kinds(self) -> "StudentConfig":
-        for key, value in (("model", self.model), ("weights", self.weights)):
-            if value is not None and self.kind in ("side", "frozen"):
-                raise ValueError(f"expected no {key} with kind {self.kind}, found {value!r}; remove it")
-        if self.layers and self.kind != "side":
-            raise ValueError(f"expected no layers with kind {self.kind}, found {list(self.layers)}; remove them")
-        if self.model is None and self.kind == "full":
-            raise ValueError("expected a model with kind full, found null; give timm:<model>")
-        return self
-
-
-class TargetsConfig(Section):
-    """Where targets come from, and how their channels are normalised."""
-
-    source: Literal["cache", "live"] = Field(default="cache", description="cache or live")
-    normalize: Literal["standardize", "phi-s", "raw"] = Field(
-        default="standardize", description="standardize, phi-s or raw"
-    )
-
-
-class ProjectorConfig(Section):
-    """The heads from the student to each teacher; `hidden` is their width, `norm` a leading LayerNorm."""
-
-    hidden: Width = Field(default=256, description=_WIDTH)
-    norm: bool = Field(default=False, description="true or false")
-
-
-class LossConfig(Section):
-    """Weights of the parts of the pair loss."""
-
-    cosine: NotNegative = Field(default=0.5, description=_WEIGHT)
-    smooth_l1: NotNegative = Field(default=0.5, description=_WEIGHT)
-    mse: NotNegative = Field(default=0.0, description=_WEIGHT)
-
-    @model_validator(mode="after")
-    def _something(self) -> "LossConfig":
-        if self.cosine + self.smooth_l1 + self.mse == 0:
-            raise ValueError("expected at least one weight above 0, found none")
-        return self
-
-
-class UnifyConfig(Section):
-    """The shared latent space; with a `weight` of 0 it is off. `untrained` is a placebo: maps that never learned.
-
-    `steps` are the batches that `pretrained` learns on; `pca` fits on as many rows as `pca_rows`. `reconstruction`,
-    `variance` and `covariance` weigh the terms of the maps' own objective.
-    """
-
-    mode: Literal["off", "pretrained", "joint", "pca", "untrained"] = Field(
-        default="off", description="off, pretrained, joint, pca or untrained"
-    )
-    weight: NotNegative = Field(default=0.3, description=_WEIGHT)
-    hidden: Width = Field(default=256, description=_WIDTH)
-    steps: Positive = Field(default=500, description=_COUNT)
-    pca_rows: Positive = Field(default=4096, description=_COUNT)
-    reconstruction: NotNegative = Field(default=1.0, description=_WEIGHT)
-    variance: NotNegative = Field(default=1.0, description=_WEIGHT)
-    covariance: NotNegative = Field(default=0.04, description=_WEIGHT)
-    lowest_std: NotNegative = Field(default=0.1, description=_WEIGHT)
-    lowest_rank: Share = Field(default=0.02, description=_SHARE)
-    lowest_reconstruction: float = Field(default=0.1, description="a number")
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # what YAML makes of a plain off
-
-
-class PreserveConfig(Section):
-    """The pull that keeps the student at the base."""
-
-    weight: NotNegative = Field(default=0.0, description=_WEIGHT)
-
-
-class BalanceConfig(Section):
-    """How much each teacher counts in each row; `p` is the probability with which `dropping` drops one."""
-
-    name: Literal["uniform", "dropping"] = Field(default="uniform", description="uniform or dropping")
-    p: Share = Field(default=0.5, description=_SHARE)
-
-
-class OptimConfig(Section):
-    """Optimiser and cosine schedule. `name` and `lr` auto depend on the kind of student.
-
-    `warmup` is a share of all steps; `ema` the half-life of the weights' moving average in rows, 0 for none.
-    `accumulate` batches make one step; `clip` is the largest gradient norm, 0 for none.
-    """
-
-    name: Literal["adamw", "muon"] | Auto = Field(default="auto", description="adamw, muon or auto")
-    lr: Annotated[float, Field(gt=0)] | Auto = Field(default="auto", description="a number above 0, or auto")
-    weight_decay: NotNegative = Field(default=0.05, description=_WEIGHT)
-    epochs: Positive = Field(default=20, description=_COUNT)
-    warmup: Share = Field(default=0.05, description=_SHARE)
-    clip: NotNegative = Field(default=1.0, description=_WEIGHT)
-    ema: NotNegative = Field(default=0.0, description=_WEIGHT)
-    accumulate: Positive = Field(default=1, description=_COUNT)
-
-    @field_validator("ema")
-    @classmethod
-    def _half_life(cls, value: float) -> float:
-        if 0 < value < 1:
-            raise ValueError(
-                f"expected a half-life in rows, 0 for none, found {value}; give a number of rows such as 100000, not "
-                "a decay"
-            )
-        return value
-
-
-class OrderConfig(Section):
-    """In which order rows come; `window` is how many units `windowed` mixes."""
-
-    name: Literal["full", "windowed"] = Field(default="full", description="full or windowed")
-    window: Positive = Field(default=64, description=_COUNT)
-
-
-class ImagesConfig(Section):
-    """For students that need images. `root` replaces the folder or URL of the images that the cache remembers."""
-
-    root: Text | None = Field(default=None, description="a path or URL, or null")
-
-
-class LoaderConfig(Section):
-    """Reading ahead: threads that read and decode, and how many batches they may be ahead.
-
-    Rows are kept as stored, for the next epochs, in up to `memory` bytes.
-    """
-
-    threads: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
-    ahead: Positive = Field(default=4, description=_COUNT)
-    memory: Annotated[int, Field(ge=0)] | Auto = Field(default="auto", description="a number of bytes, or auto")
-
-
-class LogConfig(Section):
-    """How often, in steps, metrics are written and a checkpoint is saved."""
-
-    every: Positive = Field(default=20, description=_COUNT)
-    checkpoint: Positive = Field(default=500, description=_COUNT)
-
-
 class TrainConfig(Section):
-    """Everything `kpu-train fit` needs to know.
+    """Everything `kpu-train fit` needs to know."""
 
-    `compile` has `torch.compile` make the student faster; projectors, shared space and losses run as they are.
-    `validate_every` is in steps, auto some twenty times in a training; `keep` says which weights are the run's: those
-    of the best validation, or the last. A training stops early after `patience` validations that were no better.
-    """
-
-    caches: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(description="a list of at least one cache")
-    base: Text = Field(description="the name of the general-purpose teacher")
-    teachers: tuple[Text, ...] | None = Field(default=None, description=f"{_NAMES}, or null for all")
-    outputs: Annotated[tuple[Target, ...], Field(min_length=1)] = Field(
-        default=("global", "patch"), description="a list of global and patch, or of one of them"
+    caches: Annotated[tuple[Text, ...], Field(min_length=1)] = setting("a list of at least one cache")
+    """Where the features are. Several may be mixed, each with the teachers it has."""
+    base: Text = setting("the name of the general-purpose teacher")
+    """The general-purpose teacher, which is kept as the knowledge base."""
+    teachers: tuple[Text, ...] | None = setting(f"{NAMES}, or null for all", default=None)
+    """Whose features to learn, the base among them; null for all in the caches."""
+    outputs: Annotated[tuple[Target, ...], Field(min_length=1)] = setting(
+        "a list of global and patch, or of one of them", default=("global", "patch")
     )
+    """Which outputs to learn."""
     student: StudentConfig = StudentConfig()
+    """What is trained."""
     targets: TargetsConfig = TargetsConfig()
+    """Where targets come from."""
     projector: ProjectorConfig = ProjectorConfig()
+    """The heads from the student to each teacher."""
     loss: LossConfig = LossConfig()
+    """The distance between what the student predicts and a teacher's features."""
     unify: UnifyConfig = UnifyConfig()
+    """The shared latent space."""
     preserve: PreserveConfig = PreserveConfig()
+    """The pull that keeps the student at the base."""
     balance: BalanceConfig = BalanceConfig()
+    """How teachers are weighed."""
     optim: OptimConfig = OptimConfig()
-    batch_size: Positive = Field(default=256, description=_COUNT)
-    keep: Literal["best", "last"] = Field(default="best", description="best or last")
-    validate_every: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
-    patience: Positive | None = Field(default=None, description=f"{_COUNT}, or null")
+    """Optimiser and schedule."""
+    batch_size: Positive = setting(COUNT, default=256)
+    """Rows of one step, of all workers together."""
+    keep: Literal["best", "last"] = setting("best or last", default="best")
+    """Which weights become `model.safetensors`: those of the best validation (by R2), or the last. The others are kept
+    beside them.
+    """
+    validate_every: Positive | Auto = setting(COUNT_OR_AUTO, default="auto")
+    """Steps. Auto is about twenty times in a training."""
+    patience: Positive | None = setting(f"{COUNT}, or null", default=None)
+    """Stop early after this many validations that were no better than the best."""
     order: OrderConfig = OrderConfig()
-    validation: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.02, description="a number from 0, below 1")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="a whole number from 0 to 2**63 - 1")
-    workers: Positive = Field(default=1, description=_COUNT)
+    """In which order rows come."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = setting("a number from 0, below 1", default=0.02)
+    """The share of samples held back."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = setting("a whole number from 0 to 2**63 - 1", default=0)
+    """Of weights, order and validation rows."""
+    workers: Positive = setting(COUNT, default=1)
+    """Processes, by Ray Train or torchrun; divides `batch_size`."""
     images: ImagesConfig = ImagesConfig()
+    """For students that need images."""
     loader: LoaderConfig = LoaderConfig()
+    """Reading ahead."""
     log: LogConfig = LogConfig()
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto, cpu or cuda")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto, fp32 or bf16")
-    threads: Positive | Auto = Field(default="auto", description=f"{_COUNT}, or auto")
-    compile: bool = Field(default=False, description="true or false")
+    """How often metrics and checkpoints are written."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto, cpu or cuda", default="auto")
+    """Auto is a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto, fp32 or bf16", default="auto")
+    """Auto is bf16 on a GPU, fp32 elsewhere."""
+    threads: Positive | Auto = setting(COUNT_OR_AUTO, default="auto")
+    """CPU threads of torch in each process."""
+    compile: bool = setting("true or false", default=False)
+    """Run the student through `torch.compile`; projectors, shared space and losses run as they are."""
 
     @property
     def rows_per_worker(self) -> int:
@@ -298,11 +174,7 @@ def load_config(
 
 def as_config(config: TrainConfig | Mapping[str, Any] | str | os.PathLike[str]) -> TrainConfig:
     """A configuration as it is, from its plain values, or from the YAML file at a path. Raises as `load_config`."""
-    if isinstance(config, TrainConfig):
-        return config
-    if isinstance(config, Mapping):
-        return validate_config(config, "config")
-    return load_config(config)
+    return as_schema(TrainConfig, config, validate_config, load_config)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -7,6 +7,7 @@ from typing import Any, Final, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+EXPECTED: Final = "expected"
 LARGEST: Final = 2**31 - 1
 """Of any count that a configuration gives; what is larger is a slip, and would end as an error of some library."""
 
@@ -30,12 +31,19 @@ def _explain(item: Any, schema: type[BaseModel], values: Mapping[str, Any], how:
         message = f"expected a mapping of {', '.join(section.model_fields)}"
     elif item.get("ctx", {}).get("le") == LARGEST:
         message = f"expected up to {LARGEST}"
-    elif field is not None and field.description:
-        message = f"expected {field.description}"
+    elif field is not None and (expected := expected_of(field)):
+        message = f"expected {expected}"
     else:
         number = "a number " if kind.startswith(("greater", "less")) else ""
         message = message.replace("Input should be ", f"expected {number}")
     return f"{key}: {message}, found {_at(values, path)!r}"
+
+
+def expected_of(field: FieldInfo) -> str | None:
+    """What a field says is expected of its value; None if it does not."""
+    extra = field.json_schema_extra
+    found = extra.get(EXPECTED) if isinstance(extra, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _at(values: Any, path: Sequence[str]) -> Any:

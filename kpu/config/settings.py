@@ -1,23 +1,31 @@
 """Configuration files: YAML read strictly, the command line's values laid over it, the whole validated by a schema."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kpu.config.errors import LARGEST, explain
+from kpu.config.errors import EXPECTED, LARGEST, explain
 from kpu.config.strict_yaml import parse_yaml
 from kpu.errors import ConfigError
 
+COUNT: Final = "a whole number above 0"
+COUNT_OR_AUTO: Final = f"{COUNT}, or auto"
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused. A field's description says what is expected."""
+    """A part of the configuration: immutable, unknown keys refused. The docstring below a field says what it means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def setting(expected: str, *, default: Any = ...) -> Any:
+    """A field of a `Section`, required without a default; messages and the reference say that `expected` is."""
+    return Field(default=default, json_schema_extra={EXPECTED: expected})
 
 
 T = TypeVar("T")
@@ -42,6 +50,18 @@ def validate(
         return schema.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, schema, values, how or {})}") from None
+
+
+def as_schema(
+    schema: type[Schema],
+    config: Schema | Mapping[str, Any] | str | os.PathLike[str],
+    check: Callable[[Mapping[str, Any], str], Schema],
+    load: Callable[[str | os.PathLike[str]], Schema],
+) -> Schema:
+    """A configuration as it is, its plain values checked, or the file at a path loaded."""
+    if isinstance(config, schema):
+        return config
+    return check(config, "config") if isinstance(config, Mapping) else load(config)  # type: ignore[arg-type]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kpu.errors import ConfigError
-from pipeline.config import ExecutorConfig
+from pipeline.sections import ExecutorConfig
 
 Nodes = Sequence[Mapping[str, float]]
 

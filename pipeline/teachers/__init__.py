@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from kpu.errors import ConfigError
 from kpu.trust.code import CodeLoader, naming
 from kpu.trust.list import Trust, load_trust
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers.base import FrozenTeacher
 from pipeline.teachers.custom.factory import load_custom, read_source
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kpu.errors import TeacherError
 from kpu.format.spec import InputSpec
-from pipeline.config import InputConfig, TeacherConfig
+from pipeline.sections import InputConfig, TeacherConfig
 
 _RGB = ("red", "green", "blue")
 _CUSTOM_CODE = "trust_remote_code"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from kpu.errors import ConfigError, TeacherError
 from kpu.format.spec import NO_LABEL, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
 from kpu.storage.paths import check_name
-from pipeline.config import TeacherConfig
+from kpu.torch.weights import weights_digest
+from pipeline.sections import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, proportional_grid, reason
 from pipeline.teachers.custom.programs import check_rows_alone, freeze
 from pipeline.teachers.locality import pictures
 from pipeline.teachers.proof import Claims, prove, recall, remember
-from pipeline.teachers.weights import weights_digest
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,8 +1,8 @@
 """Quantisation where the features are, with what it cost in each row.
 
 On the CPU the stored values are bit-equal to those of `kpu.format.codecs.QuantGrid.encode` (under `rotated` except for
-some halfway between two steps), and the costs agree with `kpu.format.fidelity.measure` to about seven digits. A rotation
-changes neither lengths nor angles, so under `rotated` they are measured on the axes.
+some halfway between two steps), and the costs agree with `kpu.format.fidelity.measure` to about seven digits. A
+rotation changes neither lengths nor angles, so under `rotated` they are measured on the axes.
 
 Letters: B rows, T tokens (1 for vectors), N = B * T, D channels.
 """

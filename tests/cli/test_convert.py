@@ -15,9 +15,9 @@ from kpu.pixels.views import resolve_view
 from tests.support.builders import tree
 from tests.support.theia import members
 from tests.support.toys import assert_refused, kpu, kpu_json, snapshot, write_images, write_teacher
-from trainer.config import StudentConfig
 from trainer.data.corpus import Corpus
 from trainer.data.images import ImageReader
+from trainer.sections import StudentConfig
 from trainer.students.base import BaseInfo
 from trainer.students.models import build_base
 from trainer.students.parallel import ParallelStudent

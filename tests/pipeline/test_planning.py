@@ -11,9 +11,10 @@ from kpu.records.samples import Samples
 from kpu.sources import ImageSource, open_source
 from kpu.storage.leases import lease
 from kpu.storage.open import open_storage
-from pipeline.config import ExecutorConfig, ExtractConfig, validate_config
+from pipeline.config import ExtractConfig, validate_config
 from pipeline.planning import check_settings, choose_threads, choose_unit_rows, open_data, plan_cache
 from pipeline.run.observers import Observer, Silent
+from pipeline.sections import ExecutorConfig
 from tests.support.builders import Hooked
 from tests.support.sources import pack
 from tests.support.toys import write_images

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.config import OrderConfig
+from trainer.sections import OrderConfig
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]

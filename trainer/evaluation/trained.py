@@ -8,13 +8,13 @@ from torch import Tensor
 
 from kpu.errors import MismatchError
 from kpu.storage.places import require_plain
+from kpu.torch.weights import RANDOM, differences
 from kpu.trust.code import CodeLoader
 from kpu.trust.list import Trust
 from trainer.config import TrainConfig
 from trainer.data.corpus import TeacherInfo
 from trainer.model import Inheritance
 from trainer.run.runs import MODEL, RunFolder
-from trainer.students.weights import RANDOM, differences
 
 _NAMED_AT_MOST: Final = 5
 

@@ -12,8 +12,8 @@ from kpu.errors import ConfigError, CorruptError
 from kpu.format.spec import MOST_LENGTH, Decoding, InputSpec, Length, TeacherSpec
 from kpu.util.digests import digest, digest_of
 from kpu.util.strict_json import parse_json_object
-from trainer.config import ProjectorConfig, StudentConfig
 from trainer.data.shapes import OutputShape
+from trainer.sections import ProjectorConfig, StudentConfig
 from trainer.util.files import read_file
 
 FORMAT: Final = "kpu-student"

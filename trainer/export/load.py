@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kpu.errors import CorruptError
 from kpu.format.statistics import Statistics
+from kpu.torch.weights import RANDOM
 from kpu.trust.code import CodeLoader, split_model
 from kpu.trust.list import Trust, load_trust
 from trainer.export.description import BASE, STUDENT, StudentDescription, check_others, read_bytes, read_description
@@ -18,7 +19,7 @@ from trainer.export.exported import BASE_PREFIX, ExportedStudent
 from trainer.students import BaseInfo, make_student
 from trainer.students.factories import code_of
 from trainer.students.models import build_base
-from trainer.students.weights import RANDOM, load_strictly
+from trainer.students.weights import load_strictly
 
 _HOW: Final = "pass trust_code=True"
 

@@ -10,8 +10,9 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from trainer.config import OptimConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.loop.muon import Muon
+from trainer.sections import OptimConfig
 
 _ON_FEATURES: Final = ("side", "frozen")
 _LEARNING_RATES: Final = {("muon", True): 16e-3, ("muon", False): 1e-3, ("adamw", True): 8e-3, ("adamw", False): 1e-3}

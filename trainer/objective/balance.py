@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.config import BalanceConfig
 from trainer.data.order import scramble
+from trainer.sections import BalanceConfig
 
 _STEP: Final = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's: 2**64 divided by the golden ratio, odd
 _FRACTION_BITS: Final = 53  # of a float64

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kpu.errors import MismatchError
 from kpu.format.statistics import Accumulator
-from trainer.config import LossConfig, UnifyConfig
 from trainer.objective.losses import row_loss
 from trainer.objective.unify import SharedSpace, Targets, Weights
+from trainer.sections import LossConfig, UnifyConfig
 from trainer.util.metrics import R2, covariance_rank
 
 _VECTORS_A_RANK: Final = 4

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kpu.errors import MismatchError
-from trainer.config import LossConfig
 from trainer.data.shapes import TokenGrid
+from trainer.sections import LossConfig
 
 SMALLEST_NORM: Final = 1e-3  # below it a vector counts as this long, so that the cosine's gradient stays below 1e3
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kpu.errors import ConfigError
 from kpu.format.statistics import Accumulator
-from trainer.config import UnifyConfig
 from trainer.objective.projectors import PcaProjector, Shapes, onto_grid, slot
 from trainer.objective.unify import Outputs, Restorations, SharedSpace, Targets, Weights
+from trainer.sections import UnifyConfig
 
 
 class PcaSpace(SharedSpace):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import MismatchError
-from trainer.config import ProjectorConfig
 from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
+from trainer.sections import ProjectorConfig
 
 Shapes = Mapping[str, OutputShape]
 F64 = npt.NDArray[np.float64]

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from trainer.config import LossConfig, UnifyConfig
 from trainer.objective.pca import PcaSpace
 from trainer.objective.projectors import Shapes
 from trainer.objective.unify import LearnedSpace, SharedSpace
+from trainer.sections import LossConfig, UnifyConfig
 
 
 def make_space(

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.config import LossConfig, UnifyConfig
 from trainer.objective.losses import covariance_term, row_loss, variance_term, weighted_mean
 from trainer.objective.normalize import UnitVariance
 from trainer.objective.projectors import Projector, Shapes, check_outputs, onto_grid, slot
+from trainer.sections import LossConfig, UnifyConfig
 
 Targets = Mapping[str, Mapping[str, Tensor]]
 Weights = Mapping[str, Tensor]

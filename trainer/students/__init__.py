@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from kpu.errors import ConfigError
 from kpu.trust.code import CodeLoader
-from trainer.config import StudentConfig
+from trainer.sections import StudentConfig
 from trainer.students.base import BaseInfo, Student
 from trainer.students.frozen import FrozenStudent
 from trainer.students.side import SideStudent

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from kpu.errors import ConfigError, MismatchError, TrustError
+from kpu.torch.weights import RANDOM, initialise, seeded
 from kpu.trust.code import Code, CodeLoader
-from trainer.students.weights import RANDOM, Weights, initialise, load_strictly, read_weights, seeded
+from trainer.students.weights import Weights, load_strictly, read_weights
 
 
 def code_of(model: str, codes: CodeLoader, section: str) -> Code | None:

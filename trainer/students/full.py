@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kpu.trust.code import CodeLoader
-from trainer.config import StudentConfig
 from trainer.objective.losses import resize_map
+from trainer.sections import StudentConfig
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from kpu.errors import ConfigError, MismatchError
 from kpu.format.spec import InputSpec, TeacherSpec
+from kpu.torch.weights import weights_digest
 from kpu.trust.code import CodeLoader
 from trainer.data.shapes import OutputShape, TokenGrid, shape_of
 from trainer.students.adapters import tokens_of
 from trainer.students.factories import data_config, from_factory
 from trainer.students.timm_models import TimmOutputs, from_timm
-from trainer.students.weights import Weights, weights_digest
+from trainer.students.weights import Weights
 
 Args = Mapping[str, Any] | None
 

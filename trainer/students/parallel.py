@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kpu.errors import ConfigError, MismatchError
 from kpu.trust.code import CodeLoader
-from trainer.config import StudentConfig
 from trainer.data.shapes import TokenGrid
+from trainer.sections import StudentConfig
 from trainer.students.adapters import Beside, Bottleneck
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe

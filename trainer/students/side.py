@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import ConfigError
-from trainer.config import StudentConfig
 from trainer.data.shapes import OutputShape
+from trainer.sections import StudentConfig
 from trainer.students.adapters import MapAdapter, VectorAdapter
 from trainer.students.base import BaseInfo, Student
 

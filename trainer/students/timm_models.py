@@ -4,9 +4,7 @@ Letters: B images, N tokens with prefix, T tokens, D channels, H and W the image
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,9 +13,11 @@ from torch import Tensor, nn
 
 from kpu.errors import ConfigError
 from kpu.format.timm_args import with_layers
+from kpu.torch.timm_weights import convert, count_classes
+from kpu.torch.weights import RANDOM, initialise
 from kpu.trust.list import tensors_only
 from trainer.data.shapes import TokenGrid
-from trainer.students.weights import RANDOM, Weights, differences, initialise, load_strictly, read_weights
+from trainer.students.weights import Weights, load_strictly, read_weights
 
 _MOST_PREFIX_TOKENS = 16
 _LAYER = re.compile(r"layer(\d+)\.patch")
@@ -98,26 +98,15 @@ def from_timm(
         return kept() if seed is None else initialise(kept, f"timm:{name}", seed)
     state: Mapping[str, Tensor] = read_weights(weights, section)
     model, own = kept(), create()
-    if differences(own, state):
-        convert = getattr(sys.modules[type(own).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
-            with suppress(Exception):  # it knows other files than this one; what does not fit is reported below
-                state = convert(dict(state), own)
+    state = convert(own, state)
     if classifier:
-        classes = _classes(own, state)
+        classes = count_classes(own, state)
         model = own if classes == getattr(own, "num_classes", classes) else create(num_classes=classes)
     else:
         dropped = own.state_dict().keys() - model.state_dict().keys()
         state = {key: value for key, value in state.items() if key not in dropped}
     load_strictly(model, state, weights if isinstance(weights, str) else name, section)
     return model
-
-
-def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Classes of the classifier in `state`; 0 where it has none."""
-    classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else classifier
-    return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), 0)
 
 
 @tensors_only()

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from kpu.config.paths import anchor_paths
-from kpu.config.settings import Section, read_yaml, section, validate
+from kpu.config.settings import Section, read_yaml, section, setting, validate
 from kpu.errors import ConfigError
-from trainer.config import PATHS, Text, TrainConfig, validate_config
+from trainer.config import PATHS, TrainConfig, validate_config
+from trainer.sections import Text
 
 TRIAL_NAME: Final = re.compile(r"\d{3,}(-[\w.+-]+)?-seed\d+")
 """What the folder of a training is called: the number of its cell, what that sets, and the seed."""
@@ -24,13 +25,18 @@ _LISTS = "a mapping of keys of the configuration to lists of values"
 class SweepConfig(Section):
     """A sweep file. Relative paths begin at its folder, those of another file that it names at that file's."""
 
-    config: Text | dict[str, Any] = Field(description="the path of a configuration, or its keys")
-    grid: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(default={}, description=_LISTS)
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] = Field(
-        default=[0, 1, 2], description="a list of whole numbers from 0"
+    config: Text | dict[str, Any] = setting("the path of a configuration, or its keys")
+    """What all trainings have in common."""
+    grid: dict[Text, Annotated[list[Any], Field(min_length=1)]] = setting(_LISTS, default={})
+    """Values by key of the configuration; the first cell is what others are compared with."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] = setting(
+        "a list of whole numbers from 0", default=[0, 1, 2]
     )
-    out: Text = Field(description="a folder")
-    executor: Literal["ray", "inline"] = Field(default="ray", description="ray or inline")
+    """Each cell is trained with each."""
+    out: Text = setting("a folder")
+    """Where the trainings go, a folder each."""
+    executor: Literal["ray", "inline"] = setting("ray or inline", default="ray")
+    """By Ray Tune, or one after the other."""
 
 
 @dataclass(frozen=True)

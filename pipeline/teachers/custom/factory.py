@@ -24,14 +24,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from kpu.errors import TeacherError, TrustError
+from kpu.torch.weights import RANDOM, build_twice, initialise, seeded
 from kpu.trust.code import Code, CodeLoader, read_code, split_model
 from kpu.trust.list import Trust
 from kpu.util.digests import digest
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason
 from pipeline.teachers.custom.identity import hidden_digests, identify
 from pipeline.teachers.custom.programs import as_module, freeze, linear_of, programs
-from pipeline.teachers.weights import RANDOM, build_twice, initialise, load_strictly, read_weights, seeded
+from pipeline.teachers.weights import load_strictly, read_weights
 
 _NAMED_AT_MOST = 5
 

@@ -17,10 +17,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from kpu.errors import TeacherError
+from kpu.torch.weights import weights_digest
 from kpu.util.digests import DIGEST_BYTES, digest, digest_of
 from pipeline.teachers.custom.programs import exported_text, is_exported, is_script, programs, script_digest
 from pipeline.teachers.custom.search import Holding, search
-from pipeline.teachers.weights import weights_digest
 
 FILES: Final = "program_files"  # the attribute that names files
 _BLOCK: Final = 2**20

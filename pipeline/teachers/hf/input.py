@@ -8,7 +8,7 @@ from typing import Any, Final
 from kpu.errors import TeacherError
 from kpu.format.spec import InputSpec
 from kpu.pixels.resize import geometry
-from pipeline.config import InputConfig
+from pipeline.sections import InputConfig
 from pipeline.teachers.backbone import input_spec, reason
 from pipeline.teachers.hf.processor import Doubt, Studied, study, suggest
 

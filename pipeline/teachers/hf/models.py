@@ -9,12 +9,13 @@ import huggingface_hub
 from torch import nn
 
 from kpu.errors import TeacherError
-from pipeline.config import TeacherConfig
+from kpu.torch.weights import RANDOM, initialise, seeded
+from pipeline.sections import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, reason, resolve_layers
 from pipeline.teachers.hf.input import hf_input
 from pipeline.teachers.hf.maps import count_layers
 from pipeline.teachers.hf.outputs import HfFeatures, in_order
-from pipeline.teachers.weights import RANDOM, can_reach, initialise, load_strictly, read_weights, seeded
+from pipeline.teachers.weights import can_reach, load_strictly, read_weights
 
 _POOLER = "pooler."
 _NO_TOWER = "Unrecognized configuration class"  # transformers' words

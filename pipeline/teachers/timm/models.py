@@ -1,9 +1,7 @@
 """Teachers from timm: `timm:<model>`, also `timm:hf-hub:<id>` and `timm:local-dir:<folder>`."""
 
 import difflib
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,12 +12,14 @@ from torch import Tensor, nn
 
 from kpu.errors import TeacherError
 from kpu.format.timm_args import with_layers
+from kpu.torch.timm_weights import convert, count_classes
+from kpu.torch.weights import RANDOM, differences, initialise
 from kpu.trust.list import tensors_only
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, input_spec, reason, resolve_layers
 from pipeline.teachers.timm.classifiers import linear_head
 from pipeline.teachers.timm.outputs import TimmFeatures
-from pipeline.teachers.weights import RANDOM, can_reach, differences, initialise, load_strictly, read_weights
+from pipeline.teachers.weights import can_reach, load_strictly, read_weights
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -154,22 +154,12 @@ def _from_file(create: Callable[..., nn.Module], path: str, who: str) -> nn.Modu
     state: Mapping[str, Tensor] = read_weights(path, who)
     model = create()
     if differences(model, state):
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
-            with suppress(Exception):  # it knows other files than this one; what does not fit is reported below
-                state = convert(dict(state), model)
-        classes = _classes(model, state)
+        state = convert(model, state)
+        classes = count_classes(model, state)
         if classes != getattr(model, "num_classes", classes):
             model = create(num_classes=classes)
     load_strictly(model, state, who, path)
     return model
-
-
-def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Classes of the classifier in `state`; 0 where it has none."""
-    classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else classifier
-    return next((len(state[f"{name}.weight"]) for name in names if f"{name}.weight" in state), 0)
 
 
 def _layer_indices(model: Any, config: TeacherConfig, who: str) -> tuple[int, ...]:

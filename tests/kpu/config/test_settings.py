@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
-from kpu.config.settings import Positive, Section, override, read_yaml, section, split, validate
+from kpu.config.settings import Positive, Section, override, read_yaml, section, setting, split, validate
 from kpu.errors import ConfigError
 
 
 class Inner(Section):
-    width: int = Field(default=1, description="a whole number")
+    width: int = setting("a whole number", default=1)
 
 
 class Outer(Section):
-    name: str = Field(description="a name")
+    name: str = setting("a name")
     inner: Inner = Inner()
 
     @model_validator(mode="after")
@@ -109,7 +109,7 @@ def test_assignments_need_two_sides(assignment: str) -> None:
 
 def test_rejects_numbers_that_no_count_has() -> None:
     class Counted(Section):
-        rows: Positive = Field(default=1, description="a whole number above 0")
+        rows: Positive = setting("a whole number above 0", default=1)
         rate: float = 0.5
 
     with pytest.raises(ConfigError, match=r"rows: expected up to 2147483647, found 10000000000$"):

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from kpu.errors import ConfigError
-from pipeline.config import ExecutorConfig
 from pipeline.executors.room import count_by_gpus, count_workers, gpus_per_worker, held_by_others, threads_per_worker
+from pipeline.sections import ExecutorConfig
 
 LAPTOP = {"CPU": 8.0, "memory": 1e10, "node:127.0.0.1": 1.0}
 GPU_NODE = {"CPU": 32.0, "GPU": 4.0}

@@ -15,7 +15,7 @@ import kpu
 from kpu.errors import TeacherError
 from kpu.format.spec import CodecSpec
 from kpu.util.digests import digest
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher, load_shipped, ship
 
 PREAMBLE = """

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from kpu.errors import TeacherError
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 
 transformers = pytest.importorskip("transformers")

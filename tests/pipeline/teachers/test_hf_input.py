@@ -12,7 +12,7 @@ from PIL import Image
 from kpu.errors import TeacherError
 from kpu.format.spec import InputSpec
 from kpu.pixels.resize import resize_image
-from pipeline.config import InputConfig, TeacherConfig
+from pipeline.sections import InputConfig, TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.hf.input import hf_input
 from pipeline.teachers.hf.processor import study

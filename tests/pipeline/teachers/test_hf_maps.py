@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kpu.errors import TeacherError
 from kpu.format.spec import CodecSpec
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.hf.maps import read_facts, reading_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import TeacherError
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.locality import judge, pictures
 

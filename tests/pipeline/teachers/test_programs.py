@@ -14,7 +14,7 @@ from kpu.errors import ConfigError, TeacherError
 from kpu.format.spec import CodecSpec, TeacherSpec
 from kpu.trust.code import CodeLoader
 from kpu.trust.list import Trust
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from trainer.students.factories import from_factory
 

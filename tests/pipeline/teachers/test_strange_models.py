@@ -11,7 +11,7 @@ import torch
 
 from kpu.errors import ConfigError, TeacherError
 from kpu.trust.list import tensors_only
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import build_teacher
 from trainer.students.models import build_model
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from kpu.errors import TeacherError
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import build_teacher
 from pipeline.teachers.backbone import input_spec
 

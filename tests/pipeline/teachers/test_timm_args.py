@@ -18,9 +18,10 @@ from kpu.errors import ConfigError, TeacherError
 from kpu.format.spec import CodecSpec, TeacherSpec
 from kpu.format.timm_args import LAYERS, check_model_args, with_layers
 from pipeline.checks import warn_of_heads
-from pipeline.config import TeacherConfig, load_config
+from pipeline.config import load_config
 from pipeline.recorded import teacher_config
 from pipeline.run.observers import Silent
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.backbone import reason
 from pipeline.teachers.timm.classifiers import linear_head

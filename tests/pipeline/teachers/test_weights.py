@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kpu.errors import TeacherError
-from pipeline.teachers.weights import initialise, load_strictly, read_weights, seeded, weights_digest
+from kpu.torch.weights import initialise, seeded, weights_digest
+from pipeline.teachers.weights import load_strictly, read_weights
 
 PINNED = [
     "-0x1.c4b3000000000p-1",

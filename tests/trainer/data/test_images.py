@@ -20,8 +20,8 @@ from kpu.format.spec import ImageStatus, InputSpec
 from kpu.pixels.refused import Refused
 from kpu.pixels.resize import geometry
 from kpu.sources import source_reader
-from pipeline.config import InputConfig, TeacherConfig
 from pipeline.run.reports import Stopwatch
+from pipeline.sections import InputConfig, TeacherConfig
 from pipeline.teachers import build_teacher
 from pipeline.worker.loading import ImageLoader
 from tests.support.toys import kpu, noise, write_teacher

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import OrderConfig
 from trainer.data.order import FullOrder, Order, WindowedOrder, make_order, scramble
+from trainer.sections import OrderConfig
 
 STARTS = [0, 3, 5, 9, 10, 14]
 SEEDS = st.integers(0, 2**63 - 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig, validate_config
+from trainer.config import validate_config
 from trainer.loop.optim import (
     clip_gradients,
     learning_rate,
@@ -15,6 +15,7 @@ from trainer.loop.optim import (
     make_schedule,
     optimizer_name,
 )
+from trainer.sections import OptimConfig
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

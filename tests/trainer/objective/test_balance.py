@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import BalanceConfig
 from trainer.objective.balance import coefficients, uniforms
+from trainer.sections import BalanceConfig
 
 DROPPING = BalanceConfig(name="dropping", p=0.5)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import MismatchError
-from trainer.config import LossConfig, UnifyConfig
 from trainer.data.shapes import OutputShape
 from trainer.objective.gates import GateFigures, GateReport, check_gates, measure_gates
 from trainer.objective.losses import row_loss
 from trainer.objective.spaces import make_space
 from trainer.objective.unify import SharedSpace
+from trainer.sections import LossConfig, UnifyConfig
 
 SQUARED = LossConfig(cosine=0, smooth_l1=0, mse=1)
 SOUND = GateFigures(0.3, 0.9, 0.1, 12.0, 32, 0.8, 0.7, 2048)

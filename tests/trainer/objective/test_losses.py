@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kpu.errors import MismatchError
-from trainer.config import LossConfig
 from trainer.objective.losses import (
     covariance_term,
     pair_loss,
@@ -17,6 +16,7 @@ from trainer.objective.losses import (
     weighted_mean,
     weighted_moments,
 )
+from trainer.sections import LossConfig
 
 COSINE = LossConfig(cosine=1, smooth_l1=0)
 SMOOTH = LossConfig(cosine=0, smooth_l1=1)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from kpu.errors import MismatchError
-from trainer.config import ProjectorConfig
 from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
 from trainer.objective.projectors import PcaProjector, Projector, Projectors, slot
+from trainer.sections import ProjectorConfig
 
 STUDENT = {"global": OutputShape(6), "patch": OutputShape(6, (4, 4))}
 TEACHERS = {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kpu.errors import ConfigError, MismatchError
-from trainer.config import LossConfig, UnifyConfig
 from trainer.data.shapes import OutputShape
 from trainer.objective.losses import covariance_term, resize_map, row_loss, variance_term
 from trainer.objective.pca import PcaSpace
 from trainer.objective.spaces import make_space
 from trainer.objective.unify import LearnedSpace
+from trainer.sections import LossConfig, UnifyConfig
 
 SHAPES = {
     "base": {"global": OutputShape(6), "patch": OutputShape(6, (3, 3))},

@@ -9,13 +9,13 @@ import torch
 from timm.data.config import resolve_model_data_config
 
 from kpu.errors import ConfigError, MismatchError
+from kpu.torch.weights import seeded
 from kpu.trust.code import CodeLoader, naming_models
 from kpu.trust.list import Trust
-from trainer.config import StudentConfig
 from trainer.data.shapes import OutputShape
 from trainer.objective.losses import resize_map
+from trainer.sections import StudentConfig
 from trainer.students import BaseInfo, Student, make_student
-from trainer.students.weights import seeded
 
 RESNET = f"torch:{Path(__file__).parents[3] / 'examples/cifar_resnet.py'}:resnet20"
 BOTH = ("global", "patch")
@@ -91,7 +91,7 @@ def test_weights_that_are_absent_or_run_code(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"student\.weights: expected .* found none"):
         full(RESNET, 64, 8, str(tmp_path / "absent.pth"))
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
-    with pytest.raises(ConfigError, match=r"state_dict \(it holds something other than tensors\); save"):
+    with pytest.raises(ConfigError, match=r"state_dict \(it holds torch.nn.modules.linear.Linear besides tensors\); save"):
         full(RESNET, 64, 8, str(tmp_path / "module.pth"))
 
 

@@ -11,10 +11,10 @@ from kpu.format.spec import CodecSpec
 from kpu.format.statistics import Accumulator, Statistics
 from kpu.trust.code import CodeLoader, naming_models
 from kpu.trust.list import Trust
-from pipeline.config import TeacherConfig
+from pipeline.sections import TeacherConfig
 from pipeline.teachers import build_teacher
-from trainer.config import StudentConfig
 from trainer.data.shapes import shape_of
+from trainer.sections import StudentConfig
 from trainer.students import BaseInfo
 from trainer.students.adapters import Beside
 from trainer.students.parallel import ParallelStudent

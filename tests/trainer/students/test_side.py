@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kpu.errors import ConfigError
-from trainer.config import StudentConfig
 from trainer.data.shapes import OutputShape
+from trainer.sections import StudentConfig
 from trainer.students import BaseInfo, Student, make_student
 
 SHAPES = {
