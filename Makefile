@@ -7,7 +7,7 @@ BIN := $(KPU_VENV)/bin
 STAMP := $(KPU_VENV)/.installed
 DEMO := build/demo
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-slow check format docs bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Ruff and mypy run as the pre-commit hooks do, on the versions of this environment.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

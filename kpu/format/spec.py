@@ -36,7 +36,7 @@ MOST_VALUES = 2**28
 class Frozen(BaseModel):
     """A validated, immutable value that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ImageStatus(IntEnum):
@@ -66,10 +66,12 @@ class ImageStatus(IntEnum):
 
 
 class CodecSpec(Frozen):
-    """How features are stored. `step` is in channel standard deviations; only `uniform` and `rotated` have one."""
+    """How features are stored."""
 
     name: Literal["uniform", "rotated", "fp32", "fp16", "bf16"] = "uniform"
+    """`uniform` and `rotated` (smaller for ViTs) quantise; the others store numbers of that format."""
     step: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Width of the quantisation grid in standard deviations of a channel; null is 0.05. Only for grids."""
 
     @model_validator(mode="before")
     @classmethod
@@ -238,11 +240,14 @@ class TeacherSpec(Frozen):
 
 
 class CropSpec(Frozen):
-    """How views are cropped: RandomResizedCrop's `scale` and `ratio`, and the probability of a flip."""
+    """How views are cropped, as by torchvision's RandomResizedCrop."""
 
     scale: tuple[float, float] = (0.08, 1.0)
+    """The area of a crop, from and to, as a share of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width to height of a crop, from and to."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The probability of a horizontal flip."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "CropSpec":

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from kpu.errors import ConfigError
 from trainer.config import TrainConfig, load_config, validate_config
@@ -173,18 +172,3 @@ def test_missing_keys_are_all_named(tmp_path: Path) -> None:
 
 def test_the_defaults_are_valid() -> None:
     assert TrainConfig.model_validate(MINIMAL) == validate_config(MINIMAL, "test")
-
-
-def test_the_readme_names_every_key_with_its_default() -> None:
-    """Its block of `kpu-train`'s keys."""
-    blocks = (Path(__file__).parents[2] / "README.md").read_text().split("```yaml\n")
-    (block,) = [part.partition("```")[0] for part in blocks if part.startswith("caches: [train.kpu]")]
-    values = yaml.safe_load(block) | {"base": "general"}
-    assert (
-        validate_config(values, "README.md").model_dump()
-        == validate_config({"caches": ["train.kpu"], "base": "general"}, "defaults").model_dump()
-    )
-    assert set(values) == set(TrainConfig.model_fields)
-    for name, field in TrainConfig.model_fields.items():
-        if isinstance(values[name], dict):
-            assert set(values[name]) == set(field.annotation.model_fields), name  # type: ignore[union-attr]
