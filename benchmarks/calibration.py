@@ -23,8 +23,8 @@ from real_data import DATA, REPOSITORY, RESNET
 
 from kpu.format.codecs import calibrated, make_grid
 from kpu.format.fidelity import measure
-from kpu.format.spec import CodecSpec
 from kpu.format.statistics import F32, Accumulator, Statistics
+from kpu.format.teacher import CodecSpec
 from kpu.pixels.resize import geometry, resize_image
 from kpu.shards.chunk import encode_chunk, use_one_thread
 from pipeline.sections import TeacherConfig

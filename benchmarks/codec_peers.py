@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from kpu.format.codecs import make_grid
-from kpu.format.spec import CodecSpec
 from kpu.format.statistics import F32, Statistics
+from kpu.format.teacher import CodecSpec
 from kpu.shards.chunk import CRC_BYTES, crc, decode_chunk, encode_chunk
 
 Stored = npt.NDArray[Any]

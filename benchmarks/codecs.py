@@ -34,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kpu.format.codecs import calibrated, make_grid
+from kpu.format.commits import Fidelity
 from kpu.format.fidelity import measure, summarise
-from kpu.format.spec import CodecSpec, Fidelity
 from kpu.format.statistics import F32, Accumulator, Statistics, snap
+from kpu.format.teacher import CodecSpec
 from kpu.reading.cache import open_cache
 from kpu.shards.chunk import crc, decode_chunk, encode_chunk, use_one_thread
 

@@ -33,7 +33,7 @@ def write_source(folder: Path, rows: int) -> None:
 
 def plan(folder: Path) -> None:
     """Plan everything in `folder`, then look for what is left to do as `extract` does; print what it took."""
-    from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, TeacherSpec
+    from kpu.format.teacher import CodecSpec, InputSpec, OutputSpec, TeacherSpec
     from kpu.sources import open_source
     from kpu.storage.leases import lease
     from kpu.storage.open import open_storage

@@ -16,8 +16,9 @@ from kpu.commit.teacher import publish_teacher
 from kpu.commit.unit import EncodedOutput, UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.format.fidelity import RowFidelity, measure
-from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, Plan, ShardFormat, SourceSpec, TeacherSpec
+from kpu.format.plan import Plan, SourceSpec
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import CodecSpec, InputSpec, OutputSpec, ShardFormat, TeacherSpec
 from kpu.records.images import UnitImages
 from kpu.records.samples import Samples, sample_schema, split_parts
 from kpu.storage.leases import lease

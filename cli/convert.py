@@ -9,7 +9,7 @@ from rich.console import Console
 from cli.output import progress_bar
 from cli.views.units import human_bytes, plural
 from kpu.errors import ConfigError
-from kpu.format.spec import CodecSpec, ShardFormat
+from kpu.format.teacher import CodecSpec, ShardFormat
 from kpu.interop.convert import Conversion, convert
 from kpu.interop.theia.export import TheiaExport, export_theia
 from kpu.interop.theia.imported import TheiaImport, import_theia

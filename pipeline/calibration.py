@@ -9,8 +9,9 @@ import numpy as np
 from kpu.commit.teacher import existing_statistics, publish_teacher
 from kpu.errors import ConfigError
 from kpu.format.codecs import QuantGrid, make_grid
-from kpu.format.spec import Plan, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.records.teachers import teacher_names
 from kpu.storage.base import Storage
 from pipeline.checks import Calibration, check_calibration, load_calibration_from

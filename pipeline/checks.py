@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 
 from kpu.commit.teacher import OWN_CALIBRATION, check_same
 from kpu.errors import ConfigError, MismatchError, NotACacheError
-from kpu.format.spec import NO_LABEL, Plan, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics, load_statistics, same_statistics
+from kpu.format.teacher import NO_LABEL, TeacherSpec
 from kpu.records.plan import load_plan, read_checked
 from kpu.records.samples import Samples
 from kpu.records.teachers import STATISTICS, load_teacher, read_teacher, teacher_names

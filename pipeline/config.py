@@ -22,7 +22,8 @@ from kpu.config.settings import (
     validate_overridden,
 )
 from kpu.errors import ConfigError
-from kpu.format.spec import CodecSpec, CropSpec, ShardFormat
+from kpu.format.plan import CropSpec
+from kpu.format.teacher import CodecSpec, ShardFormat
 from kpu.storage import paths
 from kpu.storage.places import refuse_password
 from pipeline.sections import (

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from kpu.format.spec import Frozen, Plan, TeacherSpec
+from kpu.format.base import Frozen
+from kpu.format.plan import Plan
+from kpu.format.teacher import TeacherSpec
 from kpu.records.teachers import teacher_names
 from kpu.records.units import count_rows, units_left
 from kpu.sources import ImageSource

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kpu.errors import CorruptError, IncompleteError, LinkError, StorageError
-from kpu.format.spec import Plan
+from kpu.format.plan import Plan
 from kpu.records.samples import Samples
 from kpu.records.teachers import teacher_folders
 from kpu.records.units import Mask, count_rows, lost_images, units_left

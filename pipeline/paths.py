@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kpu.format.spec import LOCAL_DIR
+from kpu.format.teacher import LOCAL_DIR
 from pipeline.config import ExtractConfig
 from pipeline.sections import TeacherConfig
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from kpu.commit.plan import publish_plan
 from kpu.errors import MismatchError, SourceError
-from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, TeacherSpec
+from kpu.format.plan import DEFAULT_MAX_PIXELS, Decoding, Plan
+from kpu.format.teacher import CodecSpec, OutputSpec, TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.samples import Fingerprint, Samples, split_parts
 from kpu.sources import ImageSource, describe_left_out, open_source

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from kpu.errors import ConfigError, KpuError
-from kpu.format.spec import Plan, SourceSpec, TeacherSpec
+from kpu.format.plan import Plan, SourceSpec
+from kpu.format.teacher import TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.runs import latest_run
 from kpu.records.teachers import read_teacher, teacher_names

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from kpu.config.settings import validate
 from kpu.errors import ConfigError
-from kpu.format.spec import CropSpec
+from kpu.format.plan import CropSpec
 from kpu.reading.cache import Cache, open_cache
 from kpu.records.runs import RunRecord, load_runs
 from kpu.storage.open import open_storage

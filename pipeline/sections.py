@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kpu.config.settings import COUNT, COUNT_OR_AUTO, Positive, Section, setting
-from kpu.format.spec import CodecSpec, Pool
+from kpu.format.teacher import CodecSpec, Pool
 from kpu.format.timm_args import ModelArgs
 
 Text = Annotated[str, Field(min_length=1)]

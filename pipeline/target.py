@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kpu.errors import ConfigError, KpuError, StorageError
-from kpu.format.spec import FORMAT, Plan
+from kpu.format.plan import FORMAT, Plan
 from kpu.records.plan import load_plan
 from kpu.records.teachers import teacher_names
 from kpu.storage import paths

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from kpu.commit.teacher import check_same
 from kpu.errors import KpuError, SourceError
-from kpu.format.spec import DEFAULT_STEP, CropSpec, SourceSpec, TeacherSpec
+from kpu.format.plan import CropSpec, SourceSpec
+from kpu.format.teacher import DEFAULT_STEP, TeacherSpec
 from kpu.reading.cache import Cache, open_cache
 from kpu.reading.source_images import if_moved, source_at
 from kpu.records.runs import latest_run

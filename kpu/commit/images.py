@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kpu.errors import CorruptError, MismatchError
+from kpu.format.commits import ImagesRecord
+from kpu.format.plan import Plan
 from kpu.format.reasons import reason
-from kpu.format.spec import ImagesRecord, Plan
 from kpu.records.images import UnitImages, load_images
 from kpu.records.samples import Samples
 from kpu.shards.layout import ArrayLayout, Shard

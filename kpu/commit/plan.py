@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from kpu.commit.conflicts import publishing
 from kpu.errors import CorruptError, MismatchError, SourceError
-from kpu.format.spec import FORMAT, VERSION, Plan
+from kpu.format.plan import FORMAT, VERSION, Plan
 from kpu.records.plan import image_layouts, load_plan, read_plan, sample_digests
 from kpu.records.samples import Fingerprint, write_part
 from kpu.shards.zarr_metadata import array_metadata, group_metadata

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kpu.commit.conflicts import ATTEMPTS, contested
 from kpu.errors import CorruptError
-from kpu.format.spec import ShardRecord
+from kpu.format.commits import ShardRecord
 from kpu.shards.chunk import CRC_BYTES
 from kpu.shards.layout import ArrayLayout, Shard
 from kpu.shards.reader import open_shard

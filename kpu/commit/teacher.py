@@ -7,8 +7,9 @@ from typing import Any, Final
 from kpu.commit.conflicts import publishing
 from kpu.errors import CorruptError, MismatchError
 from kpu.format.codecs import QuantGrid, make_grid
-from kpu.format.spec import Plan, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics, dump_statistics, load_statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.records.teachers import (
     GROUP,
     HEAD,

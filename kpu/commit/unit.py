@@ -18,8 +18,10 @@ from kpu.commit.agreement import agree
 from kpu.commit.images import ImageShard, compare_images
 from kpu.commit.shards import ShardTransaction
 from kpu.errors import CorruptError, MismatchError
+from kpu.format.commits import ImagesRecord, ImageStatus, OutputRecord, ShardRecord, UnitRecord
 from kpu.format.fidelity import RowFidelity, summarise
-from kpu.format.spec import ImagesRecord, ImageStatus, OutputRecord, OutputSpec, Plan, ShardRecord, UnitRecord
+from kpu.format.plan import Plan
+from kpu.format.teacher import OutputSpec
 from kpu.records.images import UnitImages, array_shard, load_status
 from kpu.records.plan import image_layouts
 from kpu.records.samples import row_digest

@@ -6,8 +6,9 @@ import pyarrow as pa
 
 from kpu.commit.teacher import OWN_CALIBRATION, publish_teacher
 from kpu.commit.unit import Timer, UnitTransaction, untimed
-from kpu.format.spec import Plan, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.records.teachers import Head, PublishedTeacher
 from kpu.storage.base import Storage
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kpu.errors import CorruptError, MismatchError
-from kpu.format.spec import DEFAULT_STEP, CodecSpec
 from kpu.format.statistics import F32, Accumulator, Statistics, are_axes, find_axes, snap
+from kpu.format.teacher import DEFAULT_STEP, CodecSpec
 
 Packing = Literal["plain", "bytes", "bits", "gzip"]
 

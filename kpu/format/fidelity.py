@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kpu.format.spec import Fidelity
+from kpu.format.commits import Fidelity
 from kpu.format.statistics import F64, Statistics
 
 

@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 
 _S = ImageStatus
 _UNREAD_FORMAT: Final = "write it as PNG or JPEG, then extract into a new cache"

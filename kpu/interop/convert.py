@@ -18,8 +18,9 @@ from kpu.commit.plan import refuse_foreign, sealed_by_plan
 from kpu.commit.shards import BytesHandle, ShardTransaction
 from kpu.commit.teacher import OWN_CALIBRATION, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
-from kpu.format.spec import CodecSpec, OutputRecord, OutputSpec, ShardFormat, ShardRecord, UnitRecord
+from kpu.format.commits import OutputRecord, ShardRecord, UnitRecord
 from kpu.format.statistics import load_statistics, same_statistics
+from kpu.format.teacher import CodecSpec, OutputSpec, ShardFormat
 from kpu.reading.cache import Cache, open_cache
 from kpu.reading.teachers import CachedTeacher
 from kpu.records.plan import image_layouts, load_plan, read_checked, sample_digests

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from PIL import Image, UnidentifiedImageError
 
-from kpu.format.spec import Decoding, ImageStatus
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.pixels.formats import jpeg, jpeg2000, npy, png, tiff
 from kpu.pixels.formats.names import why_unidentified
 from kpu.pixels.pillow import load_jpeg2000, load_without_xmp, low_bytes, open_image, reset_pillow, unread_bytes

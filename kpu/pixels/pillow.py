@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from PIL import Image, ImageFile
 
-from kpu.format.spec import Decoding, ImageStatus
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.pixels.formats import png, tiff
 from kpu.pixels.formats.names import formats
 from kpu.pixels.refused import Refused

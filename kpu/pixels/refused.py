@@ -1,6 +1,6 @@
 """Why an image has no pixels, thrown from wherever that is seen."""
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 
 
 class Refused(Exception):

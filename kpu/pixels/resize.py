@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from PIL import Image
 
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels.views import FULL, Box, View
 
 MAX_SCALED_PIXELS: Final = 2**27

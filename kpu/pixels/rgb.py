@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.deep import between_extremes, eight_bits, is_bright
 from kpu.pixels.refused import Refused
 

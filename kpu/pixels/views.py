@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from kpu.format.spec import CropSpec
+from kpu.format.plan import CropSpec
 
 DRAWS: Final = 5
 TRIES: Final = 10

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kpu.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from kpu.format.commits import ImageStatus, ShardRecord
+from kpu.format.plan import Plan
 from kpu.format.reasons import reason
-from kpu.format.spec import ImageStatus, Plan, ShardRecord
 from kpu.reading.rows import RowSelection, by_unit, row_numbers
 from kpu.reading.teachers import CachedTeacher, Teachers
 from kpu.reading.tensorstore import FEWEST_ROWS, Gather, open_gather

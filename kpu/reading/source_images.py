@@ -11,8 +11,9 @@ import pyarrow as pa
 from PIL import Image
 
 from kpu.errors import ConfigError, MismatchError, SourceError
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import SourceSpec
 from kpu.format.reasons import reason
-from kpu.format.spec import ImageStatus, SourceSpec
 from kpu.pixels.decode import Decoded
 from kpu.reading.cache import Cache
 from kpu.sources import source_reader

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import OutputSpec, Plan, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import OutputSpec, TeacherSpec
 from kpu.records.teachers import Head, PublishedTeacher, load_teacher, teacher_names
 from kpu.records.units import Mask, committed_units
 from kpu.storage import paths

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kpu.errors import CorruptError
-from kpu.format.spec import ImagesRecord, ImageStatus, Plan
+from kpu.format.commits import ImagesRecord, ImageStatus
+from kpu.format.plan import Plan
 from kpu.records.plan import image_layouts
 from kpu.records.units import Mask, load_images_record, mask_digest, open_committed
 from kpu.shards.layout import ArrayLayout

@@ -7,7 +7,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from kpu.errors import CorruptError, NotACacheError
-from kpu.format.spec import FORMAT, VERSION, ImageStatus, Plan
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import FORMAT, VERSION, Plan
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.zarr_metadata import array_layout
 from kpu.storage import paths

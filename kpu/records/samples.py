@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kpu.errors import CorruptError
-from kpu.format.spec import Plan
+from kpu.format.plan import Plan
 from kpu.records.sample_part import read_part
 from kpu.storage import paths
 from kpu.storage.base import Storage

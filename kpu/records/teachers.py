@@ -11,9 +11,11 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from kpu.errors import CorruptError
+from kpu.format.base import Frozen
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import Frozen, OutputSpec, Plan, ShardFormat, TeacherSpec
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics, load_statistics
+from kpu.format.teacher import OutputSpec, ShardFormat, TeacherSpec
 from kpu.records.plan import chunk_rows, read_checked
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.zarr_metadata import array_layout, group_metadata

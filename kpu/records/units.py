@@ -9,7 +9,9 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from kpu.errors import CorruptError, MissingUnitError
-from kpu.format.spec import Frozen, ImagesRecord, Plan, ShardRecord, UnitRecord
+from kpu.format.base import Frozen
+from kpu.format.commits import ImagesRecord, ShardRecord, UnitRecord
+from kpu.format.plan import Plan
 from kpu.records.teachers import GROUP, TeacherManifest
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.reader import ShardReader, open_shard

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kpu.errors import CorruptError
-from kpu.format.spec import ShardRecord
+from kpu.format.commits import ShardRecord
 from kpu.shards.chunk import CRC_BYTES, is_intact, use_one_thread
 from kpu.shards.index import Index, parse_index
 from kpu.shards.layout import ArrayLayout

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kpu.errors import ConfigError, SourceError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.records.leftout import LeftOut, Tally, describe_left_out
 from kpu.sources.folder import FolderListing, FolderReader
 from kpu.sources.keys import unique_keys

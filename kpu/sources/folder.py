@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from kpu.errors import SourceError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.records.leftout import NOT_REGULAR, Tally, describe_left_out
 from kpu.sources.files import Files, Piece, printable, to_bytes, to_text
 from kpu.sources.formats import IMAGES, extension

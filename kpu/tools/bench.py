@@ -12,8 +12,9 @@ import numpy.typing as npt
 from kpu.errors import ConfigError, NotACacheError
 from kpu.format.codecs import for_codec, make_grid
 from kpu.format.fidelity import measure
-from kpu.format.spec import CodecSpec, OutputSpec, Plan
+from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import CodecSpec, OutputSpec
 from kpu.reading.cache import Cache
 from kpu.records.plan import load_plan
 from kpu.records.teachers import output_shard, shard_layout

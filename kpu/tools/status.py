@@ -12,8 +12,8 @@ import numpy as np
 from pydantic_core import from_json
 
 from kpu.errors import CorruptError, NotACacheError
+from kpu.format.plan import Plan
 from kpu.format.reasons import reason
-from kpu.format.spec import Plan
 from kpu.records.images import load_status
 from kpu.records.leftout import LeftOut
 from kpu.records.plan import load_plan

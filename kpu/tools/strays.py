@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
-from kpu.format.spec import Plan
+from kpu.format.plan import Plan
 from kpu.records.teachers import GROUP, TeacherManifest
 from kpu.shards.layout import ArrayLayout
 from kpu.storage import paths

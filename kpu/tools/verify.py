@@ -10,7 +10,8 @@ import numpy as np
 
 from kpu.errors import CorruptError, NotACacheError
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import ImagesRecord, ImageStatus, Plan, ShardRecord
+from kpu.format.commits import ImagesRecord, ImageStatus, ShardRecord
+from kpu.format.plan import Plan
 from kpu.records.plan import check_image_arrays, image_layouts, read_plan
 from kpu.records.samples import Samples, row_digest
 from kpu.records.teachers import TeacherManifest, load_teacher, output_layout, read_teacher, teacher_folders

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from kpu.errors import StorageError
-from kpu.format.spec import Plan
+from kpu.format.plan import Plan
 from kpu.sources import LeftOut
 from kpu.storage.base import Storage
 from kpu.storage.places import redact

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kpu.errors import TeacherError
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from pipeline.sections import InputConfig, TeacherConfig
 
 _RGB = ("red", "green", "blue")

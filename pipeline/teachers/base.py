@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kpu.errors import ConfigError, TeacherError
-from kpu.format.spec import NO_LABEL, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
+from kpu.format.teacher import NO_LABEL, CodecSpec, OutputSpec, Pool, ShardFormat, TeacherSpec
 from kpu.storage.paths import check_name
 from kpu.torch.weights import weights_digest
 from pipeline.sections import TeacherConfig

@@ -14,7 +14,8 @@ import torch
 
 from kpu.errors import NonFiniteError
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import Decoding, ImageStatus
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.format.statistics import Accumulator, Statistics
 from kpu.pixels.resize import geometry
 from kpu.sources import SourceReader

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kpu.format.spec import CropSpec, Decoding, ImageStatus
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import CropSpec, Decoding
 from kpu.pixels.decode import Decoded
 from kpu.pixels.resize import Geometry, resize_image
 from kpu.pixels.views import resolve_view

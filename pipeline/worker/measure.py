@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import OutputSpec, ShardFormat
+from kpu.format.teacher import OutputSpec, ShardFormat
 from kpu.records.plan import MAX_CHUNK_ROWS
 from kpu.records.teachers import shard_layout
 from kpu.shards.writer import encode_shard

@@ -11,7 +11,7 @@ import torch
 
 from kpu.commit.unit import EncodedOutput
 from kpu.format.fidelity import RowFidelity
-from kpu.format.spec import OutputSpec
+from kpu.format.teacher import OutputSpec
 from kpu.records.images import UnitImages
 from kpu.util.digests import DIGEST_BYTES
 from pipeline.worker.device import Device

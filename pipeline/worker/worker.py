@@ -21,10 +21,12 @@ from kpu.commit.unit import UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.errors import CacheError, KpuError, SourceError, StorageError, TeacherError
 from kpu.format.codecs import QuantGrid, calibrated, make_grid
+from kpu.format.commits import UnitRecord
 from kpu.format.fidelity import RowFidelity, measure
+from kpu.format.plan import Plan, SourceSpec
 from kpu.format.reasons import count_reasons, describe_reasons
-from kpu.format.spec import OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import OutputSpec, TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.samples import Samples
 from kpu.records.teachers import PublishedTeacher, load_teacher

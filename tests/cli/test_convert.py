@@ -53,7 +53,7 @@ def test_to_tars_and_back(place: Path, tmp_path: Path) -> None:
     kept = {file: raw for file, raw in tree(place / "o.kpu").items() if not file.startswith("runs/")}
     assert tree(tmp_path / "zarr.kpu") == kept
     again = kpu("export", place / "o.kpu", tmp_path / "tars.kpu")
-    assert "exported: 0 units of t, u, 4 stood already" in again.stdout
+    assert "exported: 0 units of t, u, 4 existed already" in again.stdout
     assert kpu("verify", "--deep", tmp_path / "tars.kpu").exit_code == 0
 
 
@@ -155,7 +155,7 @@ def test_what_export_refuses(place: Path, imported: Path, tmp_path: Path) -> Non
     assert_refused(kpu("export", cache, place / "root", "--format", "theia"), "has 'train' already, whole")
     assert snapshot(place / "root") == before
     described = " ".join(kpu("export", "--help").stdout.split())
-    assert "theia gives a split of a dataset for Theia; if interrupted it is begun anew" in described
+    assert "theia gives a split of a dataset for Theia; if interrupted it starts again" in described
     incomplete = shutil.copytree(cache, tmp_path / "incomplete.kpu")
     (incomplete / "teachers/u/commits/000001.json").unlink()
     assert_refused(kpu("export", incomplete, out), "'u': expected all 2 units, found 1 not committed (unit 1)")

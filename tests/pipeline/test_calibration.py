@@ -10,8 +10,9 @@ import pytest
 from kpu import open_cache
 from kpu.errors import ConfigError
 from kpu.format.codecs import calibrated
-from kpu.format.spec import CodecSpec, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec
+from kpu.format.plan import Plan, SourceSpec
 from kpu.format.statistics import Accumulator
+from kpu.format.teacher import CodecSpec, InputSpec, OutputSpec, TeacherSpec
 from pipeline import calibration
 from pipeline.calibration import check_range, choose_rows, thin_calibration, wanted_rows
 from pipeline.config import ExtractConfig

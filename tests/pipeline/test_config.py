@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kpu.errors import ConfigError
-from kpu.format.spec import CodecSpec
+from kpu.format.teacher import CodecSpec
 from pipeline.config import ExtractConfig, load_config, validate_config
 
 MINIMAL = {"data": {"source": "images"}, "out": "my.kpu", "teachers": {"dino": {"model": "timm:vit_tiny_patch16_224"}}}

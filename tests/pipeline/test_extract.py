@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kpu.errors import ConfigError, StorageError
-from kpu.format.spec import Decoding
+from kpu.format.plan import Decoding
 from kpu.storage import paths
 from kpu.storage.local import LocalStorage
 from pipeline.config import ExtractConfig, validate_config

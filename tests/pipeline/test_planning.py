@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kpu.errors import MismatchError, SourceError
-from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, InputSpec, OutputSpec, Plan, TeacherSpec
+from kpu.format.plan import DEFAULT_MAX_PIXELS, Decoding, Plan
+from kpu.format.teacher import CodecSpec, InputSpec, OutputSpec, TeacherSpec
 from kpu.records.plan import load_plan
 from kpu.records.samples import Samples
 from kpu.sources import ImageSource, open_source

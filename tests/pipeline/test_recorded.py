@@ -7,7 +7,7 @@ import pytest
 
 from kpu import open_cache
 from kpu.errors import ConfigError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from pipeline.recorded import data_of, planned_data
 from tests.support.toys import assert_refused, kpu, snapshot, write_images, write_teacher
 

@@ -18,9 +18,11 @@ from kpu.commit.teacher import publish_teacher
 from kpu.commit.unit import EncodedOutput, UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.format.codecs import calibrated
+from kpu.format.commits import ImageStatus, UnitRecord
 from kpu.format.fidelity import RowFidelity, measure
-from kpu.format.spec import CodecSpec, ImageStatus, InputSpec, OutputSpec, Plan, SourceSpec, TeacherSpec, UnitRecord
+from kpu.format.plan import Plan, SourceSpec
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import CodecSpec, InputSpec, OutputSpec, TeacherSpec
 from kpu.records.images import UnitImages
 from kpu.records.samples import Samples, sample_schema, split_parts
 from kpu.records.teachers import PublishedTeacher

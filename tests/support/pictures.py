@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kpu.format.spec import Decoding
+from kpu.format.plan import Decoding
 from kpu.pixels.decode import decode_image
 
 Values = npt.NDArray[Any]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kpu.commit.writer import CacheWriter
-from kpu.format.spec import OutputSpec
+from kpu.format.teacher import OutputSpec
 from kpu.records.images import UnitImages
 from kpu.records.samples import Samples
 from kpu.storage.leases import lease

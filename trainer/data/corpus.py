@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kpu.errors import MismatchError
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import TeacherSpec
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.reading.cache import Cache, open_cache
 from kpu.reading.teachers import CachedTeacher
 from kpu.util.digests import digest_of

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels.resize import geometry, resize_image
 from kpu.pixels.views import resolve_view
 from kpu.reading.cache import Cache

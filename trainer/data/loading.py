@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.util.cores import usable_cores
 from trainer.data.corpus import Corpus, HostBatch
 from trainer.data.images import normalise

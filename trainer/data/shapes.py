@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kpu.format.spec import OutputSpec
+from kpu.format.teacher import OutputSpec
 
 TokenGrid = tuple[int, int]
 """(H, W); the tokens of a map lie row by row."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from kpu.errors import ConfigError, MismatchError
-from kpu.format.spec import TeacherSpec
+from kpu.format.teacher import TeacherSpec
 from kpu.reading.cache import open_cache
 from kpu.reading.teachers import CachedTeacher
 from trainer.data.corpus import Corpus

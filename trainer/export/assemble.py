@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kpu.format.spec import TeacherSpec
+from kpu.format.teacher import TeacherSpec
 from kpu.torch.checkpoints import split_entry
 from kpu.trust.code import CodeLoader, split_model
 from trainer.evaluation.measured import wanted_outputs

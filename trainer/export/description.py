@@ -9,7 +9,9 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kpu.errors import ConfigError, CorruptError
-from kpu.format.spec import MOST_LENGTH, Decoding, InputSpec, Length, TeacherSpec
+from kpu.format.base import MOST_LENGTH, Length
+from kpu.format.plan import Decoding
+from kpu.format.teacher import InputSpec, TeacherSpec
 from kpu.util.digests import digest, digest_of
 from kpu.util.strict_json import parse_json_object
 from trainer.data.shapes import OutputShape

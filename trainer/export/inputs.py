@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from kpu.errors import MismatchError, SourceError
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.format.reasons import reason, remedy
-from kpu.format.spec import Decoding, ImageStatus
 from kpu.pixels.decode import decode_image, image_to_rgb
 
 OneImage = str | Path | bytes | Image.Image | npt.NDArray[Any] | Tensor

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kpu.format.spec import TeacherSpec
+from kpu.format.teacher import TeacherSpec
 from trainer.data.loading import Batch
 from trainer.model import Inheritance
 from trainer.objective.gates import check_gates, measure_gates

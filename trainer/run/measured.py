@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kpu.errors import CorruptError
-from kpu.format.spec import Count
+from kpu.format.base import Count
 
 _Number = Annotated[float, Field(ge=0)]
 

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from kpu.errors import ConfigError, CorruptError, MismatchError
-from kpu.format.spec import TeacherSpec
+from kpu.format.teacher import TeacherSpec
 from kpu.reading.cache import Cache
 from kpu.storage.places import redact
 from kpu.util.digests import digest

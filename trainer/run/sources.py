@@ -12,8 +12,8 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kpu.errors import CorruptError
-from kpu.format.spec import TeacherSpec
 from kpu.format.statistics import Statistics, dump_statistics, load_statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.reading.cache import Cache
 from kpu.storage.places import redact
 from kpu.util.digests import digest

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kpu.format.spec import InputSpec, TeacherSpec
 from kpu.format.statistics import Statistics
+from kpu.format.teacher import InputSpec, TeacherSpec
 from trainer.data.shapes import OutputShape
 
 

@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kpu.errors import ConfigError, MismatchError
-from kpu.format.spec import InputSpec, TeacherSpec
+from kpu.format.teacher import InputSpec, TeacherSpec
 from kpu.torch.weights import weights_digest
 from kpu.trust.code import CodeLoader
 from trainer.data.shapes import OutputShape, TokenGrid, shape_of

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from kpu.commit.plan import publish_plan
 from kpu.errors import ConfigError
-from kpu.format.spec import DEFAULT_MAX_PIXELS, CodecSpec, Decoding, OutputSpec, Plan, ShardFormat, TeacherSpec
+from kpu.format.plan import DEFAULT_MAX_PIXELS, Decoding, Plan
+from kpu.format.teacher import CodecSpec, OutputSpec, ShardFormat, TeacherSpec
 from kpu.interop.theia.columns import Dataset, FeatureReader, check_count, check_keys, find_dataset
 from kpu.interop.theia.names import check_names
 from kpu.interop.theia.passes import Passes, Progress

@@ -17,9 +17,11 @@ from kpu.commit.unit import EncodedOutput, UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.errors import MismatchError, SourceError
 from kpu.format.codecs import calibrated
+from kpu.format.commits import ImageStatus
 from kpu.format.fidelity import RowFidelity, measure
-from kpu.format.spec import Decoding, ImageStatus, Plan, TeacherSpec
+from kpu.format.plan import Decoding, Plan
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import TeacherSpec
 from kpu.interop.theia.columns import ColumnEntry, Dataset, FeatureReader
 from kpu.pixels.decode import Decoded
 from kpu.reading.cache import Cache

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 
 from kpu.format.codecs import QuantGrid
-from kpu.format.spec import CodecSpec
+from kpu.format.teacher import CodecSpec
 from kpu.interop.theia.names import CLS_TOKEN, EMBEDDING
 
 _DTYPES: Final[dict[str, str]] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}

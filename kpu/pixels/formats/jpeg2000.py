@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.refused import Refused
 
 BOXES: Final = b"\0\0\0\x0cjP  \r\n\x87\n"

@@ -8,7 +8,7 @@ from typing import Final
 
 from PIL import Image
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.formats import jpeg
 from kpu.pixels.formats.libtiff import quiet_libtiff
 

@@ -6,7 +6,7 @@ from typing import Final, Literal
 import numpy as np
 from PIL import Image
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.refused import Refused
 
 MAGIC: Final = b"\x93NUMPY"

@@ -7,7 +7,7 @@ of some images. What it reads rightly was found by comparison with tifffile.
 import struct
 from typing import Final, NamedTuple
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.refused import Refused
 
 SIGNATURES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

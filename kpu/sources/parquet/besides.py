@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kpu.errors import SourceError
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.refused import NoBytes
 from kpu.sources.files import Files, Piece, is_local, to_bytes
 

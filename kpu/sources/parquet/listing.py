@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kpu.errors import SourceError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.records.leftout import Tally
 from kpu.sources.files import Files, Piece, require_regular, to_bytes
 from kpu.sources.locate import Located

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kpu.errors import SourceError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.sources.files import Files, Piece
 from kpu.sources.parquet.besides import Named, read_named
 from kpu.sources.parquet.image_column import image_column, image_leaves

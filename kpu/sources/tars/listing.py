@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 
 from kpu.errors import SourceError
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.records.leftout import NOT_REGULAR, Tally, describe_left_out
 from kpu.sources.files import Files, Piece
 from kpu.sources.locate import Located

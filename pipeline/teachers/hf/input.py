@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kpu.errors import TeacherError
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels.resize import geometry
 from pipeline.sections import InputConfig
 from pipeline.teachers.backbone import input_spec, reason

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels.resize import geometry
 from pipeline.teachers.hf.layout import EXPRESSIBLE, find_layout, interpolation_of, is_padded
 from pipeline.teachers.hf.trials import WHITE, NoPixels, NoSize, Trials, Values, run_on_colour

@@ -8,7 +8,7 @@ import pytest
 
 from kpu.commit.plan import check_same_plan, publish_plan
 from kpu.errors import CorruptError, MismatchError, NotACacheError, SourceError
-from kpu.format.spec import Plan
+from kpu.format.plan import Plan
 from kpu.records.plan import load_plan
 from kpu.records.samples import Samples, split_parts
 from kpu.storage.leases import lease
@@ -168,7 +168,7 @@ from kpu.records.samples import Samples, sample_schema
 from kpu.storage.open import open_storage
 from kpu.commit.plan import publish_plan
 from kpu.records.samples import split_parts
-from kpu.format.spec import Plan, SourceSpec
+from kpu.format.teacher import Plan, SourceSpec
 
 ROWS, UNIT = int(sys.argv[2]), 4096
 schema = sample_schema("tar")

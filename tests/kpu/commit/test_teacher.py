@@ -6,7 +6,7 @@ import pytest
 
 from kpu.commit.teacher import check_same, existing_statistics, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
-from kpu.format.spec import CodecSpec, OutputSpec
+from kpu.format.teacher import CodecSpec, OutputSpec
 from kpu.records.plan import load_plan
 from kpu.records.teachers import load_teacher, read_teacher, teacher_folders, teacher_names
 from kpu.storage.base import Storage

@@ -7,7 +7,8 @@ import pytest
 from kpu.commit.unit import UnitTransaction
 from kpu.commit.writer import CacheWriter
 from kpu.errors import CorruptError, MismatchError, MissingUnitError
-from kpu.format.spec import ImageStatus, OutputSpec
+from kpu.format.commits import ImageStatus
+from kpu.format.teacher import OutputSpec
 from kpu.records.images import load_images
 from kpu.records.samples import Samples, row_digest
 from kpu.records.units import committed_units, load_record

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from kpu.errors import CorruptError, MismatchError
 from kpu.format.codecs import FOLDED_LIMIT, LIMIT, MASKED, QuantGrid, calibrated, fold, make_grid, unfold
 from kpu.format.fidelity import measure
-from kpu.format.spec import CodecSpec
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import CodecSpec
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.writer import encode_shard
 

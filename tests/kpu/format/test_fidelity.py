@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from kpu.format.commits import Fidelity
 from kpu.format.fidelity import RowFidelity, measure, summarise
-from kpu.format.spec import Fidelity
 from kpu.format.statistics import Statistics
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kpu.commit.teacher import list_differences
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from tests.support.builders import teacher_spec
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kpu.format.spec import Decoding, ImageStatus
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.pixels.decode import decode_image, image_to_rgb
 from tests.support.pictures import chunk, encode, pixels, png, tiff
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Decoding
 from kpu.format.reasons import reason, remedy
-from kpu.format.spec import Decoding, ImageStatus
 from kpu.pixels.decode import decode_image
 from kpu.pixels.sizes import pixels_before_opening
 from tests.support.pictures import chunk, encode, pixels, png, tiff

@@ -10,7 +10,7 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels import resize
 from kpu.pixels.decode import decode_image
 from kpu.pixels.resize import geometry, resize_image

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kpu.format.spec import Decoding
+from kpu.format.plan import Decoding
 from kpu.pixels import room
 from kpu.pixels.decode import Decoded, decode_image
 from kpu.pixels.room import ALWAYS, BYTES_PER_PIXEL, Claim

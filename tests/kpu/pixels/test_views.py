@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from kpu.format.spec import CropSpec
+from kpu.format.plan import CropSpec
 from kpu.pixels.views import FULL, View, draw_views, resolve_view
 from kpu.records.samples import sample_schema
 

@@ -18,9 +18,10 @@ from kpu.commit.unit import EncodedOutput, UnitFeatures
 from kpu.commit.writer import CacheWriter
 from kpu.errors import CacheError
 from kpu.format.codecs import calibrated
+from kpu.format.commits import ImageStatus
 from kpu.format.fidelity import RowFidelity, measure
-from kpu.format.spec import CodecSpec, ImageStatus, OutputSpec
 from kpu.format.statistics import Accumulator
+from kpu.format.teacher import CodecSpec, OutputSpec
 from kpu.reading import tensorstore
 from kpu.records.images import UnitImages
 from kpu.records.samples import Samples

@@ -17,7 +17,7 @@ from zarr.storage import LocalStore
 
 from kpu.errors import CorruptError
 from kpu.format.codecs import Packing
-from kpu.format.spec import ShardRecord
+from kpu.format.commits import ShardRecord
 from kpu.shards.chunk import crc, decode_chunk, encode_chunk
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.reader import ShardReader, open_shard

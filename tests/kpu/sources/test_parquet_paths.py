@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kpu.format.spec import ImageStatus
+from kpu.format.commits import ImageStatus
 from kpu.pixels.decode import decode_image
 from kpu.sources import open_source, source_reader
 from tests.support.sources import Data, contents, listed

@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kpu.errors import CorruptError, StorageError
-from kpu.format.spec import ShardRecord
+from kpu.format.commits import ShardRecord
 from kpu.shards.chunk import CRC_BYTES
 from kpu.shards.layout import ArrayLayout
 from kpu.shards.reader import open_shard

@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 
-from kpu.format.spec import Plan, SourceSpec
+from kpu.format.plan import Plan, SourceSpec
 from kpu.tools.bench import draw_rows
 
 

@@ -11,7 +11,8 @@ import pytest
 from kpu import open_cache
 from kpu.commit.plan import publish_plan
 from kpu.errors import CorruptError, NotACacheError
-from kpu.format.spec import ImageStatus, Plan, SourceSpec
+from kpu.format.commits import ImageStatus
+from kpu.format.plan import Plan, SourceSpec
 from kpu.records.images import load_status
 from kpu.records.samples import split_parts
 from kpu.records.units import load_record

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import kpu
 from kpu.errors import TeacherError
-from kpu.format.spec import CodecSpec
+from kpu.format.teacher import CodecSpec
 from kpu.util.digests import digest
 from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher, load_shipped, ship

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kpu.errors import TeacherError
-from kpu.format.spec import InputSpec
+from kpu.format.teacher import InputSpec
 from kpu.pixels.resize import resize_image
 from pipeline.sections import InputConfig, TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kpu.errors import TeacherError
-from kpu.format.spec import CodecSpec
+from kpu.format.teacher import CodecSpec
 from pipeline.sections import TeacherConfig
 from pipeline.teachers import FrozenTeacher, build_teacher
 from pipeline.teachers.hf.maps import read_facts, reading_of

@@ -11,7 +11,7 @@ from torch import nn
 
 from kpu.commit.teacher import check_same, list_differences
 from kpu.errors import ConfigError, TeacherError
-from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.format.teacher import CodecSpec, TeacherSpec
 from kpu.trust.code import CodeLoader
 from kpu.trust.list import Trust
 from pipeline.sections import TeacherConfig

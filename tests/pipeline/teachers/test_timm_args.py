@@ -15,7 +15,7 @@ from torch import nn
 
 from kpu.commit.teacher import check_same, list_differences
 from kpu.errors import ConfigError, TeacherError
-from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.format.teacher import CodecSpec, TeacherSpec
 from kpu.format.timm_args import LAYERS, check_model_args, with_layers
 from pipeline.checks import warn_of_heads
 from pipeline.config import load_config

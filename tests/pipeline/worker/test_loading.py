@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kpu.format.spec import SourceSpec
+from kpu.format.plan import SourceSpec
 from kpu.pixels.resize import Geometry
 from kpu.pixels.views import draw_views
 from kpu.records.samples import sample_schema

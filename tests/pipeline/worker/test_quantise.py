@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 from kpu.format import codecs
 from kpu.format.codecs import MASKED, QuantGrid, make_grid
 from kpu.format.fidelity import measure
-from kpu.format.spec import DEFAULT_STEP, CodecSpec
 from kpu.format.statistics import Accumulator, Statistics, snap
+from kpu.format.teacher import DEFAULT_STEP, CodecSpec
 from pipeline.worker.quantise import DeviceGrid
 
 Codec = Literal["uniform", "fp32", "fp16", "bf16"]

@@ -16,7 +16,8 @@ from PIL import Image
 
 from kpu import Cache, open_cache
 from kpu.errors import ConfigError, MismatchError, SourceError
-from kpu.format.spec import ImageStatus, InputSpec
+from kpu.format.commits import ImageStatus
+from kpu.format.teacher import InputSpec
 from kpu.pixels.refused import Refused
 from kpu.pixels.resize import geometry
 from kpu.sources import source_reader

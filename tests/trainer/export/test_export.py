@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from kpu import open_cache
 from kpu.errors import ConfigError, CorruptError, MismatchError, SourceError
-from kpu.format.spec import DEFAULT_MAX_PIXELS, Decoding
+from kpu.format.plan import DEFAULT_MAX_PIXELS, Decoding
 from tests.support.trained import blocks_cache, labelled_cache, labelled_images, small_run, timm_cache
 from trainer import load_student
 from trainer.evaluation.trained import load_trained

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kpu.errors import ConfigError, MismatchError
-from kpu.format.spec import CodecSpec
 from kpu.format.statistics import Accumulator, Statistics
+from kpu.format.teacher import CodecSpec
 from kpu.trust.code import CodeLoader, naming_models
 from kpu.trust.list import Trust
 from pipeline.sections import TeacherConfig

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from kpu import open_cache
 from kpu.errors import ConfigError, CorruptError, KpuError, MismatchError, SourceError
-from kpu.format.spec import CodecSpec, TeacherSpec
+from kpu.format.teacher import CodecSpec, TeacherSpec
 from kpu.interop.theia.export import export_theia
 from kpu.interop.theia.imported import import_theia
 from kpu.pixels.decode import decode_image

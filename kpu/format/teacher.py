@@ -1,19 +1,16 @@
-"""The words of the format as values: what a plan, a teacher and a commit record say. Validated on the way in."""
+"""What a cache says of a teacher: its model, preprocessing, outputs and codec."""
 
 import math
-from enum import IntEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kpu.errors import ConfigError
+from kpu.format.base import MOST_VALUES, Frozen, Length
 from kpu.format.timm_args import ModelArgs
 from kpu.util.digests import digest_of
 
-FORMAT = "kpu-cache"
-VERSION = 1
 DEFAULT_STEP = 0.05
-DEFAULT_MAX_PIXELS = 2**27  # of a new plan: a frame of 100 megapixels, or a whole tile of Sentinel-2, is below it
 NO_LABEL = -1  # among a teacher's labels
 LOCAL_DIR = "local-dir:"  # before a folder, in the name of a timm model
 ShardFormat = Literal["zarr", "webdataset"]
@@ -22,47 +19,6 @@ _ON_GRID = ("uniform", "rotated")
 _EXTRA = "extra_digest"
 # Fields of a teacher that earlier releases did not have.
 _LEFT_OUT_IF_NONE = (_EXTRA, "model_args", "no_head", "pool", "pooling", "unproven")
-
-
-# Bounds of what a stranger's file may claim, far beyond anything real: nothing is allocated by larger numbers.
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-MOST_LENGTH = 2**24
-Length = Annotated[int, Field(ge=1, le=MOST_LENGTH)]
-"""Of one dimension of an array or an image."""
-MOST_VALUES = 2**28
-"""Of one output in one row."""
-
-
-class Frozen(BaseModel):
-    """A validated, immutable value that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ImageStatus(IntEnum):
-    """What decoding found in a row, as stored in `images/status`. Every value but OK masks the row in all teachers."""
-
-    OK = 0
-    EMPTY = 1  # zero bytes, or no bytes at all
-    NOT_AN_IMAGE = 2  # no decoder recognises it
-    TRUNCATED = 3  # recognised, but the pixel data ends early or is broken
-    TOO_LARGE = 4  # more pixels than `data.max_pixels`
-    UNSUPPORTED_PIXELS = 5  # a depth, sample format or compression that is not decoded, or not rightly
-    SEVERAL_BANDS = 6  # more channels than colours and alpha
-    SEVERAL_PAGES = 7  # a TIFF of several images
-    DEPTH_UNKNOWN = 8  # 16 bits of which it is not known how many are used
-    TOO_MANY_SCANS = 9  # a JPEG that takes more passes than any encoder writes
-    PATH_WITHOUT_FILE = 10  # a path in place of bytes, and no such file beside it
-    HEIC_WITHOUT_PLUGIN = 11
-    JXL_WITHOUT_PLUGIN = 12
-    CAMERA_RAW = 13
-    EPS = 14
-    PDF = 15
-    SVG = 16
-    PSD = 17
-    DICOM = 18
-    OTHER_FORMAT = 19  # another image format that is known by its signature and not decoded
-    NOT_WRITTEN = 255  # the fill value
 
 
 class CodecSpec(Frozen):
@@ -237,154 +193,3 @@ class TeacherSpec(Frozen):
             for key in dict.fromkeys([*one, *two])
             if one.get(key) != two.get(key) and not (key == _EXTRA and None in (one.get(key), two.get(key)))
         ]
-
-
-class CropSpec(Frozen):
-    """How views are cropped, as by torchvision's RandomResizedCrop."""
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    """The area of a crop, from and to, as a share of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width to height of a crop, from and to."""
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The probability of a horizontal flip."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "CropSpec":
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"expected a scale [from, to] above 0, up to 1, found {list(self.scale)}")
-        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ValueError(f"expected a ratio [from, to] above 0, found {list(self.ratio)}")
-        return self
-
-
-class Decoding(Frozen):
-    """What decides, beside its bytes, which pixels an image has; the defaults are those of plans that do not say.
-
-    Images of more than `max_pixels` are masked. `bits` is how many of 16 bits a sample uses, None to go by the file.
-    """
-
-    max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
-    bits: Annotated[int, Field(ge=8, le=16)] | None = None
-
-
-class SourceSpec(Frozen):
-    """Where images come from, enough to read them again. `files` below `root` are named in the sample table.
-
-    `decoding` is left out of the document where it has its defaults.
-    """
-
-    kind: Literal["folder", "tar", "parquet"]
-    root: str
-    options: dict[str, str | None] = {}
-    decoding: Decoding = Decoding()
-
-    @model_serializer(mode="wrap")
-    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = plainly(self)
-        if self.decoding == Decoding():
-            del values["decoding"]
-        return values
-
-
-class Plan(Frozen):
-    """`plan.json`: fixed once, before anything else. Row numbers, keys and units never change afterwards.
-
-    `fingerprint` digests the ordered sample table; `samples_digests` the raw bytes of its files; `metadata` those of
-    the `zarr.json` files of the root, `teachers` and `images`. `threads` is the CPU thread count of the teachers:
-    results are bit-identical only at equal counts. `crop` is that of several views, None for the plain full view, and
-    then left out of the document.
-    """
-
-    source: SourceSpec
-    fingerprint: str
-    classes: tuple[str, ...] | None
-    samples: int
-    views: int
-    seed: int
-    unit_rows: int
-    threads: int
-    samples_digests: tuple[str, ...]
-    metadata: dict[str, str]
-    crop: CropSpec | None = None
-
-    @model_serializer(mode="wrap")
-    def _serialise(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = plainly(self)
-        return values if values["crop"] is not None else {key: values[key] for key in values if key != "crop"}
-
-    @property
-    def rows(self) -> int:
-        return self.samples * self.views
-
-    @property
-    def units(self) -> int:
-        return -(-self.rows // self.unit_rows)
-
-    def unit_range(self, unit: int) -> range:
-        """Row numbers of `unit`."""
-        if not 0 <= unit < self.units:
-            raise IndexError(f"unit {unit} of {self.units}")
-        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.rows))
-
-    @property
-    def digest(self) -> str:
-        return digest_of(self.model_dump(mode="json"))
-
-
-class Fidelity(Frozen):
-    """Stored against unquantised features of one unit's valid rows, in channel standard deviations.
-
-    `rmse` over all values; `cosine` the mean over tokens, of standardised features; `worst_row` the row with the
-    largest RMSE, `worst_rmse` that RMSE; `saturated` the number of values outside the integer range.
-    """
-
-    rmse: float
-    cosine: float
-    worst_row: Count
-    worst_rmse: float
-    saturated: Count
-
-
-class ShardRecord(Frozen):
-    """Size and seal of one published shard."""
-
-    bytes: Count
-    seal: str
-
-
-class OutputRecord(ShardRecord):
-    """A teacher's shard with what storing it cost in precision; no fidelity where no row is valid."""
-
-    fidelity: Fidelity | None
-
-
-class ImagesRecord(Frozen):
-    """`images/commits/<unit>.json`."""
-
-    unit: int
-    plan: str
-    row_digest: str
-    masked: Count
-    masked_digest: str
-    arrays: dict[str, ShardRecord]
-
-
-class UnitRecord(Frozen):
-    """`teachers/<teacher>/commits/<unit>.json`: a function of the content alone.
-
-    `files` digests the raw bytes of the teacher's `zarr.json`, which digests its other files. `nonfinite`
-    is a hexadecimal bit map over the unit's rows (first row = highest bit of the first digit) of rows that this
-    teacher alone masks, empty where there is none.
-    """
-
-    unit: int
-    plan: str
-    row_digest: str
-    teacher: str
-    fingerprint: str
-    files: dict[str, str]
-    masked: Count
-    masked_digest: str
-    nonfinite: str = ""
-    outputs: dict[str, OutputRecord]
