@@ -112,13 +112,13 @@ def bench(
 def gc(cache: CachePath, as_json: Json = False) -> None:
     """Remove what dead runs left half written, and what was put into quarantine; never anything that is committed."""
     from cli.views.units import human_bytes
-    from kpu.errors import NotACacheError
+    from kpu.records.plan import not_a_cache
     from kpu.storage import paths
     from kpu.storage.leases import collect_garbage
     from kpu.storage.open import open_storage
 
     storage = open_storage(cache)
     if storage.size(paths.PLAN) is None and storage.size(paths.TEACHERS) is None:
-        raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
+        raise not_a_cache(storage.url)
     freed = collect_garbage(storage, quarantine=True)
     print_result({"freed_bytes": freed}, as_json, lambda console: console.print(f"freed {human_bytes(freed)}"))

@@ -17,6 +17,7 @@ from kpu.records.samples import Samples
 from kpu.records.teachers import STATISTICS, load_teacher, read_teacher, teacher_names
 from kpu.sources import ImageSource
 from kpu.storage import paths
+from kpu.storage.found import describe_place
 from kpu.storage.open import location_exists, open_storage
 from pipeline.config import ExtractConfig
 from pipeline.run.observers import Observer
@@ -169,7 +170,9 @@ def load_calibration_from(path: str, spec: TeacherSpec) -> Calibration:
     other = open_storage(path) if location_exists(path) else None
     plan = load_plan(other) if other is not None else None
     if other is None or plan is None:
-        raise NotACacheError(f"calibration_from: {path}: expected a cache, found no plan.json there; check the path")
+        raise NotACacheError(
+            f"calibration_from: {path}: expected a cache, found {describe_place(path)}; check the path"
+        )
     names = teacher_names(other)
     if spec.name not in names:
         raise MismatchError(

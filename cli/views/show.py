@@ -84,12 +84,11 @@ def show_status(console: Console, status: Status) -> None:
     _left_out(console, status.left_out)
     table = Table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
     for name, teacher in status.teachers.items():
-        rows = max(1, round(status.rows * teacher.committed_units / max(1, teacher.units)))
         table.add_row(
             name,
             f"{teacher.committed_units:,}/{teacher.units:,}",
             human_bytes(teacher.bytes),
-            human_bytes(teacher.bytes / rows),
+            human_bytes(teacher.bytes / max(1, teacher.committed_rows)),
             "-" if teacher.rmse is None else f"{teacher.rmse:.4f}",
             "-" if teacher.cosine is None else f"{teacher.cosine:.5f}",
         )

@@ -11,7 +11,7 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from kpu.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError, NotACacheError
+from kpu.errors import ConfigError, CorruptError, MaskedRowError, MissingUnitError
 from kpu.format.commits import ImageStatus, ShardRecord
 from kpu.format.plan import Plan
 from kpu.format.reasons import reason
@@ -19,7 +19,7 @@ from kpu.reading.rows import RowSelection, by_unit, row_numbers
 from kpu.reading.teachers import CachedTeacher, Teachers
 from kpu.reading.tensorstore import FEWEST_ROWS, Gather, open_gather
 from kpu.records.images import load_images, load_status
-from kpu.records.plan import load_plan
+from kpu.records.plan import require_plan
 from kpu.records.samples import Samples
 from kpu.records.teachers import PublishedTeacher, output_shard
 from kpu.records.units import Mask, load_unit, nonfinite_rows, open_committed
@@ -266,13 +266,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
         CorruptError: the plan or group metadata is damaged.
     """
     storage = open_storage(path)
-    plan = load_plan(storage)
-    if plan is None:
-        raise NotACacheError(
-            f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path, or make one with "
-            "`kpu-cache extract`"
-        )
-    return Cache(storage, plan)
+    return Cache(storage, require_plan(storage))
 
 
 def _kept_open() -> int:

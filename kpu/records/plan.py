@@ -13,6 +13,7 @@ from kpu.shards.layout import ArrayLayout
 from kpu.shards.zarr_metadata import array_layout
 from kpu.storage import paths
 from kpu.storage.base import Storage
+from kpu.storage.found import describe_place
 from kpu.util.digests import digest, open_document
 
 MAX_CHUNK_ROWS = 64
@@ -103,6 +104,25 @@ def _plan_problems(plan: Plan) -> Iterator[str]:
     missing = {paths.ROOT, paths.TEACHERS, *map(paths.group, IMAGE_FOLDERS)} - plan.metadata.keys()
     if missing:
         yield f"metadata: expected digests of {sorted(missing)} among them, found {sorted(plan.metadata)}"
+
+
+def require_plan(storage: Storage) -> Plan:
+    """As `load_plan`, for whoever needs one.
+
+    Raises:
+        NotACacheError: there is none; the message says what is there instead.
+    """
+    plan = load_plan(storage)
+    if plan is None:
+        raise not_a_cache(storage.url)
+    return plan
+
+
+def not_a_cache(url: str) -> NotACacheError:
+    """The error for a location without a plan."""
+    return NotACacheError(
+        f"{url}: expected a cache, found {describe_place(url)}; check the path, or make one with `kpu-cache extract`"
+    )
 
 
 def load_plan(storage: Storage) -> Plan | None:

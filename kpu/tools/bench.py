@@ -9,17 +9,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kpu.errors import ConfigError, NotACacheError
+from kpu.errors import ConfigError
 from kpu.format.codecs import for_codec, make_grid
 from kpu.format.fidelity import measure
 from kpu.format.plan import Plan
 from kpu.format.statistics import Statistics
 from kpu.format.teacher import CodecSpec, OutputSpec
 from kpu.reading.cache import Cache
-from kpu.records.plan import load_plan
+from kpu.records.plan import require_plan
 from kpu.records.teachers import output_shard, shard_layout
 from kpu.shards.writer import encode_shard
-from kpu.storage import paths
 from kpu.storage.counting import CountingStorage
 from kpu.storage.open import open_storage
 
@@ -116,10 +115,7 @@ def bench(
         CorruptError: what had to be read is damaged.
     """
     storage = CountingStorage(open_storage(path))
-    plan = load_plan(storage)
-    if plan is None:
-        raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
-    cache = Cache(storage, plan)
+    cache = Cache(storage, require_plan(storage))
     for name in teachers:
         if name not in cache.teachers:
             raise ConfigError(f"teacher {name!r}: expected one of {sorted(cache.teachers)} in {cache.path}")

@@ -11,16 +11,16 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from pydantic_core import from_json
 
-from kpu.errors import CorruptError, NotACacheError
+from kpu.errors import CorruptError
 from kpu.format.plan import Plan
 from kpu.format.reasons import reason
 from kpu.records.images import load_status
 from kpu.records.leftout import LeftOut
-from kpu.records.plan import load_plan
+from kpu.records.plan import load_plan, not_a_cache
 from kpu.records.runs import RecordedFailure, RunRecord, load_runs
 from kpu.records.samples import Samples
 from kpu.records.teachers import TeacherManifest, read_teacher, teacher_folders, teacher_names
-from kpu.records.units import Mask, committed_units, lost_images, unpack_mask
+from kpu.records.units import Mask, committed_units, count_rows, lost_images, unpack_mask
 from kpu.storage import paths
 from kpu.storage.base import Storage
 from kpu.storage.open import open_storage
@@ -42,6 +42,7 @@ class TeacherStatus:
 
     committed_units: int
     units: int
+    committed_rows: int = 0
     bytes: int = 0
     rmse: float | None = None
     cosine: float | None = None
@@ -93,7 +94,7 @@ def status(path: str | os.PathLike[str]) -> Status:
     runs = load_runs(storage)
     if plan is None:
         if not runs and storage.size(paths.ROOT) is None:
-            raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
+            raise not_a_cache(storage.url)
         return Status(complete=False, rows=0, units=0, teachers={})
     tallies = {name: _tally(storage, plan, read_teacher(storage, name)) for name in teacher_names(storage)}
     teachers = {name: tally.status() for name, tally in tallies.items()}
@@ -160,6 +161,7 @@ class _Tally:
         return TeacherStatus(
             committed_units=int(np.count_nonzero(self.committed)),
             units=self._plan.units,
+            committed_rows=count_rows(self._plan, self.committed),
             bytes=self._bytes,
             rmse=float(f"{math.sqrt(self._squared_error / self._values):.6g}") if self._values else None,
             cosine=float(f"{self._cosine / self._tokens:.6g}") if self._tokens else None,

@@ -8,11 +8,11 @@ from typing import Final
 
 import numpy as np
 
-from kpu.errors import CorruptError, NotACacheError
+from kpu.errors import CorruptError
 from kpu.format.codecs import QuantGrid
 from kpu.format.commits import ImagesRecord, ImageStatus, ShardRecord
 from kpu.format.plan import Plan
-from kpu.records.plan import check_image_arrays, image_layouts, read_plan
+from kpu.records.plan import check_image_arrays, image_layouts, not_a_cache, read_plan
 from kpu.records.samples import Samples, row_digest
 from kpu.records.teachers import TeacherManifest, load_teacher, output_layout, read_teacher, teacher_folders
 from kpu.records.units import (
@@ -61,7 +61,7 @@ def verify(
         return report.finish()
     if plan is None:
         if storage.size(paths.ROOT) is None:
-            raise NotACacheError(f"{storage.url}: expected a cache, found no {paths.PLAN}; check the path")
+            raise not_a_cache(storage.url)
         report.add(paths.PLAN, "is missing: without it nothing says what should exist")
         return report.finish()
     report.count(storage.size(paths.PLAN) or 0)

@@ -12,6 +12,7 @@ from kpu.errors import ConfigError, CorruptError
 from kpu.format.base import MOST_LENGTH, Length
 from kpu.format.plan import Decoding
 from kpu.format.teacher import InputSpec, TeacherSpec
+from kpu.storage.found import describe_place
 from kpu.util.digests import digest, digest_of
 from kpu.util.strict_json import parse_json_object
 from trainer.data.shapes import OutputShape
@@ -114,8 +115,8 @@ def read_description(place: Path) -> StudentDescription:
         document = parse_json_object(read_file(place / CONFIG))
     except OSError as error:
         raise ConfigError(
-            f"{place}: expected a folder of `kpu-train export`, found no {CONFIG} ({error.strerror}); check the path"
-        ) from None
+            f"{place}: expected a student of `kpu-train export`, found {describe_place(place)}; check the path"
+        ) from error
     except ValueError as error:
         raise CorruptError(str(place / CONFIG), f"is not JSON ({error})") from None
     found = (document.get("format"), document.get("version"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from kpu.errors import ConfigError
+from kpu.storage.found import describe_place
 
 CONFIG: Final = "config.yaml"
 SOURCES, STATISTICS, HEADS = "sources.json", "statistics.safetensors", "heads.safetensors"
@@ -20,7 +21,9 @@ def check_place(path: Path) -> None:
     if (path / CONFIG).exists():
         raise ConfigError(f"out: {path}: a run exists there; continue it with --resume, or choose another folder")
     if path.exists() and (not path.is_dir() or any(not _left_over(file) for file in path.iterdir())):
-        raise ConfigError(f"out: {path}: expected a new path or an empty folder, found {what_is(path)}; choose another")
+        raise ConfigError(
+            f"out: {path}: expected a new path or an empty folder, found {describe_place(path)}; choose another"
+        )
 
 
 def require_run(path: Path) -> None:
@@ -30,19 +33,7 @@ def require_run(path: Path) -> None:
         ConfigError: there is none.
     """
     if not (path / CONFIG).is_file():
-        raise ConfigError(
-            f"{path}: expected a run of kpu-train, found no {CONFIG} (at this path: {what_is(path)}); check the path"
-        )
-
-
-def what_is(path: Path) -> str:
-    """What a message calls that which is at a path."""
-    if not os.path.lexists(path):
-        return "nothing"
-    if not path.is_dir():
-        return "a file"
-    known = {CONFIG: "a run", "plan.json": "a cache", "student_model.py": "an export", "student.pt2": "an export"}
-    return next((name for file, name in known.items() if (path / file).exists()), "other files")
+        raise ConfigError(f"{path}: expected a run of kpu-train, found {describe_place(path)}; check the path")
 
 
 def require_nothing(path: Path) -> None:

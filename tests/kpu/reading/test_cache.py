@@ -249,7 +249,7 @@ def test_a_missing_unit_is_an_error_and_found_once_it_is_committed(small_cache: 
 
 
 def test_nothing_is_read_where_there_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(NotACacheError, match=r"found no plan\.json"):
+    with pytest.raises(NotACacheError, match="found an empty folder"):
         open_cache(tmp_path)
     with pytest.raises(NotACacheError):
         open_cache(tmp_path / "absent")

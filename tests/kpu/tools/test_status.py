@@ -119,7 +119,7 @@ def test_failures_are_listed_until_the_unit_is_committed(small_cache: SmallCache
 
 
 def test_a_cache_that_is_only_planned_or_begun(tmp_path: Path) -> None:
-    with pytest.raises(NotACacheError, match=r"found no plan.json"):
+    with pytest.raises(NotACacheError, match="found an empty folder"):
         status(tmp_path)
     write_run(tmp_path, "1")
     assert status(tmp_path).as_json() == {

@@ -218,7 +218,7 @@ def test_a_record_that_contradicts_the_rest_is_reported(small_cache: SmallCache,
 
 
 def test_where_there_is_no_cache_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NotACacheError, match=r"found no plan\.json"):
+    with pytest.raises(NotACacheError, match="found an empty folder"):
         verify(tmp_path)
 
 
