@@ -39,6 +39,26 @@ def find_own_packages_first() -> None:
     sys.meta_path.insert(0, _OwnPackages())
 
 
+class _InstalledFirst(MetaPathFinder):
+    """Finds modules where they could be found when it was made, whatever has been put before these places since."""
+
+    def __init__(self) -> None:
+        self._places = list(sys.path)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, self._places, target) if path is None else None
+
+
+def prepare_ray_worker() -> None:
+    """What every Ray worker does at its start: find KPU's packages first, and the driver's directory last.
+
+    With its first task a worker puts the directory that the driver was started in before all others on its import path,
+    where a stray `torch.py` would replace the package. A command of an installation does not look there at all.
+    """
+    find_own_packages_first()
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), _InstalledFirst())
+
+
 def _is_own(file: str | None, name: str) -> bool:
     return file is not None and Path(file).absolute() == ROOT / name / "__init__.py"
 

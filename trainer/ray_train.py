@@ -31,7 +31,7 @@ from trainer.loop.fit import LogCallback, fit
 from trainer.util.files import remove_folder, write_error
 
 OBJECT_STORE_BYTES: Final = 100 * 2**20  # only what is logged passes through it
-_WORKERS: Final = {"worker_process_setup_hook": "kpu.own_packages.find_own_packages_first"}
+_WORKERS: Final = {"worker_process_setup_hook": "kpu.own_packages.prepare_ray_worker"}
 _POLL_SECONDS: Final = 0.5
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 

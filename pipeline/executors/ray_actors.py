@@ -37,7 +37,7 @@ OBJECT_STORE_BYTES = 100 * 2**20  # only reports pass through it
 LOOK_SECONDS = 10.0  # how often the cluster is looked at while no worker runs
 LOOKS_ALLOWED = 6  # in which no worker gets a place: the first is placed before its process has loaded its modules
 PATIENCE_SECONDS = 600.0  # how long a cluster may be without room for any worker
-WORKERS = {"worker_process_setup_hook": "kpu.own_packages.find_own_packages_first"}
+WORKERS = {"worker_process_setup_hook": "kpu.own_packages.prepare_ray_worker"}
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)  # the second is Ray's own killing before the memory is full
 ADVICE = "most often the memory was full: use fewer workers or a smaller executor.batch_size"
 

@@ -48,8 +48,8 @@ def test_status_of_a_complete_cache(original: Path) -> None:
     assert status["left_out"] == [{"reason": "with the ending .psd", "count": 1, "example": "cats/phone.psd"}]
     assert set(status["teachers"]) == {"t", "u"}
     for teacher in status["teachers"].values():
-        assert set(teacher) == {"committed_units", "units", "bytes", "rmse", "cosine", "saturated"}
-        assert teacher["committed_units"] == teacher["units"] == 2
+        assert set(teacher) == {"committed_units", "units", "committed_rows", "bytes", "rmse", "cosine", "saturated"}
+        assert teacher["committed_units"] == teacher["units"] == 2 and teacher["committed_rows"] == 71
         assert 0 < teacher["rmse"] < 0.0145
     text = kpu("status", original).stdout
     assert "complete: 71 rows in 2 units, 1 masked" in text

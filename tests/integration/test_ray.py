@@ -145,7 +145,7 @@ def test_the_same_bytes_as_inline_from_a_folder_full_of_traps(
         pytest.skip(f"kpu is not installed: there is no {command}")
     traps = tmp_path / "traps"
     traps.mkdir()
-    for name in ("cache", "pipeline", "cli", "torch", "numpy"):
+    for name in ("cache", "pipeline", "cli", "trainer", "torch", "numpy"):
         (traps / f"{name}.py").write_text("raise SystemExit('the wrong module was imported')")
     arguments = [str(command), "extract", "-c", str(config), "-o", "../my.kpu", "--executor", "ray"]
     done = subprocess.run(arguments, cwd=traps, capture_output=True, text=True, check=False)
