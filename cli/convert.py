@@ -8,11 +8,12 @@ from rich.console import Console
 
 from cli.output import progress_bar
 from cli.views.units import human_bytes, plural
-from kpu.errors import ConfigError
+from kpu.errors import ConfigError, KpuError
 from kpu.format.teacher import CodecSpec, ShardFormat
 from kpu.interop.convert import Conversion, convert
 from kpu.interop.theia.export import TheiaExport, export_theia
 from kpu.interop.theia.imported import TheiaImport, import_theia
+from kpu.storage.open import location_exists
 from pipeline.paths import absolute
 from pipeline.planning import choose_unit_rows
 from pipeline.target import cleanup_on_failure, existing_plan
@@ -52,17 +53,22 @@ def export_cache(
     _refuse(shards, dataset=dataset, split=split, images=images)
     place, kind = absolute(out), _shard_format(shards, "zarr, webdataset or theia")
     existing_plan(place)
-    with progress_bar("export") as progress, cleanup_on_failure(place) as created:
-        return convert(
-            cache,
-            place,
-            shards=kind,
-            run=_new_run("export"),
-            teachers=teachers,
-            dequantise=dequantise,
-            progress=progress,
-            created=created,
-        )
+    try:
+        with progress_bar("export") as progress, cleanup_on_failure(place) as created:
+            return convert(
+                cache,
+                place,
+                shards=kind,
+                run=_new_run("export"),
+                teachers=teachers,
+                dequantise=dequantise,
+                progress=progress,
+                created=created,
+            )
+    except KpuError as error:
+        if location_exists(place):
+            error.add_note(f"what was exported so far is in {place}, and the same command goes on from there")
+        raise
 
 
 def import_cache(root: str, out: str, *, dataset: str, split: str, codec: str, shards: str) -> TheiaImport:
@@ -105,6 +111,14 @@ def show_export(console: Console, done: Conversion | TheiaExport) -> None:
         return
     existing = f", {done.existing:,} existed already" if done.existing else ""
     _say(console, f"exported: {plural(done.converted, 'unit')} of {', '.join(done.teachers)}{existing}")
+    if done.unfinished:
+        names = ", ".join(done.unfinished)
+        _say(
+            console,
+            f"done, {human_bytes(done.bytes)} written; {done.out} also holds {names}, which an earlier export left "
+            "incomplete: export that again as well",
+        )
+        return
     _say(console, f"complete: {done.out}, {human_bytes(done.bytes)} written")
 
 

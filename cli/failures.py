@@ -31,7 +31,7 @@ def reported(advice: Advice = "the same command begins again") -> Callable[[Call
             try:
                 return command(*arguments, **options)
             except KpuError as error:
-                _fail(str(error), error.exit_code)
+                _fail("; ".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     _fail(f"{error.filename or 'disk'}: no space left; nothing that was committed is lost", 1)

@@ -260,8 +260,10 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
     from cli.views.training import watching
 
     if os.environ.get("RANK", "0") == "0":
-        from trainer.run.start import check_start
+        from trainer.run.start import check_resumed, check_start
 
+        if resume:
+            check_resumed(out, config)
         check_start(config)
         _say(f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
     with watching(console()) as watch:

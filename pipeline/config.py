@@ -14,6 +14,7 @@ from kpu.config.settings import (
     Positive,
     Section,
     as_schema,
+    check_command,
     read_yaml,
     section,
     setting,
@@ -136,6 +137,7 @@ def load_config(
     """
     values: dict[str, Any] = read_yaml(Path(path)) if path is not None else {}
     if path is not None:
+        check_command(values, path, "kpu-cache extract")
         anchor_paths(values, Path(path), _PATHS)
     named = [split(assignment, "--teacher", "NAME=MODEL") for assignment in teachers]
     for name, model in named:

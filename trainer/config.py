@@ -15,6 +15,7 @@ from kpu.config.settings import (
     Positive,
     Section,
     as_schema,
+    check_command,
     read_yaml,
     setting,
     validate,
@@ -158,6 +159,7 @@ def load_config(
     """
     values = read_yaml(Path(path)) if path is not None else {}
     if path is not None and not resolved:
+        check_command(values, path, "kpu-train fit")
         anchor_paths(values, Path(path), PATHS)
     if caches:
         values["caches"] = list(caches)

@@ -83,6 +83,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+_OWN_KEYS: Final = {
+    "kpu-cache extract": {"data", "views", "crop", "unit_rows", "calibration_rows", "calibration_from"},
+    "kpu-train fit": {"caches", "base", "student", "targets", "projector", "loss", "unify", "optim"},
+    "kpu-train ablate": {"grid", "seeds", "config"},
+}
+
+
+def check_command(values: Mapping[str, Any], path: str | os.PathLike[str], command: str) -> None:
+    """Refuse a file that is a configuration of another command, by the keys that only one of them has.
+
+    Raises:
+        ConfigError: naming the command that it belongs to.
+    """
+    found = {name: sorted(keys & values.keys()) for name, keys in _OWN_KEYS.items()}
+    other = max(found, key=lambda name: len(found[name]))
+    if found[other] and not found[command]:
+        raise ConfigError(
+            f"{path}: expected a configuration of `{command}`, found one of `{other}` (it has "
+            f"{', '.join(found[other])}); use it with `{other} -c {path}`"
+        )
+
+
 def split(assignment: str, flag: str, form: str) -> tuple[str, str]:
     """The two sides of a flag's KEY=VALUE; `form` is what messages call it.
 

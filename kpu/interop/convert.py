@@ -20,12 +20,19 @@ from kpu.commit.teacher import OWN_CALIBRATION, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
 from kpu.format.commits import OutputRecord, ShardRecord, UnitRecord
 from kpu.format.statistics import load_statistics, same_statistics
-from kpu.format.teacher import CodecSpec, OutputSpec, ShardFormat
+from kpu.format.teacher import CodecSpec, OutputSpec, ShardFormat, TeacherSpec
 from kpu.reading.cache import Cache, open_cache
 from kpu.reading.teachers import CachedTeacher
 from kpu.records.plan import image_layouts, load_plan, read_checked, sample_digests
-from kpu.records.teachers import STATISTICS, PublishedTeacher, output_shard
-from kpu.records.units import load_images_record, load_unit, sealed_files
+from kpu.records.teachers import (
+    STATISTICS,
+    PublishedTeacher,
+    output_shard,
+    read_teacher,
+    teacher_folders,
+    teacher_names,
+)
+from kpu.records.units import load_images_record, load_unit, sealed_files, units_left
 from kpu.shards.layout import ArrayLayout, Shard
 from kpu.shards.reader import open_shard
 from kpu.shards.writer import encode_shard
@@ -43,13 +50,17 @@ _LISTED: Final = 10
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: units of teachers converted by this call, and those that stood already; bytes of the former."""
+    """What was done: units of teachers converted by this call, and units that existed already; bytes of the former.
+
+    `unfinished` are other teachers at `out` that an earlier call left incomplete.
+    """
 
     out: str
     teachers: tuple[str, ...]
     converted: int
     existing: int
     bytes: int
+    unfinished: tuple[str, ...] = ()
 
 
 def complete_teachers(cache: Cache, wanted: Sequence[str]) -> list[str]:
@@ -121,7 +132,10 @@ def convert(
                 written += size or 0
                 if progress:
                     progress(unit * len(names) + place + 1, total)
-    return Conversion(storage.url, tuple(names), converted, total - converted, written)
+    others = [name for name in teacher_folders(storage) if name not in names]
+    left = units_left(storage, cache.plan, others)
+    unfinished = tuple(name for name in others if left[name].any())
+    return Conversion(storage.url, tuple(names), converted, total - converted, written, unfinished)
 
 
 class _Copy:
@@ -157,6 +171,7 @@ class _Copy:
         calibration = load_statistics(raw, file)[1].get("calibration", OWN_CALIBRATION)
         codec = CodecSpec(name="fp32") if dequantise else source.spec.codec
         spec = source.spec.model_copy(update={"format": shards, "codec": codec})
+        self._check_existing(spec)
         target = publish_teacher(
             self._storage, self._plan, spec, source.statistics, source.head, self._run, calibration=calibration
         )
@@ -168,6 +183,21 @@ class _Copy:
                 f"in {self._cache.path}; choose another place"
             )
         return target
+
+    def _check_existing(self, spec: TeacherSpec) -> None:
+        """Refuse another shard format or codec than an earlier export chose, naming the option."""
+        if spec.name not in teacher_names(self._storage):
+            return
+        existing = read_teacher(self._storage, spec.name).spec
+        for option, found, wanted in (
+            ("--format", existing.format, spec.format),
+            ("--dequantise", existing.codec.name == "fp32", spec.codec.name == "fp32"),
+        ):
+            if found != wanted:
+                raise MismatchError(
+                    f"out: {self._storage.url}: teacher {spec.name!r} was exported there with {option} {found}, found "
+                    f"{wanted}; use the same, or choose another place"
+                )
 
     def images(self, unit: int) -> None:
         """Copy what decoding found in a unit, byte for byte."""

@@ -8,12 +8,12 @@ from kpu.storage import paths
 
 _LISTED: Final = 3
 _KNOWN: Final = (
-    (paths.PLAN, "a cache; `kpu-cache info` shows what it holds"),
+    ((paths.PLAN,), "a cache; `kpu-cache info` shows what it holds"),
     (
-        "sources.json",
+        ("config.yaml", "sources.json"),
         "a run of kpu-train; measure it with `kpu-train eval`, export its student with `kpu-train export`",
     ),
-    ("student.safetensors", "an exported student; load it with `kpu.load_student`"),
+    (("config.json", "student.safetensors"), "an exported student; load it with `kpu.load_student`"),
 )
 
 
@@ -26,8 +26,8 @@ def describe_place(path: str | os.PathLike[str]) -> str:
         return "nothing"
     if not place.is_dir():
         return "a file"
-    for marker, name in _KNOWN:
-        if (place / marker).is_file():
+    for markers, name in _KNOWN:
+        if all((place / marker).is_file() for marker in markers):
             return name
     try:
         names = sorted(entry.name for entry in place.iterdir())

@@ -56,7 +56,27 @@ def test_what_needs_no_model_is_refused_before_torch_is_loaded(place: Path, tmp_
         ("train", (*fit, "-o", tmp_path / "none", "--resume"), "expected a run of kpu-train"),
         ("train", ("fit", "--cache", tmp_path / "x.kpu", "--set", "base=general", "-o", tmp_path / "r"), "x.kpu"),
         ("train", (*fit[:3], "--set", "base=genral", "-o", tmp_path / "r"), "did you mean 'general'"),
+        ("train", ("fit", "-o", run, "--resume", "--set", "seed=7"), "seed: begun with 0, now 7"),
+        ("train", (*fit, "-o", "/proc/r"), "expected a place that can be written to, found /proc"),
+        ("train", (*fit, "-o", tmp_path / "r", "--set", "student.layers=[layr]"), "student.layers: "),
+        (
+            "train",
+            (*fit, "-o", tmp_path / "r", "--set", "student={kind: full, model: timm:x, weights: w.pth}"),
+            "student.weights: expected a .safetensors or .pth file, found nothing at w.pth",
+        ),
+        (
+            "train",
+            ("fit", "-c", ROOT / "examples/demo/demo.yaml", "-o", tmp_path / "r"),
+            "found one of `kpu-cache extract` (it has data, unit_rows); use it with `kpu-cache extract -c",
+        ),
+        (
+            "cache",
+            ("extract", "-c", ROOT / "examples/demo/train.yaml"),
+            "found one of `kpu-train fit` (it has base, caches, optim, student)",
+        ),
         ("train", ("eval", tmp_path / "none"), "expected a run of kpu-train"),
+        ("train", ("eval", cache), "found a cache; `kpu-cache info`"),
+        ("cache", ("status", run), "found a run of kpu-train; measure it with `kpu-train eval`"),
         ("train", ("export", run, "-o", run), "expected a path where nothing exists"),
         ("cache", ("extract", tmp_path / "none", "-o", tmp_path / "x.kpu", "-t", "t=timm:x"), "no such file or folder"),
     ]

@@ -29,7 +29,8 @@ from trainer.evaluation.compare import compare, plot
 from trainer.evaluation.trained import load_trained
 from trainer.export.export import export
 from trainer.run.checkpoint import load_checkpoint
-from trainer.run.runs import MAY_CHANGE, RunFolder
+from trainer.run.config_file import MAY_CHANGE
+from trainer.run.runs import RunFolder
 from trainer.util.sealed import seal_yaml, to_json
 
 

@@ -1,14 +1,16 @@
 """The place of a run, and what is refused there before torch is loaded."""
 
 import os
+import secrets
 from pathlib import Path
 from typing import Final
 
-from kpu.errors import ConfigError
+from kpu.errors import ConfigError, StorageError
 from kpu.storage.found import describe_place
 
 CONFIG: Final = "config.yaml"
 SOURCES, STATISTICS, HEADS = "sources.json", "statistics.safetensors", "heads.safetensors"
+FOLDERS: Final = ("checkpoints", "best", "tensorboard")
 SOURCE_FILES: Final = (STATISTICS, HEADS, SOURCES)
 
 
@@ -17,6 +19,7 @@ def check_place(path: Path) -> None:
 
     Raises:
         ConfigError: there is a run already, or there are other files.
+        StorageError: nothing can be written there.
     """
     if (path / CONFIG).exists():
         raise ConfigError(f"out: {path}: a run exists there; continue it with --resume, or choose another folder")
@@ -24,6 +27,7 @@ def check_place(path: Path) -> None:
         raise ConfigError(
             f"out: {path}: expected a new path or an empty folder, found {describe_place(path)}; choose another"
         )
+    _try_to_write(path)
 
 
 def require_run(path: Path) -> None:
@@ -44,6 +48,20 @@ def require_nothing(path: Path) -> None:
     """
     if os.path.lexists(path):
         raise ConfigError(f"out: {path}: expected a path where nothing exists yet, found something; choose another")
+
+
+def _try_to_write(path: Path) -> None:
+    """Make the first folder that is missing on the way to `path`, or a folder in it, and remove it again."""
+    missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+    probe = missing[-1] if missing else path / f".probe-{secrets.token_hex(8)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise StorageError(
+            f"out: {path}: expected a place that can be written to, found {probe.parent} ({error.strerror}); choose "
+            "another"
+        ) from None
 
 
 def _left_over(file: Path) -> bool:

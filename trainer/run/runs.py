@@ -29,22 +29,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from kpu.errors import ConfigError, CorruptError, MismatchError
+from kpu.errors import ConfigError, CorruptError
 from kpu.format.teacher import TeacherSpec
 from kpu.reading.cache import Cache
 from kpu.storage.places import redact
 from kpu.util.digests import digest
 from kpu.util.strict_json import parse_json, parse_json_object
-from trainer.config import TrainConfig, validate_config
+from trainer.config import TrainConfig
 from trainer.data.corpus import Corpus, TeacherInfo
+from trainer.run.config_file import MAY_CHANGE, changed_keys, read_config, require_same
 from trainer.run.measured import check_summary
-from trainer.run.place import CONFIG, SOURCE_FILES, check_place
+from trainer.run.place import CONFIG, FOLDERS, SOURCE_FILES, check_place
 from trainer.run.repeated import require_distinct
 from trainer.run.sources import images_of, load_code, load_sources, load_specs, open_sources, pack_sources
 from trainer.util.environment import environment
 from trainer.util.files import (
     append_line,
-    read_file,
     refuse_links,
     remove_folder,
     remove_made,
@@ -58,20 +58,15 @@ from trainer.util.sealed import (
     digests_in,
     dump_json,
     open_json,
-    open_yaml,
     read_sealed,
     seal_json,
     seal_yaml,
     to_json,
 )
 
-MAY_CHANGE: Final = frozenset({"caches", "images", "loader", "log", "workers"})
-"""Keys that a run may be resumed with other values of: none of them decides what is learned."""
-
 _METRICS, _SPACE, _SUMMARY = "metrics.jsonl", "space.json", "summary.json"
 MODEL: Final = "model.safetensors"
 _LOCK: Final = "lock"
-_FOLDERS: Final = ("checkpoints", "best", "tensorboard")
 _SUMMARY_KEYS: Final = ("steps", "seconds", "parameters", "validation_rows", "validation")
 
 
@@ -105,7 +100,7 @@ class RunFolder:
             ConfigError: `path` exists already, or two of the caches are one.
             StorageError: it cannot be written there.
         """
-        refuse_links(path, _FOLDERS)
+        refuse_links(path, FOLDERS)
         check_place(path)
         run = RunFolder(path)
         require_distinct(corpus.caches)
@@ -141,10 +136,7 @@ class RunFolder:
         """
         run = RunFolder(path)
         difference = run.difference(config, corpus)
-        if difference is not None:
-            raise MismatchError(
-                f"{path}: expected what the run was begun with, found {difference}; give the same, or start a new run"
-            )
+        require_same(path, [] if difference is None else [difference])
         run._write_config(config, corpus)
         return run
 
@@ -154,9 +146,7 @@ class RunFolder:
         Raises:
             ConfigError: there is no run here.
         """
-        begun, asked = (each.model_dump(mode="json") for each in (self.config(), config))
-        changed = [line for key in asked if key not in MAY_CHANGE for line in _differences(key, begun[key], asked[key])]
-        if changed:
+        if changed := changed_keys(self.path, config):
             return "; ".join(changed)
         if self.has_caches(corpus):
             return None
@@ -182,19 +172,7 @@ class RunFolder:
             ConfigError: there is no run here.
             CorruptError: the file is damaged.
         """
-        file = self.path / CONFIG
-        refuse_links(self.path, _FOLDERS)
-        try:
-            data = read_file(file)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: expected a run of kpu-train, found no {CONFIG} ({error.strerror}); check the path"
-            ) from None
-        values = open_yaml(file, data, MAY_CHANGE)
-        try:
-            return validate_config(values, "as read")
-        except ConfigError as error:
-            raise CorruptError(str(file), f"is damaged, or of another release of KPU ({error})") from None
+        return read_config(self.path)
 
     def caches(self) -> list[dict[str, Any]]:
         """What `Corpus.fingerprints` said when the run was begun. Raises as `sources`."""
@@ -330,10 +308,3 @@ class RunFolder:
         if not (self.path / name).exists():
             self._made.append(name)
         replace_file(self.path / name, data)
-
-
-def _differences(key: str, begun: Any, asked: Any) -> list[str]:
-    """A line for each value that differs, by the key under which it is."""
-    if isinstance(begun, dict) and isinstance(asked, dict):
-        return [line for each in asked for line in _differences(f"{key}.{each}", begun.get(each), asked[each])]
-    return [] if begun == asked else [f"{key}: begun with {begun!r}, now {asked!r}"]

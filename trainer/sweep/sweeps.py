@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from kpu.config.paths import anchor_paths
-from kpu.config.settings import Section, read_yaml, section, setting, validate
+from kpu.config.settings import Section, check_command, read_yaml, section, setting, validate
 from kpu.errors import ConfigError
 from trainer.config import PATHS, TrainConfig, validate_config
 from trainer.sections import Text
@@ -67,6 +67,7 @@ def load_sweep(file: Path, out: Path | None = None) -> Sweep:
         ConfigError: a key is unknown, a value is wrong in some cell, or two cells or seeds are the same.
     """
     values = read_yaml(file)
+    check_command(values, file, "kpu-train ablate")
     anchor_paths(values, file, ("config", "out", *(f"config.{key}" for key in PATHS)))
     if out is not None:
         values["out"] = str(out)

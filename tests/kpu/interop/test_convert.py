@@ -142,10 +142,18 @@ def test_a_cache_of_another_plan_is_refused(built_cache, tmp_path: Path) -> None
     assert tree(tmp_path / "o.kpu") == before
 
 
+def test_other_teachers_that_an_earlier_export_left_are_named(small_cache: SmallCache, tmp_path: Path) -> None:
+    out = tmp_path / "o.kpu"
+    assert convert(small_cache.path, out, shards="zarr", run="r", teachers=["alpha"]).unfinished == ()
+    (out / "teachers/alpha/commits/000001.json").unlink()
+    done = convert(small_cache.path, out, shards="zarr", run="r", teachers=["beta"])
+    assert done.unfinished == ("alpha",)
+
+
 def test_another_format_or_content_under_the_same_name_is_refused(small_cache: SmallCache, tmp_path: Path) -> None:
     out = tmp_path / "o.kpu"
     convert(small_cache.path, out, shards="webdataset", run="r")
-    with pytest.raises(MismatchError, match="format: expected"):
+    with pytest.raises(MismatchError, match="was exported there with --format webdataset, found zarr"):
         convert(small_cache.path, out, shards="zarr", run="r")
     other = build(tmp_path / "other.kpu", codec="uniform in tars")
     record = other.path / "teachers/beta/commits/000002.json"

@@ -284,7 +284,7 @@ def test_other_images_or_another_base_are_refused_before_anything_is_written(
 def test_what_is_refused(exported: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a path where nothing exists"):
         export(small_run(place), exported)
-    with pytest.raises(ConfigError, match=r"found no config\.json"):
+    with pytest.raises(ConfigError, match="expected a student of `kpu-train export`, found an empty folder"):
         load_student(tmp_path)
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     data = bytearray((broken / STUDENT).read_bytes())

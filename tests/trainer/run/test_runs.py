@@ -52,7 +52,7 @@ def test_a_run_or_other_files_that_stand_are_refused(begun: RunFolder, configure
     (tmp_path / "other/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "other", tmp_path / "file"):
-        with pytest.raises(ConfigError, match=r"found (other files|a file)"):
+        with pytest.raises(ConfigError, match=r"found (a folder with 'notes\.txt'|a file)"):
             RunFolder.create(path, config, corpus_of(config))
 
 
