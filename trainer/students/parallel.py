@@ -19,6 +19,7 @@ from trainer.sections import StudentConfig
 from trainer.students.adapters import Beside, Bottleneck
 from trainer.students.base import BaseInfo, Student
 from trainer.students.models import as_tokens, build_model, probe
+from trainer.students.sketch import rehearsed
 
 _CONTAINER = re.compile(r"(^|\.)(blocks|layers|stages|layer\d+)$")  # how timm and torchvision name lists of blocks
 
@@ -59,8 +60,8 @@ class ParallelStudent(Student):
         self.besides = _adapt(self.model, size, config.width, name)
         for output in outputs:
             statistics = base.statistics[output]
-            self.register_buffer(f"centre_{output}", torch.from_numpy(statistics.centre).float())
-            self.register_buffer(f"std_{output}", torch.from_numpy(statistics.std).float())
+            self.register_buffer(f"centre_{output}", torch.tensor(statistics.centre, dtype=torch.float32))
+            self.register_buffer(f"std_{output}", torch.tensor(statistics.std, dtype=torch.float32))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ParallelStudent":
@@ -120,12 +121,12 @@ def _adapt(model: nn.Module, size: TokenGrid, width: int, name: str) -> int:
     lists = [path for path, part in modules.items() if _is_list(path, part)]
     innermost = [path for path in lists if not any(other.startswith(f"{path}.") for other in lists)]
     blocks = [(modules[path], key, block) for path in innermost for key, block in modules[path].named_children()]
-    seen = _shapes(model, size, [block for _, _, block in blocks])
+    seen = rehearsed(lambda: _shapes(model, size, [block for _, _, block in blocks]))
     last = getattr(getattr(model, "model", model), "output_fmt", "NCHW") == "NHWC"
     made = 0
-    for parent, key, block in blocks:
-        if block in seen:
-            setattr(parent, key, Beside(block, _bottleneck(*seen[block], width, last, f"{name}: {key}")))
+    for number, (parent, key, block) in enumerate(blocks):
+        if number in seen:
+            setattr(parent, key, Beside(block, _bottleneck(*seen[number], width, last, f"{name}: {key}")))
             made += 1
     if not made:
         raise ConfigError(
@@ -139,17 +140,15 @@ def _is_list(path: str, part: nn.Module) -> bool:
     return isinstance(part, nn.Sequential | nn.ModuleList) and _CONTAINER.search(path) is not None and len(part) > 0
 
 
-def _shapes(
-    model: nn.Module, size: TokenGrid, blocks: Sequence[nn.Module]
-) -> dict[nn.Module, tuple[torch.Size, torch.Size]]:
-    """Shapes of what goes into and comes out of each block that runs and maps a tensor to a tensor."""
-    seen: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
+def _shapes(model: nn.Module, size: TokenGrid, blocks: Sequence[nn.Module]) -> dict[int, tuple[torch.Size, torch.Size]]:
+    """Shapes of what goes into and comes out of each block, by number, that runs and maps a tensor to a tensor."""
+    seen: dict[int, tuple[torch.Size, torch.Size]] = {}
 
-    def note(block: nn.Module, arguments: Any, found: Any) -> None:
+    def note(number: int, _block: nn.Module, arguments: Any, found: Any) -> None:
         if arguments and isinstance(arguments[0], Tensor) and isinstance(found, Tensor):
-            seen[block] = (arguments[0].shape, found.shape)
+            seen[number] = (arguments[0].shape, found.shape)
 
-    handles = [block.register_forward_hook(partial(note)) for block in blocks]
+    handles = [block.register_forward_hook(partial(note, number)) for number, block in enumerate(blocks)]
     with torch.no_grad():
         model.eval()(torch.zeros(2, 3, *size))
     for handle in handles:

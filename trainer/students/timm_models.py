@@ -17,6 +17,7 @@ from kpu.torch.timm_weights import convert, count_classes
 from kpu.torch.weights import RANDOM, initialise
 from kpu.trust.list import tensors_only
 from trainer.data.shapes import TokenGrid
+from trainer.students.sketch import TooLargeError
 from trainer.students.weights import Weights, load_strictly, read_weights
 
 _MOST_PREFIX_TOKENS = 16
@@ -121,6 +122,8 @@ def _create(name: str, size: TokenGrid | None, section: str, args: Mapping[str, 
                 if "img_size" not in str(error):
                     raise
         model = timm.create_model(name, **options)
+    except TooLargeError:
+        raise
     except Exception as error:
         advice = f"; give {section}.weights: a local file, or random" if options.get("pretrained") else ""
         reason = f"{type(error).__name__}: {error}"[:400]

@@ -6,6 +6,7 @@ read. What is removed is what was made here, by name.
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from kpu.errors import ConfigError, FullDiskError, LinkError, StorageError, Stor
 from kpu.storage import beneath
 from kpu.storage.leases import close_lock
 from kpu.storage.local import FULL, sync_folder
+from kpu.util.digests import DIGEST_BYTES
 from kpu.util.faults import FAULTS
 
 MOST_BYTES: Final = 2**36
@@ -35,6 +37,14 @@ def read_file(path: Path) -> bytes:
         OSError: it cannot be read.
     """
     return beneath.read_file(path, _MOST_BY_KIND.get(path.suffix, MOST_BYTES))
+
+
+def digest_file(path: Path) -> str:
+    """The digest of a regular file, read in pieces. Raises as `read_file`."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for piece in beneath.read_pieces(path, _MOST_BY_KIND.get(path.suffix, MOST_BYTES)):
+        state.update(piece)
+    return state.hexdigest()
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
