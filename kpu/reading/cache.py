@@ -100,14 +100,12 @@ class Cache:
             CorruptError: a file that had to be read is damaged.
         """
         numbers = row_numbers(slice(None) if rows is None else rows, self.rows)
-        valid = np.empty(len(numbers), dtype=bool)
         with _damage_in(self.path):
+            if teacher is not None:
+                return self._valid(self._teacher(teacher), numbers)
+            valid = np.empty(len(numbers), dtype=bool)
             for unit, places, within in by_unit(numbers, self.plan.unit_rows):
-                if teacher is not None:
-                    masked = self._unit(self._teacher(teacher), unit).masked
-                    valid[places] = True if masked is None else ~masked[within]
-                else:
-                    valid[places] = self._status.get(unit, self._load_status)[within] == 0
+                valid[places] = self._status.get(unit, self._load_status)[within] == 0
         return valid
 
     def read(
@@ -133,27 +131,37 @@ class Cache:
         published = self._teacher(teacher)
         numbers = row_numbers(rows, self.rows)
         with _damage_in(self.path):
-            stored, hidden = self._stored(published, output, numbers)
-        if masked == "raise" and hidden.any():
-            row = int(numbers[np.flatnonzero(hidden)[0]])
+            valid = self._valid(published, numbers)
+            stored = self._stored(published, output, numbers, valid)
+        if masked == "raise" and not valid.all():
+            row = int(numbers[np.flatnonzero(~valid)[0]])
             raise MaskedRowError(
                 f"row {row} of teacher {teacher!r} is masked ({self._reason(published, row)}); leave it out (see "
                 "`Cache.valid`) or read with masked='nan'"
             )
         values = published.grids[output].decode(stored)
-        values[hidden] = np.nan
+        values[~valid] = np.nan
         return values
 
     def read_encoded(
-        self, teacher: str, output: str, rows: RowSelection, *, out: npt.NDArray[Any] | None = None
+        self,
+        teacher: str,
+        output: str,
+        rows: RowSelection,
+        *,
+        out: npt.NDArray[Any] | None = None,
+        valid: Mask | None = None,
     ) -> Encoded:
         """Rows as stored, [n, D] or [n, T, D], with the grid that they lie on. Raises as `read`, masked rows aside.
 
-        They are decoded straight into `out`, where it is given; it must be of their shape and dtype, in C order.
+        They are decoded straight into `out`, if it is given; it must be of their shape and dtype, in C order. `valid`
+        is what `valid(rows, teacher)` gave, if that is known already.
         """
         published = self._teacher(teacher)
+        numbers = row_numbers(rows, self.rows)
         with _damage_in(self.path):
-            stored, _ = self._stored(published, output, row_numbers(rows, self.rows), out)
+            known = self._valid(published, numbers) if valid is None else valid
+            stored = self._stored(published, output, numbers, known, out)
         grid = published.grids[output]
         return Encoded(stored, grid.centre, grid.scale, grid.codec.name, grid.codec.step)
 
@@ -179,9 +187,10 @@ class Cache:
         teacher: PublishedTeacher,
         output: str,
         numbers: npt.NDArray[np.int64],
+        valid: Mask,
         out: npt.NDArray[Any] | None = None,
-    ) -> tuple[npt.NDArray[Any], Mask]:
-        """Stored values [n, ...], in `out` if given, and which of the rows are masked, bool [n]."""
+    ) -> npt.NDArray[Any]:
+        """Stored values [n, ...], in `out` if given, of rows of which `valid` [n] have features."""
         if output not in teacher.layouts:
             raise ConfigError(f"teacher {teacher.spec.name!r} has outputs {list(teacher.layouts)}, not {output!r}")
         array = teacher.layouts[output]
@@ -191,16 +200,19 @@ class Cache:
             raise ValueError(
                 f"out: expected {array.dtype}{list(shape)} in C order, found {stored.dtype}{list(stored.shape)}"
             )
-        parts = list(by_unit(numbers, self.plan.unit_rows))
-        hidden = np.zeros(len(numbers), dtype=bool)
-        for unit, places, within in parts:
+        if not self._gathered(teacher, output, numbers, stored, valid):
+            for unit, places, within in by_unit(numbers, self.plan.unit_rows):
+                self._shard(teacher, output, unit).read(within, stored, at=places)
+        return stored
+
+    def _valid(self, teacher: PublishedTeacher, numbers: npt.NDArray[np.int64]) -> Mask:
+        """Which rows have features of a teacher, bool [n]."""
+        valid = np.ones(len(numbers), dtype=bool)
+        for unit, places, within in by_unit(numbers, self.plan.unit_rows):
             masked = self._unit(teacher, unit).masked
             if masked is not None:
-                hidden[places] = masked[within]
-        if not self._gathered(teacher, output, numbers, stored, ~hidden):
-            for unit, places, within in parts:
-                self._shard(teacher, output, unit).read(within, stored, at=places)
-        return stored, hidden
+                valid[places] = ~masked[within]
+        return valid
 
     def _gathered(
         self,

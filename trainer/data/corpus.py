@@ -110,7 +110,7 @@ class Corpus:
                 self._admit(cache, cache.teachers[name])
         for name in wanted:
             require(name in self.sources, f"teachers: {not_among(name, self._all_names(), 'the caches')}")
-        self._shelf, self.pinned = RowCache(memory), pinned
+        self._rows, self.pinned = RowCache(memory), pinned
 
     @property
     def digest(self) -> str:
@@ -178,13 +178,12 @@ class Corpus:
         for number, places in parts:
             cache, within = self.caches[number], rows[places] - self.starts[number]
             for name in self.teachers_of(cache):
-                valid = self._shelf.valid(cache, name, within)
+                valid = self._rows.valid(cache, name, within)
                 weights[name][torch.from_numpy(places)] = torch.from_numpy(valid.astype(np.float32))
                 for output in self.wanted[name]:
                     array = cache.teachers[name].published.layouts[output]
                     tensor, values = _empty((len(within), *array.item_shape), array.dtype, pinned=self.pinned)
-                    self._shelf.take(cache, name, output, within, values)
-                    values[~valid] = 0
+                    self._rows.take(cache, name, output, within, valid, values)
                     stored[number, name, output] = tensor
         return HostBatch(rows, epochs, parts, stored, weights)
 

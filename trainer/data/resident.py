@@ -28,15 +28,27 @@ class RowCache:
         self._left, self._lock = memory, Lock()
         self._kept: dict[tuple[str, str, str], _Room | None] = {}
 
-    def take(self, cache: Cache, teacher: str, output: str, rows: RowNumbers, out: npt.NDArray[Any]) -> None:
-        """Fill `out` [n, ...] with rows as stored. Raises as `Cache.read_encoded`."""
+    def take(
+        self,
+        cache: Cache,
+        teacher: str,
+        output: str,
+        rows: RowNumbers,
+        valid: npt.NDArray[np.bool_],
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Fill `out` [n, ...] with rows as stored; `valid` [n] is what `valid` gave. Raises as `Cache.read_encoded`."""
         array = cache.teachers[teacher].published.layouts[output]
         shape = (cache.rows, *array.item_shape)
         room = self._room((cache.path, teacher, output), shape, array.dtype, array.chunk_rows, optional=True)
         if room is None:
-            cache.read_encoded(teacher, output, rows, out=out)
-        else:
-            room.take(rows, lambda missing: cache.read_encoded(teacher, output, missing).values, out)
+            cache.read_encoded(teacher, output, rows, out=out, valid=valid)
+            return
+
+        def read(missing: RowNumbers) -> npt.NDArray[Any]:
+            return cache.read_encoded(teacher, output, missing, valid=self.valid(cache, teacher, missing)).values
+
+        room.take(rows, read, out)
 
     def valid(self, cache: Cache, teacher: str, rows: RowNumbers) -> npt.NDArray[np.bool_]:
         """As `Cache.valid`."""

@@ -25,10 +25,11 @@ def counting(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def taken(shelf: RowCache, cache: Cache, output: str, rows: Sequence[int]) -> np.ndarray:
+def taken(kept: RowCache, cache: Cache, output: str, rows: Sequence[int]) -> np.ndarray:
     array = cache.teachers["big"].published.layouts[output]
     out = np.empty((len(rows), *array.item_shape), array.dtype)
-    shelf.take(cache, "big", output, np.array(rows), out)
+    numbers = np.array(rows)
+    kept.take(cache, "big", output, numbers, kept.valid(cache, "big", numbers), out)
     return out
 
 
@@ -36,18 +37,18 @@ def test_a_row_is_read_once_where_there_is_room(toys: Path, monkeypatch: pytest.
     cache = open_cache(toys)
     expected = cache.read_encoded("big", "patch", slice(None)).values
     counts = counting(cache, monkeypatch)
-    shelf = RowCache(2**20)
+    kept = RowCache(2**20)
     for rows in ([3, 1, 3], [1, 2, 69], [69, 3]):
-        np.testing.assert_array_equal(taken(shelf, cache, "patch", rows), expected[rows])
+        np.testing.assert_array_equal(taken(kept, cache, "patch", rows), expected[rows])
     assert counts == [2, 2]
 
 
 def test_what_is_given_out_is_the_callers_own(toys: Path) -> None:
-    shelf, cache = RowCache(2**20), open_cache(toys)
-    first = taken(shelf, cache, "patch", range(3))
+    kept, cache = RowCache(2**20), open_cache(toys)
+    first = taken(kept, cache, "patch", range(3))
     expected = first.copy()
     first[:] = 0
-    np.testing.assert_array_equal(taken(shelf, cache, "patch", range(3)), expected)
+    np.testing.assert_array_equal(taken(kept, cache, "patch", range(3)), expected)
 
 
 def test_outputs_without_room_are_read_each_time(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +56,10 @@ def test_outputs_without_room_are_read_each_time(toys: Path, monkeypatch: pytest
     array = cache.teachers["big"].published.layouts["global"]
     size = cache.rows * int(np.prod(array.item_shape)) * array.dtype.itemsize
     counts = counting(cache, monkeypatch)
-    shelf = RowCache(size)
+    kept = RowCache(size)
     for _ in range(2):
         for output in ("global", "patch"):
-            taken(shelf, cache, output, range(5))
+            taken(kept, cache, output, range(5))
     assert counts == [64, 5, 5]  # a whole chunk of `global` once, `patch` twice
 
 
@@ -66,9 +67,9 @@ def test_rows_that_share_a_chunk_are_read_together(toys: Path, monkeypatch: pyte
     cache = open_cache(toys)
     expected = cache.read_encoded("big", "global", slice(None)).values
     counts = counting(cache, monkeypatch)
-    shelf = RowCache(2**20)
+    kept = RowCache(2**20)
     for rows in ([1], [63, 0, 68], [69, 64]):
-        np.testing.assert_array_equal(taken(shelf, cache, "global", rows), expected[rows])
+        np.testing.assert_array_equal(taken(kept, cache, "global", rows), expected[rows])
     assert counts == [64, cache.rows - 64]
 
 
