@@ -54,7 +54,11 @@ def test_a_differing_plan_is_refused_by_the_name_of_the_field(
 def test_threads_and_the_place_of_the_images_may_differ(small_cache: SmallCache) -> None:
     plan = small_cache.plan
     moved = plan.source.model_copy(update={"root": "s3://elsewhere"})
-    check_same_plan(plan, plan.model_copy(update={"threads": 9, "source": moved}))
+    other = plan.model_copy(update={"threads": 9, "source": moved})
+    assert other.digest != plan.digest
+    check_same_plan(plan, other)  # raises otherwise
+    with pytest.raises(MismatchError, match="seed"):
+        check_same_plan(plan, other.model_copy(update={"seed": plan.seed + 1}))
 
 
 def test_what_an_interrupted_plan_of_other_data_left_is_replaced(tmp_path: Path) -> None:

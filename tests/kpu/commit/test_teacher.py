@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kpu.commit.teacher import check_same, existing_statistics, publish_teacher
+from kpu.commit.teacher import check_same, existing_statistics, list_differences, publish_teacher
 from kpu.errors import ConfigError, CorruptError, MismatchError
 from kpu.format.teacher import CodecSpec, OutputSpec
 from kpu.records.plan import load_plan
@@ -184,8 +184,15 @@ def test_another_version_of_a_teacher_is_refused_by_what_differs(
 
 
 def test_weights_and_code_may_have_moved() -> None:
-    spec = teacher_spec("alpha")
-    check_same(spec, teacher_spec("alpha", weights="elsewhere.pt", model="torch:/moved/alpha.py:make"))
+    spec, moved = (
+        teacher_spec("alpha"),
+        teacher_spec("alpha", weights="elsewhere.pt", model="torch:/moved/alpha.py:make"),
+    )
+    assert spec != moved and list_differences(spec, moved) == []
+    check_same(spec, moved)  # raises otherwise
+    renamed = teacher_spec("alpha", model="torch:/moved/alpha.py:other")
+    with pytest.raises(MismatchError, match="model: expected"):
+        check_same(spec, renamed)
 
 
 @pytest.mark.parametrize("name", ["../up", "commits", "A", "", "a/b"])

@@ -376,15 +376,19 @@ def test_many_caches_share_the_files_that_a_process_may_open(built_cache) -> Non
     caches = [open_cache(built_cache("uniform").path) for _ in range(12)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    read = 0
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 64, hard))
     try:
         for cache in caches:  # together they have 144 shards
             for name, teacher in cache.teachers.items():
                 for output in teacher.outputs:
                     for row in range(0, ROWS, UNIT_ROWS):
-                        cache.read_encoded(name, output, [row])
+                        read += len(cache.read_encoded(name, output, [row]).values)
+        held = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read == 144
+    assert held <= used + 64
 
 
 def test_an_open_cache_can_be_sent_to_another_process(built_cache) -> None:

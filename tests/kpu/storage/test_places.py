@@ -109,6 +109,11 @@ def test_unusual_passwords_are_refused_and_not_shown(place: str) -> None:
     assert not any(part in shown for part in ("ss", "ret", "sec"))
 
 
-def test_names_with_an_at_sign_are_no_passwords() -> None:
-    for place in ("s3://bucket/icon@2x.png", "s3://bucket:9000/a@b", "abfs://container@account/x", "/home/me@work/x"):
-        refuse_password(place, "out")
+@pytest.mark.parametrize(
+    "place", ["s3://bucket/icon@2x.png", "s3://bucket:9000/a@b", "abfs://container@account/x", "/home/me@work/x"]
+)
+def test_names_with_an_at_sign_are_no_passwords(place: str) -> None:
+    refuse_password(place, "out")  # raises otherwise
+    assert redact(place) == place
+    with pytest.raises(ConfigError, match="out: "):
+        refuse_password("s3://key:secret@bucket/x", "out")

@@ -232,6 +232,7 @@ def test_random_damage_is_never_read_as_numbers(small_cache: SmallCache) -> None
         for output in teacher.outputs
     }
     files = list(tree(small_cache.path))
+    read = refused = 0
     for _ in range(30):
         path = small_cache.path / rng.choice(files)
         raw = path.read_bytes()
@@ -243,9 +244,12 @@ def test_random_damage_is_never_read_as_numbers(small_cache: SmallCache) -> None
                 try:
                     found = open_cache(small_cache.path).read(name, output, rows, masked="nan")
                 except KpuError:
+                    refused += 1
                     continue
+                read += 1
                 assert np.array_equal(found, values[rows], equal_nan=True)
         path.write_bytes(raw)
+    assert read > 100 and refused > 30
 
 
 def test_a_cache_in_an_object_store_is_the_same_cache(s3_bucket: str, built_cache) -> None:

@@ -289,7 +289,7 @@ def test_a_shipped_teacher_needs_no_file(tmp_path: Path) -> None:
     assert here.spec(CodecSpec()) == there.spec(CodecSpec()) == alone.spec(CodecSpec())
 
 
-def test_dataclasses_work_in_a_teachers_file(tmp_path: Path) -> None:
+def test_dataclasses_work_in_a_teachers_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = """
         from __future__ import annotations
         from dataclasses import dataclass
@@ -297,10 +297,13 @@ def test_dataclasses_work_in_a_teachers_file(tmp_path: Path) -> None:
         @dataclass
         class Options:
             classes: int = 3
+
+        print(Options(classes=5))
         """
     path = tmp_path / "mine.py"
     path.write_text(dedent(body) + PREAMBLE)
-    build(path)
+    assert build(path)(noise())["global"].dtype == torch.float32
+    assert "Options(classes=5)" in capsys.readouterr().out
 
 
 def test_lower_precision_still_emits_float32(tmp_path: Path) -> None:

@@ -175,5 +175,7 @@ def test_which_outputs_a_run_reads(configure: Configure, toys: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_batches_for_a_gpu_are_read_into_pinned_memory(toys: Path) -> None:
     corpus = Corpus([str(toys)], ALL, "general", pinned=True)
-    for stored in everything(corpus).stored.values():
+    batch = everything(corpus)
+    assert batch.stored
+    for stored in batch.stored.values():
         assert stored.is_pinned()

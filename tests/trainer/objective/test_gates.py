@@ -1,6 +1,7 @@
 """Figures against numpy, and a joint space driven into collapse on purpose."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,11 +154,25 @@ def test_each_gate_names_teacher_output_figure_and_limit(change: dict[str, float
     assert "good" not in str(refused.value) and "unify.mode pca" in str(refused.value)
 
 
-def test_what_passes() -> None:
-    check_gates(GateReport({"a": {"global": SOUND, "patch": replace(SOUND, reconstruction=None)}}), UnifyConfig())
-    check_gates(GateReport({"a": {"global": replace(SOUND, chance=float("nan"))}}), UnifyConfig())
-    check_gates(GateReport({"a": {"global": replace(SOUND, distance=1.0)}}), UnifyConfig(mode="untrained"))
-    check_gates(GateReport({"a": {"global": replace(SOUND, effective_rank=1.2, vectors=6)}}), UnifyConfig())
+@pytest.mark.parametrize(
+    ("gate_change", "passes", "fails"),
+    [
+        ({"reconstruction": None}, UnifyConfig(), None),
+        ({"chance": float("nan")}, UnifyConfig(), None),
+        ({"distance": 1.0}, UnifyConfig(mode="untrained"), UnifyConfig(mode="joint")),
+        ({"effective_rank": 1.2, "vectors": 6}, UnifyConfig(), None),
+    ],
+)
+def test_sound_and_unmeasurable_spaces_pass(
+    gate_change: dict[str, Any], passes: UnifyConfig, fails: UnifyConfig | None
+) -> None:
+    report = GateReport({"a": {"global": SOUND, "patch": replace(SOUND, **gate_change)}})
+    check_gates(report, passes)  # raises otherwise
+    with pytest.raises(MismatchError, match="teacher 'a'"):
+        check_gates(GateReport({"a": {"global": replace(SOUND, lowest_std=0.0)}}), UnifyConfig(mode="joint"))
+    if fails is not None:
+        with pytest.raises(MismatchError, match="teacher 'a', patch"):
+            check_gates(report, fails)
 
 
 def test_measuring_leaves_the_space_as_it_was() -> None:

@@ -104,7 +104,9 @@ def test_rows_do_not_touch_each_other() -> None:
     adapter = MapAdapter(SHAPES, (4, 4), OUTPUTS, 16, 1).train()
     x = inputs(SHAPES)
     changed = {name: torch.cat([tensor[:2], torch.zeros_like(tensor[2:])]) for name, tensor in x.items()}
-    for name, z in adapter(x).items():
+    found = adapter(x)
+    assert list(found) == list(OUTPUTS)
+    for name, z in found.items():
         assert torch.allclose(z[:2], adapter(changed)[name][:2], atol=1e-6)
         assert not torch.allclose(z[2:], adapter(changed)[name][2:], atol=1e-3)
 
