@@ -64,7 +64,7 @@ def extract(
     Exits with 0 where the cache is complete, with 1 where units are left, with 2 where it could not start.
     """
     from cli.views.progress import open_observer
-    from cli.views.show import show_estimate, show_summary, summary_json
+    from cli.views.show import show_estimate, show_extraction, summary_json
     from pipeline.config import load_config
     from pipeline.recorded import data_of
 
@@ -86,7 +86,7 @@ def extract(
         print_result(result.model_dump(mode="json"), as_json, lambda console: show_estimate(console, result))
         return
     summary = _extract(loaded, None, as_json)
-    print_result(summary_json(summary), as_json, lambda console: show_summary(console, summary))
+    print_result(summary_json(summary), as_json, lambda console: show_extraction(console, summary))
     if not summary.complete:
         raise typer.Exit(1)
 
@@ -108,7 +108,7 @@ def retry_failed(
 
     It runs here; --executor ray spreads it.
     """
-    from cli.views.show import show_summary, summary_json
+    from cli.views.show import show_extraction, summary_json
     from kpu.trust.list import load_trust
     from pipeline.config import load_config
     from pipeline.retry import failed_runs, retry_configs, with_executor
@@ -128,7 +128,7 @@ def retry_failed(
 
     def show(console: Console) -> None:
         for summary in summaries:
-            show_summary(console, summary)
+            show_extraction(console, summary)
         if not summaries:
             console.print("no unit has failed: nothing to retry")
 
@@ -170,7 +170,7 @@ def export_command(
     zarr and webdataset give a cache with the same plan, stored values and masks; the same command again resumes. theia
     gives a split of a dataset for Theia; if interrupted it starts again, and once complete it is never written again.
     """
-    from cli.convert import export_cache, show_export
+    from cli.convert import export_cache, show_conversion
 
     done = export_cache(
         cache,
@@ -182,7 +182,7 @@ def export_command(
         split=split,
         images=images,
     )
-    print_result(asdict(done), as_json, lambda console: show_export(console, done))
+    print_result(asdict(done), as_json, lambda console: show_conversion(console, done))
 
 
 @app.command("import", epilog="Example: kpu-cache import theia/ my.kpu --dataset imagenet --split train")

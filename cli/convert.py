@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.output import progress_bar
+from cli.output import progress_bar, say
 from cli.views.units import human_bytes, plural
 from kpu.errors import ConfigError, KpuError
 from kpu.format.teacher import CodecSpec, ShardFormat
@@ -97,36 +97,36 @@ def import_cache(root: str, out: str, *, dataset: str, split: str, codec: str, s
         )
 
 
-def show_export(console: Console, done: Conversion | TheiaExport) -> None:
+def show_conversion(console: Console, done: Conversion | TheiaExport) -> None:
     """Say what was written, for people."""
     if isinstance(done, TheiaExport):
         masked = f", {plural(done.masked, 'masked row')} left out" if done.masked else ""
-        _say(console, f"exported: {plural(done.samples, 'sample')} of {', '.join(done.teachers)}{masked}")
+        say(console, f"exported: {plural(done.samples, 'sample')} of {', '.join(done.teachers)}{masked}")
         if done.sizes > 1:
-            _say(
+            say(
                 console,
                 f"the images have {done.sizes:,} sizes: give Theia's loader an image_transform that makes them equal",
             )
-        _say(console, f"complete: {done.folder}, split {done.split}")
+        say(console, f"complete: {done.folder}, split {done.split}")
         return
     existing = f", {done.existing:,} existed already" if done.existing else ""
-    _say(console, f"exported: {plural(done.converted, 'unit')} of {', '.join(done.teachers)}{existing}")
+    say(console, f"exported: {plural(done.converted, 'unit')} of {', '.join(done.teachers)}{existing}")
     if done.unfinished:
         names = ", ".join(done.unfinished)
-        _say(
+        say(
             console,
             f"done, {human_bytes(done.bytes)} written; {done.out} also holds {names}, which an earlier export left "
             "incomplete: export that again as well",
         )
         return
-    _say(console, f"complete: {done.out}, {human_bytes(done.bytes)} written")
+    say(console, f"complete: {done.out}, {human_bytes(done.bytes)} written")
 
 
 def show_import(console: Console, done: TheiaImport) -> None:
     """Say what was taken in, for people."""
     masked = f", {plural(done.masked, 'row')} masked" if done.masked else ""
-    _say(console, f"imported: {plural(done.samples, 'sample')} of {', '.join(done.teachers)}{masked}")
-    _say(console, f"complete: {done.out}")
+    say(console, f"imported: {plural(done.samples, 'sample')} of {', '.join(done.teachers)}{masked}")
+    say(console, f"complete: {done.out}")
 
 
 def _refuse(shards: str, **options: Any) -> None:
@@ -145,7 +145,3 @@ def _shard_format(name: str, expected: str) -> ShardFormat:
 
 def _new_run(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(8)}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

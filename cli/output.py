@@ -58,6 +58,11 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def progress_note(line: str) -> None:
     """Say on standard error what goes on now; results go to standard output."""
     console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import typer
 
 from cli.failures import reported
 from cli.options import Csv, Json, Latex, Markdown, TrustCode, print_tables, table_format
-from cli.output import console, dump_json, progress_bar, progress_note
+from cli.output import console, dump_json, progress_bar, progress_note, say
 from cli.start import start
 from kpu.errors import IncompleteError
 
@@ -77,9 +77,9 @@ def fit(
     loaded = load_config(config, caches=cache or (), overrides=assigned, resolved=resolved)
     summary = _fit(loaded, out.absolute(), resume, ray_address, _trust(loaded, trust_code, named=not resolved))
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of this command
-        from cli.views.training import show_summary
+        from cli.views.training import show_fitted
 
-        show_summary(console(), out, summary)
+        show_fitted(console(), out, summary)
 
 
 @app.command(epilog="Example: kpu-train ablate -c sweep.yaml --csv")
@@ -107,16 +107,15 @@ def ablate(
 
     form = table_format(as_json=as_json, markdown=markdown, csv=csv, latex=latex)
     loaded = load_sweep(sweep, out)
-    say = console(stderr=True)
     trust = naming_models(load_trust(everything=trust_code), *(trial.config.student.model for trial in loaded.trials))
-    tell = partial(say.print, markup=False, soft_wrap=True)
+    tell = partial(say, console(stderr=True))
     found = run_sweep(loaded, address=ray_address, tell=tell, trust=trust)
     if form == "json":
         typer.echo(dump_json(found.as_json()))
         return
     print_tables([ablation_table(found)], form)
     if form == "text":
-        _say(f"kept in {found.out}")
+        say(console(), f"kept in {found.out}")
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that ended.")]
@@ -170,7 +169,7 @@ def evaluate(
         from cli.views.evaluation import evaluated_rows, evaluation_tables
 
         if form == "text":
-            _say(evaluated_rows(found))
+            say(console(), evaluated_rows(found))
         print_tables(evaluation_tables(found), form)
         _notes(found["notes"], form)
     if "unkept" in found:
@@ -195,13 +194,13 @@ def export(
     require_run(run)
     require_nothing(out)
     progress_note(f"open: {run}")
-    from cli.views.evaluation import show_export
+    from cli.views.evaluation import show_exported_student
     from kpu.trust.list import load_trust
     from trainer.export.export import export as write
 
     progress_note("check: the student on images against the cache; then write it")
     trust = load_trust(everything=trust_code)
-    show_export(console(), write(run, out, bundle=bundle, images=images, program=program, trust=trust))
+    show_exported_student(console(), write(run, out, bundle=bundle, images=images, program=program, trust=trust))
 
 
 @app.command(epilog="Example: kpu-train compare runs/* --plot runs.svg --markdown")
@@ -234,17 +233,13 @@ def compare(
         _notes(comparison_notes(found), form)
     draw(found, plot)
     if form == "text":
-        _say(f"drawn: {plot}")
+        say(console(), f"drawn: {plot}")
 
 
 def _notes(notes: Sequence[str], form: str) -> None:
     """Print notes below a table; beside one that a program reads, on standard error."""
     for note in notes:
-        _say(f"note: {note}", stderr=form != "text")
-
-
-def _say(line: str, *, stderr: bool = False) -> None:
-    console(stderr=stderr).print(line, markup=False, soft_wrap=True)
+        say(console(stderr=form != "text"), f"note: {note}")
 
 
 def _trust(config: "TrainConfig", everything: bool, *, named: bool) -> "Trust":
@@ -265,7 +260,7 @@ def _fit(config: "TrainConfig", out: Path, resume: bool, ray_address: str | None
         if resume:
             check_resumed(out, config)
         check_start(config)
-        _say(f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
+        say(console(), f"open: {', '.join(config.caches)}")  # torch and the caches take seconds from here on
     with watching(console()) as watch:
         from trainer.loop.world import under_launcher
 

@@ -8,12 +8,25 @@ from typing import Any
 
 
 class KpuError(Exception):
-    """Root of all errors raised on purpose. They survive pickling whatever their constructor takes."""
+    """Root of all errors raised on purpose. They survive pickling whatever their constructor takes.
+
+    `machine` is the host that raised it, if that is another one's than the reader's; the message ends with it.
+    """
 
     exit_code = 2
+    machine: str | None = None
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.machine is None else on_machine(message, self.machine)
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def on_machine(message: str, machine: str) -> str:
+    """A message with the host that it comes from, unless it names that already."""
+    return message if f"on {machine} " in message else f"{message} (on {machine})"
 
 
 def _rebuild(kind: type[KpuError], args: tuple[Any, ...], state: dict[str, Any]) -> KpuError:

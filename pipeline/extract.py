@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kpu.errors import CorruptError, IncompleteError, LinkError, StorageError
+from kpu.errors import CorruptError, FullDiskError, IncompleteError, LinkError, StorageError, StorageFault
 from kpu.format.plan import Plan
 from kpu.records.samples import Samples
 from kpu.records.teachers import teacher_folders
@@ -110,11 +110,10 @@ def extract(
 
                 try:
                     _work_off(storage, plan, config, executor, run, observer, units)
-                except LinkError:
+                except (LinkError, FullDiskError, StorageFault):
                     raise
-                except StorageError as error:
-                    error.exit_code = IncompleteError.exit_code  # the location was sound when the run began
-                    raise
+                except StorageError as error:  # the location was sound when the run began
+                    raise StorageFault(str(error)) from error
                 failpoint("run.finished")
                 summary = run.finish(remaining_tasks(units_left(storage, plan, config.teachers)))
     collect_garbage(storage, quarantine=False)

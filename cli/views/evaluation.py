@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cli.output import say
 from cli.views.tables import Table
 from cli.views.units import human_bytes
 
@@ -41,7 +42,7 @@ def evaluated_rows(found: Mapping[str, Any]) -> str:
     return f"{found['rows']:,} rows of {where}; probes and linear maps from {found['fitted_rows']:,}"
 
 
-def show_export(console: Console, exported: Export) -> None:
+def show_exported_student(console: Console, exported: Export) -> None:
     """What was checked and what was written."""
     checked = exported.checked
     for who, found, limit in (
@@ -50,14 +51,14 @@ def show_export(console: Console, exported: Export) -> None:
     ):
         if found:
             parts = ", ".join(f"{output} {value:.4f}" for output, value in found.items())
-            _say(
+            say(
                 console, f"images against cache, {checked.rows} rows, {who}: {parts} (relative RMSE; limit {limit:.4f})"
             )
     for name, size in exported.files.items():
-        _say(console, f"  {name}  {human_bytes(size)}")
+        say(console, f"  {name}  {human_bytes(size)}")
     for note in exported.notes:
-        _say(console, f"note: {note}")
-    _say(console, f"exported: {exported.path}")
+        say(console, f"note: {note}")
+    say(console, f"exported: {exported.path}")
 
 
 def comparison_table(runs: Sequence[Compared]) -> Table:
@@ -100,7 +101,3 @@ def _probes(scores: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)

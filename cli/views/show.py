@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cli.output import say
 from cli.views.tables import Table
 from cli.views.units import human_bytes, human_seconds, plural
 from kpu.format.reasons import remedy
@@ -48,39 +49,39 @@ def summary_json(summary: RunSummary) -> dict[str, Any]:
     }
 
 
-def show_summary(console: Console, summary: RunSummary) -> None:
+def show_extraction(console: Console, summary: RunSummary) -> None:
     _left_out(console, summary.left_out)
     reasons = [f"{rows:,} {text}" for text, rows in summary.reasons.items()]
     reasons += [f"{rows:,} with NaN or infinity from teacher {name}" for name, rows in summary.nonfinite.items()]
     if reasons:
         masked = plural(summary.masked + sum(summary.nonfinite.values()), "row")
-        _say(console, f"{masked} masked ({', '.join(reasons)}): `kpu-cache status {summary.out}` lists them")
+        say(console, f"{masked} masked ({', '.join(reasons)}): `kpu-cache status {summary.out}` lists them")
     for name, share in summary.saturated.items():
         if share > SATURATED_SHARE:
-            _say(
+            say(
                 console,
                 f"warning: teacher {name}: {share:.2%} of the values are beyond the range of its codec and were stored "
                 "as the nearest within: extract it under a new name with a larger codec.step, or with more "
                 "calibration_rows",
             )
     if summary.complete:
-        _say(console, f"complete: {summary.out}")
+        say(console, f"complete: {summary.out}")
         return
     left = plural(summary.remaining_units, "unit")
     if summary.failures:
-        _say(
+        say(
             console,
             f"incomplete: {left} left in {summary.out}; once the cause is mended, `kpu-cache retry-failed "
             f"{summary.out}` or the same command tries again",
         )
     else:
-        _say(console, f"incomplete: {left} left in {summary.out}; run the same extract command again")
+        say(console, f"incomplete: {left} left in {summary.out}; run the same extract command again")
 
 
 def show_status(console: Console, status: Status) -> None:
     done = "complete" if status.complete else "incomplete"
     masked = f", {len(status.masked):,} masked" if status.masked else ""
-    _say(console, f"{done}: {plural(status.rows, 'row')} in {plural(status.units, 'unit')}{masked}")
+    say(console, f"{done}: {plural(status.rows, 'row')} in {plural(status.units, 'unit')}{masked}")
     _left_out(console, status.left_out)
     table = Table("teacher", "committed", "size", "bytes/row", "RMSE (std)", "cosine", left=1)
     for name, teacher in status.teachers.items():
@@ -97,18 +98,18 @@ def show_status(console: Console, status: Status) -> None:
     for name, teacher in status.teachers.items():
         if teacher.saturated:
             count = plural(teacher.saturated, "value")
-            _say(console, f"teacher {name}: {count} beyond the range of its codec stored as the nearest within")
+            say(console, f"teacher {name}: {count} beyond the range of its codec stored as the nearest within")
     if status.lost_images:
         units = plural(len(status.lost_images), "unit")
-        _say(console, f"the images of {units} are not committed though a teacher is: `kpu-cache repair` mends that")
+        say(console, f"the images of {units} are not committed though a teacher is: `kpu-cache repair` mends that")
     for text, masked_rows in status.masked_reasons.items():
         advice = f": {found}" if (found := remedy(text)) else ""
-        _say(console, f"{plural(masked_rows, 'row')} masked ({text}){advice}")
+        say(console, f"{plural(masked_rows, 'row')} masked ({text}){advice}")
     for row in status.masked[:LISTED]:
-        _say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
+        say(console, f"masked row {row.row}: {row.key if row.key.isprintable() else repr(row.key)} ({row.reason})")
     _more(console, len(status.masked), "masked rows")
     for failed in status.failed[:LISTED]:
-        _say(console, f"failed unit {failed.unit}, {failed.teacher or 'all teachers'}: {failed.reason}")
+        say(console, f"failed unit {failed.unit}, {failed.teacher or 'all teachers'}: {failed.reason}")
     _more(console, len(status.failed), "failed units")
 
 
@@ -141,33 +142,33 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
 
 def show_info(console: Console, described: dict[str, Any]) -> None:
     source = described["source"]
-    _say(console, f"cache    {described['path']}")
-    _say(console, f"source   {source['kind']} {source['root']}")
+    say(console, f"cache    {described['path']}")
+    say(console, f"source   {source['kind']} {source['root']}")
     views = (
         f" ({plural(described['samples'], 'sample')} x {described['views']} views)" if described["views"] > 1 else ""
     )
     units = f"{plural(described['units'], 'unit')} of {described['unit_rows']}"
-    _say(console, f"rows     {described['rows']:,}{views} in {units}")
-    _say(console, f"labels   for {described['labels']:,} of {plural(described['rows'], 'row')}")
+    say(console, f"rows     {described['rows']:,}{views} in {units}")
+    say(console, f"labels   for {described['labels']:,} of {plural(described['rows'], 'row')}")
     if described["classes"]:
         names = described["classes"]
-        _say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")
+        say(console, f"classes  {len(names)}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}")
     for name, teacher in described["teachers"].items():
-        _say(console, f"\nteacher  {name}: {teacher['model']}")
+        say(console, f"\nteacher  {name}: {teacher['model']}")
         own = "its own" if teacher["input"] else "not known"
-        _say(console, f"weights  {teacher['weights'] or own}, digest {teacher['weights_digest']}")
-        _say(console, f"input    {_input(teacher['input'])}, {teacher['precision']}")
-        _say(console, f"codec    {_codec(teacher['codec'])}")
+        say(console, f"weights  {teacher['weights'] or own}, digest {teacher['weights_digest']}")
+        say(console, f"input    {_input(teacher['input'])}, {teacher['precision']}")
+        say(console, f"codec    {_codec(teacher['codec'])}")
         if teacher.get("no_head"):
-            _say(console, f"head     none: {teacher['no_head']}")
+            say(console, f"head     none: {teacher['no_head']}")
         if teacher.get("model_args"):
-            _say(console, f"args     {', '.join(f'{key}: {value}' for key, value in teacher['model_args'].items())}")
+            say(console, f"args     {', '.join(f'{key}: {value}' for key, value in teacher['model_args'].items())}")
         for output in teacher["outputs"]:
             grid = " (grid {} x {})".format(*output["grid"]) if output["grid"] else ""
             shape = " x ".join(map(str, output["shape"]))
             count = teacher["calibration_count"][output["name"]]
             known = _known(teacher, output["name"])
-            _say(console, f"output   {output['name']}: {shape}{grid}{known}, calibrated on {count:,} vectors")
+            say(console, f"output   {output['name']}: {shape}{grid}{known}, calibrated on {count:,} vectors")
 
 
 def _known(teacher: dict[str, Any], output: str) -> str:
@@ -196,42 +197,42 @@ def show_verification(console: Console, cache: str, report: VerifyReport, recomp
     _problems(console, report.problems)
     again = f", {plural(recomputed, 'row')} computed again" if recomputed else ""
     read = f"{plural(report.files, 'file')}, {human_bytes(report.bytes)} read{again}"
-    _say(console, f"verified: {read}" if report.ok else f"{plural(len(report.problems), 'problem')}: {read}")
+    say(console, f"verified: {read}" if report.ok else f"{plural(len(report.problems), 'problem')}: {read}")
     if not recomputed and any(problem.unit is not None and problem.kind == "damaged" for problem in report.problems):
-        _say(console, f"`kpu-cache repair {cache}` withdraws damaged units, for the same extract command to do again")
+        say(console, f"`kpu-cache repair {cache}` withdraws damaged units, for the same extract command to do again")
 
 
 def show_repair(console: Console, cache: str, repaired: Repair, dry_run: bool) -> None:
     for file in repaired.withdrawn:
-        _say(console, f"{'would withdraw' if dry_run else 'withdrawn'}: {file}")
+        say(console, f"{'would withdraw' if dry_run else 'withdrawn'}: {file}")
     if repaired.left:
-        _say(console, "left as it is, for no unit can be extracted again to mend it:")
+        say(console, "left as it is, for no unit can be extracted again to mend it:")
         _problems(console, repaired.left)
     if repaired.report.ok:
-        _say(console, f"sound: {cache}")
+        say(console, f"sound: {cache}")
     elif not repaired.withdrawn:
-        _say(console, "nothing to withdraw")
+        say(console, "nothing to withdraw")
     elif not dry_run:
         count = plural(len(repaired.withdrawn), "record")
-        _say(console, f"{count} withdrawn: the command that made {cache} does these units again")
+        say(console, f"{count} withdrawn: the command that made {cache} does these units again")
 
 
 def _problems(console: Console, problems: Sequence[Problem]) -> None:
     """A line each, but for units that are not committed: a line for each folder."""
     absent = Counter(problem.file.rpartition("/")[0] for problem in problems if problem.kind == "absent")
     for folder, count in absent.items():
-        _say(console, f"{folder}: {plural(count, 'unit')} not committed")
+        say(console, f"{folder}: {plural(count, 'unit')} not committed")
     for problem in problems:
         if problem.kind != "absent":
             unit = "" if problem.unit is None else f" (unit {problem.unit})"
-            _say(console, f"{problem.file}{unit}: {problem.reason}")
+            say(console, f"{problem.file}{unit}: {problem.reason}")
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
     left = f", {estimate.rows_left:,} left to do" if estimate.rows_left < estimate.rows else ""
     units = f"{plural(estimate.units, 'unit')} of {estimate.unit_rows}"
     shard = human_bytes(estimate.largest_shard_bytes)
-    _say(console, f"{plural(estimate.rows, 'row')}{left}, {units}; the largest shard about {shard}")
+    say(console, f"{plural(estimate.rows, 'row')}{left}, {units}; the largest shard about {shard}")
     sizes = Table("teacher", "output", "bytes/row", "size of all rows", left=2)
     for name, outputs in estimate.bytes_per_row.items():
         for output, size in [*outputs.items(), ("all", sum(outputs.values()))]:
@@ -241,14 +242,14 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     for stage, rate in estimate.stage_rates.items():
         stages.add_row(stage + (" (bottleneck)" if stage == estimate.bottleneck else ""), f"{rate:,.0f}")
     stages.show(console)
-    _say(console, f"total size       {human_bytes(estimate.total_bytes)} to be written")
-    _say(console, f"peak memory      {human_bytes(estimate.peak_memory_bytes)} in each worker")
+    say(console, f"total size       {human_bytes(estimate.total_bytes)} to be written")
+    say(console, f"peak memory      {human_bytes(estimate.peak_memory_bytes)} in each worker")
     workers = plural(estimate.workers, "worker")
     calibration = (
         f", after calibrating on {plural(estimate.calibration_rows, 'row')}" if estimate.calibration_rows else ""
     )
-    _say(console, f"rate             {estimate.rows_per_second:,.0f} rows/s on {workers}{calibration}")
-    _say(console, f"time             {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours")
+    say(console, f"rate             {estimate.rows_per_second:,.0f} rows/s on {workers}{calibration}")
+    say(console, f"time             {human_seconds(estimate.seconds)}, {estimate.gpu_hours:.2f} GPU-hours")
 
 
 def _left_out(console: Console, items: Sequence[LeftOut]) -> None:
@@ -256,13 +257,9 @@ def _left_out(console: Console, items: Sequence[LeftOut]) -> None:
 
     line = describe_left_out(items)
     if line:
-        _say(console, line)
+        say(console, line)
 
 
 def _more(console: Console, count: int, what: str) -> None:
     if count > LISTED:
-        _say(console, f"... and {count - LISTED:,} more {what}: --json lists all")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"... and {count - LISTED:,} more {what}: --json lists all")

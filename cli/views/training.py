@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from cli.output import say
 from cli.views.tables import Table
 from cli.views.units import human_seconds
 
@@ -28,22 +29,19 @@ def watching(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
         now = time.monotonic()
         if "begin" in line:
             steps, rows_per_step = line["begin"]["steps"], line["begin"]["rows_per_step"]
-            say(_describe_start(line["begin"]))
+            say(console, _describe_start(line["begin"]))
         elif "note" in line:
-            say(f"note: {line['note']}")
+            say(console, f"note: {line['note']}")
         elif "validation" in line:
-            say(f"step {line['step']:,} of {steps:,}: {describe_scores(line['validation'])}")
+            say(console, f"step {line['step']:,} of {steps:,}: {describe_scores(line['validation'])}")
         elif "space_step" in line and now - last >= PLAIN_EVERY_SECONDS:
             last = now
             terms = ", ".join(f"{name} {value:.3f}" for name, value in line["space"].items())
-            say(f"shared space, step {line['space_step']:,}: {terms}")
+            say(console, f"shared space, step {line['space_step']:,}: {terms}")
         elif "loss" in line and now - last >= PLAIN_EVERY_SECONDS:
             last = now
             left = (steps - line["step"]) * rows_per_step / line["rows_per_second"] if line["rows_per_second"] else 0
-            say(f"step {line['step']:,} of {steps:,}: {_describe(line)}, {human_seconds(left)} left")
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+            say(console, f"step {line['step']:,} of {steps:,}: {_describe(line)}, {human_seconds(left)} left")
 
     yield watch
 
@@ -57,7 +55,7 @@ def describe_scores(scores: dict[str, Any]) -> str:
     return ", ".join([*parts, f"base kept {scores['base']['r2']:.3f}"])
 
 
-def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
+def show_fitted(console: Console, out: Path, summary: dict[str, Any]) -> None:
     """What was trained, and how close it is to each teacher on the validation rows."""
     console.print(
         f"trained: {summary['steps']:,} steps on {summary['train_rows']:,} rows, {summary['seconds']:.1f} s, "
@@ -68,7 +66,7 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     planned = summary.get("planned_steps", summary["steps"])  # runs of older releases do not stop early
     if summary["steps"] < planned:
         why = "the last validations were no better than the best one (patience)"
-        _say(console, f"stopped early, after step {summary['steps']:,} of {planned:,}: {why}")
+        say(console, f"stopped early, after step {summary['steps']:,} of {planned:,}: {why}")
     scores = summary["validation"]
     outputs = [key for key in scores["base"] if key != "r2"]
     heading = f"R2 on {summary['validation_rows']:,} validation rows"
@@ -80,10 +78,10 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         idle = [name for name, values in scores["teachers"].items() if learned_nothing(values)]
         if idle:
             names = ", ".join(idle)
-            _say(console, f"warning: {names}: R2 is not above 0, so the student predicts it no better than its mean")
+            say(console, f"warning: {names}: R2 is not above 0, so the student predicts it no better than its mean")
     weights = summary.get("weights")  # runs of older releases keep the last ones
     if weights is not None and summary["validation_rows"]:
-        _say(console, describe_weights(weights))
+        say(console, describe_weights(weights))
     console.print(f"kept in {out}", markup=False, soft_wrap=True)
 
 
@@ -115,10 +113,6 @@ def ablation_table(found: "Ablation") -> Table:
         interval = "-" if row.low is None or row.high is None else f"{row.low:+.4f} to {row.high:+.4f}"
         table.add_row(row.figure, row.cell, _figure(row.mean), difference, interval)
     return table
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
 
 
 def _figure(value: float | None) -> str:

@@ -7,15 +7,35 @@ from typing import Any, Final, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from kpu.errors import ConfigError
+
 EXPECTED: Final = "expected"
 LARGEST: Final = 2**31 - 1
 """Of any count that a configuration gives; what is larger is a slip, and would end as an error of some library."""
 
 
-def explain(error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]) -> str:
-    """Every complaint about `values`, each once, as clauses of one message; `how` to give a key that is missing."""
-    lines = [_explain(item, schema, values, how) for item in error.errors()]
-    return "; ".join(dict.fromkeys(lines))
+class SettingsError(ConfigError):
+    """A configuration is wrong: `where` it comes from, and `complaints` by key, the empty one for the whole."""
+
+    def __init__(self, where: str, complaints: Mapping[str, Sequence[str]]) -> None:
+        lines = dict.fromkeys(line for lines in complaints.values() for line in lines)
+        super().__init__(f"{where}: {'; '.join(lines)}")
+        self.where, self.complaints = where, complaints
+
+    def at(self, where: str) -> "SettingsError":
+        """The same complaints about another place."""
+        return SettingsError(where, self.complaints)
+
+
+def explain(
+    error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Every complaint about `values`, as clauses of a message by key; `how` to give a key that is missing."""
+    complaints: dict[str, list[str]] = {}
+    for item in error.errors():
+        key = ".".join(_locate(schema, item["loc"])[0])
+        complaints.setdefault(key, []).append(_explain(item, schema, values, how))
+    return complaints
 
 
 def _explain(item: Any, schema: type[BaseModel], values: Mapping[str, Any], how: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kpu.config.errors import EXPECTED, LARGEST, explain
+from kpu.config.errors import EXPECTED, LARGEST, SettingsError, explain
 from kpu.config.strict_yaml import parse_yaml
 from kpu.errors import ConfigError
 
@@ -49,7 +49,7 @@ def validate(
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, schema, values, how or {})}") from None
+        raise SettingsError(where, explain(error, schema, values, how or {})) from None
 
 
 def as_schema(
@@ -145,17 +145,22 @@ def validate_overridden(
     override(changed, assignments)
     try:
         return check(changed, where)
-    except ConfigError as error:
+    except SettingsError as error:
         if file is None or not assignments:
             raise
-        wrong = str(error).removeprefix(f"{where}: ")
-        named = [assignment for assignment in assignments if assignment.partition("=")[0] in wrong]
+        named = [assignment for assignment in assignments if _is_about(assignment.partition("=")[0], error.complaints)]
         flags = " ".join(f"--set {assignment}" for assignment in named or assignments)
         if _passes(values, check):
             where = flags
         elif named:
             where = f"{file} with {flags}"
-        raise ConfigError(f"{where}: {wrong}") from None
+        raise error.at(where) from None
+
+
+def _is_about(assigned: str, complaints: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a complaint is about a key that was assigned, one within it, or one that it is in."""
+    keys = [key for key in complaints if key]
+    return any(f"{key}.".startswith(f"{assigned}.") or f"{assigned}.".startswith(f"{key}.") for key in keys)
 
 
 def _passes(values: Mapping[str, Any], check: Callable[[dict[str, Any], str], object]) -> bool:

@@ -115,7 +115,7 @@ def source_at(cache: Cache, root: str | None, option: str) -> SourceSpec:
             )
         return spec
     try:
-        file_system(spec.root)
+        file_system(spec.root, option)
     except SourceError as error:
-        raise ConfigError(f"{option}: {str(error).removeprefix('data.source: ')}") from None
+        raise ConfigError(str(error)) from None
     return spec

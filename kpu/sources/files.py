@@ -81,8 +81,8 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
-def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system that owns a path or URL, and the path in its terms.
+def file_system(path: str, option: str = "data.source") -> tuple[Any, str]:
+    """The fsspec file system that owns a path or URL, and the path in its terms; `option` is what gave it.
 
     Raises:
         SourceError: the protocol is unknown, or its package is not installed.
@@ -93,7 +93,7 @@ def file_system(path: str) -> tuple[Any, str]:
         return url_to_fs(path)  # type: ignore[no-any-return]
     except (ValueError, ImportError) as error:
         expected = "expected a local path or a URL that fsspec knows, such as s3://bucket/folder"
-        raise SourceError(f"data.source: {redact(path)}: {expected}; found: {redact(str(error))}") from None
+        raise SourceError(f"{option}: {redact(path)}: {expected}; found: {redact(str(error))}") from None
 
 
 class Files:

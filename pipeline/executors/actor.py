@@ -8,7 +8,7 @@ from socket import gethostname
 import numpy as np
 import pyarrow as pa
 
-from kpu.errors import KpuError
+from kpu.errors import KpuError, on_machine
 from kpu.format.statistics import Statistics
 from pipeline.run.reports import Task, UnitReport
 from pipeline.worker.measure import Measurement
@@ -51,7 +51,7 @@ class ActorWorker:
     def extract(self, task: Task) -> UnitReport:
         with _machine_named():
             report = self._worker.extract(task)
-        failures = (replace(failure, reason=_with_machine(failure.reason)) for failure in report.failures)
+        failures = (replace(failure, reason=on_machine(failure.reason, gethostname())) for failure in report.failures)
         return replace(report, failures=tuple(failures))
 
 
@@ -60,10 +60,5 @@ def _machine_named() -> Iterator[None]:
     try:
         yield
     except KpuError as error:
-        error.args = (_with_machine(str(error)),)
+        error.machine = gethostname()
         raise
-
-
-def _with_machine(message: str) -> str:
-    here = f"on {gethostname()}"
-    return message if f"{here} " in message else f"{message} ({here})"

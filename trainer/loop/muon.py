@@ -6,12 +6,13 @@ a processor without bfloat16 arithmetic spends most of a step on emulating it (`
 
 from typing import Any
 
-import timm.optim.muon as timm_muon
 import torch
 from torch import Tensor
 
+from trainer.loop.timm_optim import TimmMuon, is_matrix, orthogonalise, rate_scale
 
-class Muon(timm_muon.Muon):
+
+class Muon(TimmMuon):
     """Steps of matrices and filter banks are made orthogonal, in float32 on a CPU; vectors take timm's NAdamW steps.
 
     State and hyperparameters are timm's.
@@ -36,14 +37,12 @@ class Muon(timm_muon.Muon):
         buffers = [self._momentum(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
-        orthogonal = timm_muon.zeropower_via_newtonschulz(
+        orthogonal = orthogonalise(
             torch.stack([update.reshape(shape) for update in updates]),
-            group["ns_steps"],
-            timm_muon.resolve_ns_coefficients(group["ns_coefficients"], timm_muon._COEFFICIENTS),
-            eps=group["eps"],
-            dtype=torch.bfloat16 if parameters[0].is_cuda else torch.float32,
+            group,
+            torch.bfloat16 if parameters[0].is_cuda else torch.float32,
         ).float()
-        rate = group["lr"] * timm_muon.get_lr_scale(torch.Size(shape), group["adjust_lr_fn"])
+        rate = group["lr"] * rate_scale(shape, group)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         steps = [step.reshape(parameter.shape) for step, parameter in zip(orthogonal, parameters, strict=True)]
         torch._foreach_add_(parameters, steps, alpha=-rate)
@@ -54,7 +53,7 @@ class Muon(timm_muon.Muon):
         """Whether `parameter` is a matrix or a filter bank, which timm, too, remembers in its state."""
         state = self.state[parameter]
         if "use_muon" not in state:
-            state["use_muon"] = timm_muon._is_suitable_for_muon(parameter)
+            state["use_muon"] = is_matrix(parameter)
         return bool(state["use_muon"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
-from timm.optim._optim_factory import create_optimizer_v2
-from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.loop.muon import Muon
+from trainer.loop.timm_optim import create_optimizer_v2, param_groups_weight_decay
 from trainer.sections import OptimConfig
 
 _ON_FEATURES: Final = ("side", "frozen")

@@ -4,11 +4,14 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import timm.optim.muon as timm_muon
 import torch
+from packaging.version import Version
 from torch import nn
 
 from trainer.loop.muon import Muon
+from trainer.loop.timm_optim import RELEASES, TimmMuon, is_matrix, orthogonalise, rate_scale
 
 
 def model_of() -> nn.Module:
@@ -52,3 +55,15 @@ def test_its_state_is_that_of_timm() -> None:
         optimizer.step()
         states.append({number: sorted(state) for number, state in optimizer.state_dict()["state"].items()})
     assert states[0] == states[1]
+
+
+def test_the_adapter_fits_the_installed_release_of_timm() -> None:
+    first, end = (Version(release) for release in RELEASES)
+    assert first <= Version(timm.__version__) < end
+    matrix, bias = torch.zeros(4, 8), torch.zeros(8)
+    assert is_matrix(matrix) and not is_matrix(bias)
+    group = TimmMuon([nn.Parameter(matrix)], lr=0.1).param_groups[0]
+    torch.manual_seed(0)
+    found = orthogonalise(torch.randn(1, 4, 8), group, torch.float32)[0]
+    assert torch.linalg.matrix_norm(found @ found.T - torch.eye(4)) < 1
+    assert rate_scale((4, 8), group) > 0
