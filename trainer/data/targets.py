@@ -28,11 +28,11 @@ def choose_outputs(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     return wanted
 
 
-def not_among(name: str, known: Collection[str], place: str) -> str:
-    """What a message says of a teacher that is not at `place`, which has those that are `known`."""
+def not_among(name: str, known: Collection[str], place: str, what: str = "a teacher") -> str:
+    """What a message says of a teacher, or what else is named, that is not at `place`, which has those `known`."""
     near = nearest(name, known)
     advice = f"; did you mean {near!r}?" if near else ""
-    return f"expected a teacher of {place} ({', '.join(sorted(known)) or 'none'}), found {name!r}{advice}"
+    return f"expected {what} of {place} ({', '.join(sorted(known)) or 'none'}), found {name!r}{advice}"
 
 
 def require(holds: bool, message: str) -> None:

@@ -31,7 +31,8 @@ def check_start(config: TrainConfig) -> None:
     for layer in config.student.layers:
         for cache in caches:
             outputs = cache.teachers[config.base].outputs
-            require(layer in outputs, f"student.layers: {not_among(layer, outputs, f'the base in cache {cache.path}')}")
+            place = f"the base {config.base!r} in cache {cache.path}"
+            require(layer in outputs, f"student.layers: {not_among(layer, outputs, place, 'an output')}")
     known = {name for cache in caches for name in cache.teachers}
     for name in choose_outputs(config):
         require(name in known, f"teachers: {not_among(name, known, 'the caches')}")

@@ -231,7 +231,7 @@ def test_a_training_cache_is_known_where_another_is_gone(place: Path, tmp_path: 
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="found no config"):
+    with pytest.raises(ConfigError, match="expected a run of kpu-train, found an empty folder"):
         evaluate(tmp_path)
     run = Path(shutil.copytree(small_run(place), tmp_path / "run"))
     (run / "model.safetensors").unlink()
