@@ -6,7 +6,7 @@
 
 Runs are interleaved (bare, inline, ray, bare, ...) until the time is up, so that a machine that drifts in speed drifts
 for all of them; the figure is the median of the ratios within a round. Start-up (loading models, planning,
-calibration) is left out of the rates and reported on its own. A GPU, where there is one, runs the teachers of both, in
+calibration) is left out of the rates and reported on its own. A GPU, if there is one, runs the teachers of both, in
 bf16. Real images and CIFAR weights come from KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md).
 """
 

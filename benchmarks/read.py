@@ -133,7 +133,7 @@ def _busy() -> float:
 
 
 def _bytes_read() -> int:
-    """What this process asked the system to read; 0 where the system does not say."""
+    """What this process asked the system to read; 0 if the system does not say."""
     try:
         return int(Path("/proc/self/io").read_text().split()[1])
     except OSError:

@@ -9,7 +9,7 @@ Each variant of `time` and `busy` runs in a process of its own, in rounds, so th
 for all of them; the figures are medians over rounds. `resident` repeats targets that are on the device already; images,
 where the student looks at them, are read and decoded whatever the source. `cached` rows are read and decoded for the
 first time; `kept` ones are in memory as stored, as from a second epoch on. Peak memory is that of the process (of the
-GPU, where there is one). Real images come from
+GPU, if there is one). Real images come from
 KPU_TEST_DATA (default ../shared, see CONTRIBUTING.md); the weights of the ViTs are random, which changes no timing.
 What a codec changes in what is learned is measured by `students.py`.
 """

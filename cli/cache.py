@@ -61,7 +61,7 @@ def extract(
 ) -> None:
     """Run every teacher over every image once and keep the features. The same command again resumes.
 
-    Exits with 0 where the cache is complete, with 1 where units are left, with 2 where it could not start.
+    Exits with 0 if the cache is complete, with 1 where units are left, with 2 where it could not start.
     """
     from cli.views.progress import open_observer
     from cli.views.show import show_estimate, show_extraction, summary_json

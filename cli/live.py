@@ -73,7 +73,7 @@ class _Live:
     def features(
         self, rows: RowNumbers, weights: Mapping[str, Tensor], places: RowNumbers
     ) -> dict[tuple[str, str], Tensor]:
-        """Raw features of rows of the cache by teacher and output, 0 where `weights` at `places` are."""
+        """Raw features of rows of the cache by teacher and output, 0 if `weights` at `places` are."""
         pixels = {size: torch.from_numpy(reader.load(rows)[0]) for size, reader in self._readers.items()}
         found = {}
         with self._lock:

@@ -30,7 +30,7 @@ class Calibration:
     statistics: dict[str, Statistics]
     origin: str = OWN_CALIBRATION
     meanings: tuple[int | str, ...] = ()
-    """What the outputs of the lender's head mean, by the names of its classes; empty where nothing says."""
+    """What the outputs of the lender's head mean, by the names of its classes; empty if nothing says."""
 
 
 def check_teachers(config: ExtractConfig, specs: Sequence[TeacherSpec], classes: Sequence[str] | None) -> None:
@@ -188,7 +188,7 @@ def load_calibration_from(path: str, spec: TeacherSpec) -> Calibration:
 
 
 def _meanings(spec: TeacherSpec, classes: Sequence[str] | None) -> tuple[int | str, ...]:
-    """What the outputs of a head mean, by name; empty where nobody says, or the data names no class."""
+    """What the outputs of a head mean, by name; empty if nobody says, or the data names no class."""
     if classes is None or spec.labels is None:
         return ()
     return tuple(

@@ -51,7 +51,7 @@ def extract(
         config: what to extract: a configuration, its plain values, or the path of a YAML file.
         observer: is told how it goes.
         units: restricts the work to some units.
-        trust: which code may run, where a file and not the user named the teachers; None where the user did: then their
+        trust: which code may run, where a file and not the user named the teachers; None if the user did: then their
             code is trusted from now on.
 
     Returns:

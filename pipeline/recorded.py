@@ -50,7 +50,7 @@ def _layers(spec: TeacherSpec) -> Iterator[int | str]:
 
 
 def data_of(out: str) -> dict[str, Any] | None:
-    """The section `data` of the cache at `out`, so that a teacher is added without naming it; None where there is none.
+    """The section `data` of the cache at `out`, so that a teacher is added without naming it; None if there is none.
 
     Raises:
         KpuError: there is a cache that cannot be read.

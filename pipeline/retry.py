@@ -95,7 +95,7 @@ def _config(cache: Cache, path: str, run: RunRecord, names: Sequence[str]) -> Ex
 
 
 def _section(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """A section of plain values; empty where there is none."""
+    """A section of plain values; empty if there is none."""
     for key in path:
         found = values.get(key)
         if not isinstance(found, dict):

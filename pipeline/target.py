@@ -18,7 +18,7 @@ from pipeline.paths import is_url
 
 
 def existing_plan(out: str) -> Plan | None:
-    """The plan of the cache at `out` (an absolute path or a URL); None where one can be made.
+    """The plan of the cache at `out` (an absolute path or a URL); None if one can be made.
 
     Nothing is written: a file system that is writable but has no hard links shows only when a cache is begun.
 
@@ -47,8 +47,8 @@ def existing_plan(out: str) -> Plan | None:
 def cleanup_on_failure(out: str) -> Iterator[Created | None]:
     """Remove a new cache at `out`, a local path, if start-up fails before a teacher is published.
 
-    Gives what notes that (see `open_storage`), None where it is all to stay. Only files that the run made are removed,
-    and folders that are empty then: somebody may have put files of his own there meanwhile.
+    Yields what notes the new files (see `open_storage`), None if all is to stay. Only files that the run made are
+    removed, and folders that are empty then: the user may have put files there meanwhile.
 
     An interruption leaves what was made, for the same command to go on from there; so does another run at work there.
     In an object store what was begun stays, without harm.

@@ -177,7 +177,7 @@ class Inheritance(nn.Module):
         return coefficients(self.config.balance, losses_BN, weights_BN > 0, randoms_BN)
 
     def _preserve(self, features: Features, batch: Batch) -> Tensor:
-        """How far the student is from the base, channel for channel; 0 where the base is a part of it as it is."""
+        """How far the student is from the base, channel for channel; 0 if the base is a part of it as it is."""
         base, weight_B = batch.targets[self.base], batch.weights[self.base]
         if any(features[o].shape[-1] != base[o].shape[-1] for o in self.config.outputs):
             return weight_B.new_zeros(())

@@ -36,7 +36,7 @@ _POLL_SECONDS: Final = 0.5
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 TrialFn = Callable[[int, int], str | None]
-"""Does the trial of a number, with so many at once on its machine; why it failed, None where it did not."""
+"""Does the trial of a number, with so many at once on its machine; why it failed, None if it did not."""
 
 
 def fit_with_ray(

@@ -115,7 +115,7 @@ class ShardTransaction:
 
 
 def read_unrecorded(raw: bytes, array: ArrayLayout, key: str, unit: int) -> npt.NDArray[Any] | None:
-    """Values [n, *item] of a shard that has no commit record; None where it is not sound in itself."""
+    """Values [n, *item] of a shard that has no commit record; None if it is not sound in itself."""
     rows = array.valid_rows(unit)
     values = np.empty((rows, *array.item_shape), array.dtype)
     try:

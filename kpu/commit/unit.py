@@ -53,7 +53,7 @@ class EncodedOutput:
 
 @dataclass(frozen=True)
 class UnitFeatures(ABC):
-    """One teacher's features of a unit, encoded; `finite` bool [n] is False where an output holds NaN or infinity."""
+    """One teacher's features of a unit, encoded; `finite` bool [n] is False if an output holds NaN or infinity."""
 
     outputs: Mapping[str, EncodedOutput]
     finite: Mask

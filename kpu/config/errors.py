@@ -1,4 +1,4 @@
-"""What a wrong configuration gets told: the key, what was expected there, what was found."""
+"""Format validation errors: the key, what was expected there, what was found."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,7 +79,7 @@ def _unknown(path: Sequence[str], known: Sequence[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` was probably meant to be; None where none is like it."""
+    """The one of `known` that `name` was probably meant to be; None if none is like it."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 

@@ -74,7 +74,7 @@ class UnitRecord(Frozen):
 
     `files` digests the raw bytes of the teacher's `zarr.json`, which digests its other files. `nonfinite`
     is a hexadecimal bit map over the unit's rows (first row = highest bit of the first digit) of rows that this
-    teacher alone masks, empty where there is none.
+    teacher alone masks, empty if there is none.
     """
 
     unit: int

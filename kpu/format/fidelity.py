@@ -51,7 +51,7 @@ def measure(
 
 
 def _cosine(x: F64, y: F64) -> F64:
-    """Cosine of the rows of [T, D]; 1 where both are zero, 0 where one is."""
+    """Cosine of the rows of [T, D]; 1 where both are zero, 0 if one is."""
     norms = np.sqrt(np.einsum("td,td->t", x, x)), np.sqrt(np.einsum("td,td->t", y, y))
     product: F64 = norms[0] * norms[1]
     dots: F64 = np.einsum("td,td->t", x, y)

@@ -59,7 +59,7 @@ def count_reasons(status: npt.NDArray[np.uint8]) -> dict[str, int]:
 
 
 def describe_reasons(counts: dict[str, int]) -> str:
-    """What `count_reasons` gave, in a line: how many rows, why, and what to do; empty where none is masked."""
+    """What `count_reasons` gave, in a line: how many rows, why, and what to do; empty if none is masked."""
     return "; ".join(f"{count:,} masked ({text})" + _after(remedy(text)) for text, count in counts.items())
 
 
@@ -71,5 +71,5 @@ _BY_TEXT: Final = {reason(status): text for status, text in _REMEDIES.items()}
 
 
 def remedy(text: str) -> str | None:
-    """What to do about rows that are masked for a reason, as `reason` gives it; None where there is nothing to say."""
+    """What to do about rows that are masked for a reason, as `reason` gives it; None if there is nothing to say."""
     return _BY_TEXT.get(text)

@@ -110,8 +110,8 @@ class TeacherSpec(Frozen):
 
     `model`, `weights` are what the user wrote; `weights_digest` is of the parameters as loaded, `source_digest` of
     the Python file that defines a `torch:` model. `extra_digest` is of what else computes (compiled programs, files,
-    tensors in no state_dict), None where there is nothing or an earlier release did not look. `model_args` are timm's
-    own arguments, None where the user gave none; `no_head` says why a classifier was not kept, and decides nothing.
+    tensors in no state_dict), None if there is nothing or an earlier release did not look. `model_args` are timm's
+    own arguments, None if the user gave none; `no_head` says why a classifier was not kept, and decides nothing.
     These three are left out of documents where they are None. `labels` says which data label each output of the head
     means, by number or by the name of its class (-1: none). `outputs` are in stored order. `format` is that of the
     shards: it changes no stored value. `input` is None for a teacher whose features were imported: it is not known, and

@@ -96,7 +96,7 @@ def convert(
     progress: Progress | None = None,
     created: Created | None = None,
 ) -> Conversion:
-    """Write the cache at `source` anew at `out`, or go on with that.
+    """Write the cache at `source` again at `out`, or go on with that.
 
     Args:
         source: a cache, complete for the teachers.
@@ -106,7 +106,7 @@ def convert(
         teachers: which; all where none is named.
         dequantise: store the decoded values as float32 instead of the grid's integers.
         progress: called with (units done, units in all), each teacher's counted apart.
-        created: notes what is made at `out`, for whoever is to take it away if this fails.
+        created: notes what is made at `out`, for cleaning up if this fails.
 
     Raises:
         ConfigError: a teacher is not there or not complete, or `out` is `source`.

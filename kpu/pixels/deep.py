@@ -41,7 +41,7 @@ def _used_bits(samples: Samples, highest: int, significant: int | None) -> int:
     if highest == 0:
         return 16
     if significant is not None:
-        spare = (1 << 16 - significant) - 1  # empty where samples were moved to the upper end
+        spare = (1 << 16 - significant) - 1  # empty if samples were moved to the upper end
         at_lower_end = 8 <= significant < 16 and not highest >> significant and bool(np.any(samples & spare))
         return significant if at_lower_end else 16
     if not highest >> _DARK_BITS:

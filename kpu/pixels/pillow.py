@@ -93,7 +93,7 @@ def unread_bytes(image: Image.Image) -> bytes | None:
 
 
 def low_bytes(data: bytes, tags: tiff.TiffHeader | None) -> Image.Image | None:
-    """16-bit colour again, by the lower byte of each sample; None where Pillow has no way to it."""
+    """16-bit colour again, by the lower byte of each sample; None if Pillow has no way to it."""
     if tags is not None and tags.apart:
         return None
     image = open_image(data, tags)

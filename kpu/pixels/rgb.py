@@ -47,7 +47,7 @@ def to_rgb(
     """A loaded image as RGB; its own object where it is that already.
 
     `bits` is how many of 16 are used, where a user said so; `low_bytes` decodes again the lower half of 16-bit colour,
-    None where that cannot be done.
+    None if that cannot be done.
 
     Raises:
         Refused: its depth is not known.

@@ -52,7 +52,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What reading needs of a commit record: shards by output, and the masked rows, None where there is none."""
+    """What reading needs of a commit record: shards by output, and the masked rows, None if there is none."""
 
     outputs: dict[str, ShardRecord]
     masked: Mask | None

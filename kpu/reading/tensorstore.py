@@ -54,7 +54,7 @@ class Gather:
         ).result()
 
     def check(self, rows: npt.NDArray[np.int64], open_shard: Callable[[int], ShardReader]) -> bool:
-        """Check what was not read before of the shards and chunks of `rows` [n]; False where a header is wrong.
+        """Check what was not read before of the shards and chunks of `rows` [n]; False if a header is wrong.
 
         `open_shard` opens the shard of a unit, compared with its commit record. Raises what that raises.
         """
@@ -86,7 +86,7 @@ class Gather:
         return True
 
     def read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> bool:
-        """Fill the C-contiguous `out` [n, ...] with `rows` [n] as stored; False where that did not go as it should.
+        """Fill the C-contiguous `out` [n, ...] with `rows` [n] as stored; False if that did not go as it should.
 
         A chunk or shard that is not there reads as the fill value, which no row of `valid` [n] holds.
         """
@@ -102,7 +102,7 @@ class Gather:
 
 
 def open_gather(storage: Storage, folder: str, layout: ArrayLayout) -> Gather | None:
-    """For an array of this layout; None where the other reader serves it better, or alone."""
+    """For an array of this layout; None if the other reader serves it better, or alone."""
     if layout.member is not None or not isinstance(storage, LocalStorage) or usable_cores() < FEWEST_CORES:
         return None
     return None if _engine().is_of_another_process else Gather(storage, folder, layout)

@@ -37,7 +37,7 @@ def array_shard(name: str, unit: int, array: ArrayLayout) -> str:
 
 
 def load_images(storage: Storage, plan: Plan, unit: int) -> tuple[ImagesRecord, UnitImages] | None:
-    """What is committed of a unit's images; None where nothing is.
+    """What is committed of a unit's images; None if nothing is.
 
     Raises:
         CorruptError: the record or a shard is damaged or missing.
@@ -53,7 +53,7 @@ def load_images(storage: Storage, plan: Plan, unit: int) -> tuple[ImagesRecord, 
 def load_status(
     storage: Storage, plan: Plan, unit: int, masked_digest: str | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """`images/status` of one unit, uint8 [n]; None where its images are not committed.
+    """`images/status` of one unit, uint8 [n]; None if its images are not committed.
 
     `masked_digest` is what a teacher's commit record says of the masked rows, if there is one to compare with.
 

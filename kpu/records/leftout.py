@@ -56,7 +56,7 @@ class Tally:
 
 
 def describe_left_out(items: Iterable[LeftOut]) -> str:
-    """One line: `left out: 3 with the ending .heic (a/b.heic), 1 hidden (.DS_Store)`; empty where nothing was."""
+    """One line: `left out: 3 with the ending .heic (a/b.heic), 1 hidden (.DS_Store)`; empty if nothing was."""
     found = list(items)
     if not found:
         return ""

@@ -59,7 +59,7 @@ def sample_digests(plan: Plan) -> dict[str, str]:
 
 
 def read_plan(storage: Storage) -> Plan | None:
-    """The plan alone; None where there is none.
+    """The plan alone; None if there is none.
 
     Raises:
         CorruptError: any byte of it differs from what was published.
@@ -126,7 +126,7 @@ def not_a_cache(url: str) -> NotACacheError:
 
 
 def load_plan(storage: Storage) -> Plan | None:
-    """The plan, with the metadata files that it digests checked; None where there is none.
+    """The plan, with the metadata files that it digests checked; None if there is none.
 
     Raises:
         CorruptError: the plan or one of those files is damaged or missing.

@@ -12,7 +12,7 @@ from kpu.util.strict_json import parse_json_object
 
 @dataclass(frozen=True)
 class RecordedFailure:
-    """A unit that a run could not commit; `teacher` is None where the failure struck all teachers of the run."""
+    """A unit that a run could not commit; `teacher` is None if the failure struck all teachers of the run."""
 
     teacher: str | None
     unit: int
@@ -58,7 +58,7 @@ def load_runs(storage: Storage) -> list[RunRecord]:
 
 
 def latest_run(storage: Storage) -> RunRecord | None:
-    """The run that was started last; None where there is none."""
+    """The run that was started last; None if there is none."""
     runs = load_runs(storage)
     return runs[-1] if runs else None
 

@@ -102,7 +102,7 @@ def sealed_files(teacher: TeacherManifest) -> dict[str, str]:
 
 
 def load_images_record(storage: Storage, plan: Plan, unit: int) -> ImagesRecord | None:
-    """The images record of one unit; None where it is not committed.
+    """The images record of one unit; None if it is not committed.
 
     Raises:
         CorruptError: as `load_record`.

@@ -61,7 +61,7 @@ class TarIndex(Index):
 
 
 def parse_index(raw: bytes, layout: ArrayLayout, rows: int, payload: int) -> Index | None:
-    """The index of a shard of `rows` rows and `payload` bytes before its tail; None where it cannot be that."""
+    """The index of a shard of `rows` rows and `payload` bytes before its tail; None if it cannot be that."""
     words = np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
     present = -(-rows // layout.chunk_rows)
     if not (words[present:] == ABSENT).all():

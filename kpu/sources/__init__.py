@@ -44,7 +44,7 @@ class ImageSource(Protocol):
     """A listing of samples. `spec` is enough to read them again; `classes` names the labels, where the source does.
 
     `left_out` counts what the last whole listing passed over; `notes` are lines on how its images are read. `earlier`
-    lists by the rules of earlier releases, for a cache that was begun then; None where they were the same.
+    lists by the rules of earlier releases, for a cache that was begun then; None if they were the same.
     """
 
     spec: SourceSpec
@@ -69,7 +69,7 @@ class SourceReader(Protocol):
     """Fetches encoded images. Safe to use from several threads; may be pickled."""
 
     def read(self, table: pa.Table) -> list[bytes]:
-        """The encoded bytes of each row of a sample table, in order; b"" where the source has none.
+        """The encoded bytes of each row of a sample table, in order; b"" if the source has none.
 
         A read that fails for a reason that may pass is tried again, with pauses.
 

@@ -234,7 +234,7 @@ class Files:
                 return NotReadable(f"expected at most {MOST_BYTES:,} bytes at once, found {piece.length:,} asked for")
             return _whole(piece, self._descriptor(path).read(piece.offset, piece.length))
         except OSError as error:
-            with self._lock:  # a stale handle would fail for ever
+            with self._lock:  # a stale handle would fail forever
                 self._open.pop(path, None)
             return error
         except NotReadable as error:
@@ -262,7 +262,7 @@ def _whole(piece: Piece, value: bytes | Exception) -> bytes | Exception:
 
 
 def require_regular(path: str | bytes) -> None:
-    """See that a local path leads to a regular file, which whoever opens it does not wait for.
+    """Check that a local path leads to a regular file, which whoever opens it does not wait for.
 
     Raises:
         NotReadable: it is a pipe, socket or device.

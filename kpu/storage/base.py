@@ -1,4 +1,4 @@
-"""Where a cache's bytes live: read anywhere, publish a name once and for ever, move aside what is wrong.
+"""Where a cache's bytes live: read anywhere, publish a name once and for all, move aside what is wrong.
 
 `publish` is exclusive (one caller wins a name, every other gets False) and durable (once it returns, the object
 survives a crash): `kpu.storage.local` does it with a synced temporary and `link()`, `kpu.storage.object_store` with

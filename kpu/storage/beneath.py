@@ -244,7 +244,7 @@ class _How(ctypes.Structure):
 def _opener() -> Callable[[str, int], int] | None:
     """Opens (path, flags) without following any link, in one system call: a descriptor, or a negative error number.
 
-    None where the system cannot.
+    None if the system cannot.
     """
     if os.uname().sysname != "Linux" or os.uname().machine.startswith("alpha"):
         return None

@@ -25,7 +25,7 @@ _CONFLICT_TRIES: Final = 8
 class ObjectStorage:
     """An fsspec URL such as `s3://bucket/prefix`; credentials and endpoint come from the environment.
 
-    Not to be carried over a fork: open it anew in the child.
+    Not to be carried over a fork: open it again in the child.
     """
 
     def __init__(self, url: str) -> None:

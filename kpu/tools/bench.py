@@ -70,7 +70,7 @@ class CodecTrial:
     """What a codec makes of `rows` rows of an output: size against fp16, and errors in channel standard deviations.
 
     `worst` is the RMSE of the worst row. The features are those that the cache holds; `grid` is the step that they
-    were stored on, None where they were stored as floating-point numbers.
+    were stored on, None if they were stored as floating-point numbers.
     """
 
     teacher: str

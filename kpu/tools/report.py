@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a file; `unit` and `teacher` are None where it belongs to none.
+    """Something wrong with a file; `unit` and `teacher` are None if it belongs to none.
 
     `kind` is `damaged` where it is not what was committed, `absent` where a unit is not committed, `foreign` where it
     does not belong to the cache, `unreadable` where its place failed.

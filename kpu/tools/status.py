@@ -36,7 +36,7 @@ class TeacherStatus:
     """How far one teacher is, and what storing its features cost.
 
     `bytes` of its committed shards; `rmse` in channel standard deviations over all values, `cosine` the mean over all
-    tokens, of every output and valid row together; None where nothing is committed. `saturated` values are stored as
+    tokens, of every output and valid row together; None if nothing is committed. `saturated` values are stored as
     the nearest that their codec can hold.
     """
 

@@ -83,7 +83,7 @@ def verify(
 
 
 def _check_teachers(report: ReportBuilder, plan: Plan) -> dict[str, TeacherManifest | None]:
-    """Every teacher that a run began, its files checked; None where nothing says what they should be."""
+    """Every teacher that a run began, its files checked; None if nothing says what they should be."""
     teachers: dict[str, TeacherManifest | None] = {}
     for name in teacher_folders(report.storage):
         folder = paths.teacher(name)

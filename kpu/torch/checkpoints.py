@@ -72,7 +72,7 @@ def _bare(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_misfits(expected: Shapes, found: Shapes) -> list[str]:
-    """What keeps tensors from fitting a model, one phrase a tensor; empty where they fit."""
+    """What keeps tensors from fitting a model, one phrase a tensor; empty if they fit."""
     phrases = []
     for name, shape in expected.items():
         if name not in found:

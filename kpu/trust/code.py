@@ -65,7 +65,7 @@ def split_model(model: str) -> tuple[str, str]:
 
 
 def read_code(model: str) -> Code | None:
-    """What a model names, read but not run; None where it is no `torch:` model.
+    """What a model names, read but not run; None if it is no `torch:` model.
 
     Raises:
         OSError: there is no such file, or it is no regular file.

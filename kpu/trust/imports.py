@@ -77,7 +77,7 @@ class _TrustedNeighbours(importlib.abc.MetaPathFinder):
         self.found: list[str] = []
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:  # noqa: ARG002
-        """The file's bytes where they are trusted; None where there is no such file.
+        """The file's bytes where they are trusted; None if there is no such file.
 
         Raises:
             TrustError: the file is not trusted.

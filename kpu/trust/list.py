@@ -49,7 +49,7 @@ def load_trust(*, everything: bool = False, how: str = FLAG) -> Trust:
 
 
 def trust_list() -> Path | None:
-    """Where the user's list is; None where there is no home folder."""
+    """Where the user's list is; None if there is no home folder."""
     own = os.environ.get(VARIABLE)
     try:
         if own:
@@ -82,7 +82,7 @@ def remember(code: Mapping[str, str]) -> str | None:
 
 
 def how_to_trust(key: str | None) -> str:
-    """The command that adds a digest to the user's list, as a message says it; empty where there is no list."""
+    """The command that adds a digest to the user's list, as a message says it; empty if there is no list."""
     place = trust_list()
     if place is None or key is None:
         return ""
@@ -146,7 +146,7 @@ def _is_private(gid: int) -> bool:
 
 
 def _append(place: Path, lines: bytes) -> str | None:
-    """Why it could not be done; None where it was."""
+    """Why it could not be done; None if it was."""
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -8,7 +8,7 @@ _GROUP: Final = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, caches of files included; None where the system does not say.
+    """Bytes that can be had without swapping, caches of files included; None if the system does not say.
 
     A container's limit counts where it is lower.
     """

@@ -165,7 +165,7 @@ class RayExecutor:
         return None
 
     def _look_for_room(self) -> None:
-        """A worker that no node can hold is never made, one whose place others hold is waited for; Ray says nothing."""
+        """Warn when actors cannot be scheduled; give up after `PATIENCE_SECONDS` without room for any."""
         nodes = _living_nodes()
         if count_room(nodes, self.threads, self.gpus_per_worker):
             self._no_capacity_since = None

@@ -40,7 +40,7 @@ def count_workers(nodes: Nodes, config: ExecutorConfig, threads: int, gpus: floa
     """As many workers as the nodes can hold, or the number asked for if it fits.
 
     Raises:
-        ConfigError: there is no room for one worker, or for as many as asked for: they would be waited for for ever.
+        ConfigError: there is no room for one worker, or for as many as asked for: the run would block forever.
     """
     room = count_room(nodes, threads, gpus)
     wanted = room if config.workers == "auto" else config.workers
@@ -54,7 +54,7 @@ def count_workers(nodes: Nodes, config: ExecutorConfig, threads: int, gpus: floa
 
 
 def held_by_others(nodes: Nodes, available: Mapping[str, float], threads: int, gpus: float) -> str | None:
-    """A warning where what is free in all nodes together holds no worker; None where it might hold one."""
+    """A warning where what is free in all nodes together holds no worker; None if it might hold one."""
     if available.get("CPU", 0) >= threads and available.get("GPU", 0) >= gpus:
         return None
     cpus, cards = (sum(node.get(kind, 0) for node in nodes) - available.get(kind, 0) for kind in ("CPU", "GPU"))

@@ -35,7 +35,7 @@ class TaskQueue:
         return self._next is not None or bool(self.suspects)
 
     def fresh(self) -> Task | None:
-        """The next task that was never given out; None where there is none."""
+        """The next task that was never given out; None if there is none."""
         task = self._next
         if task is not None:
             self._next = next(self._fresh, None)

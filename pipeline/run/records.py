@@ -194,7 +194,7 @@ class Run:
         self._saved = perf_counter()
 
     def _save_log(self) -> None:
-        """Write the lines that are not written yet; a part is written anew until it is full."""
+        """Write the lines that are not written yet; a part is written again until it is full."""
         full = len(self._lines) // LINES_PER_PART
         for index in range(full + bool(len(self._lines) % LINES_PER_PART)):
             lines = self._lines[index * LINES_PER_PART : (index + 1) * LINES_PER_PART]

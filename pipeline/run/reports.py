@@ -19,7 +19,7 @@ class Task:
 
 @dataclass(frozen=True)
 class UnitFailure:
-    """Why a unit did not commit; `teacher` is None where it concerns all of them."""
+    """Why a unit did not commit; `teacher` is None if it concerns all of them."""
 
     unit: int
     teacher: str | None

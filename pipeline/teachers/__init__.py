@@ -32,7 +32,7 @@ def ship(
 
     Args:
         config: the teacher.
-        trust: which code may run, where a file names the teacher; None where the user does.
+        trust: which code may run, where a file names the teacher; None if the user does.
         recorded: the digest that this file says the code has.
         who: how messages call the teacher.
 

@@ -31,7 +31,7 @@ class FrozenTeacher:
     """A frozen model on a device.
 
     `outputs` are in stored order. `head` is (weight float32 [classes, D], bias float32 [classes]) of a linear
-    classifier on `global`, where there is one. `code` are the places, by digest, of the user's own code that was run.
+    classifier on `global`, if there is one. `code` are the places, by digest, of the user's own code that was run.
     """
 
     def __init__(self, name: str, config: TeacherConfig, backbone: Backbone, device: str) -> None:
@@ -224,7 +224,7 @@ class FrozenTeacher:
         return weight, bias
 
     def _why_no_head(self, probed: Mapping[str, Tensor]) -> str | None:
-        """Why a classifier that the model has is not kept; None where it is, or there is none."""
+        """Why a classifier that the model has is not kept; None if it is, or there is none."""
         if self.head is not None or "global" not in probed:
             return None
         if self._backbone.head is not None:

@@ -123,7 +123,7 @@ def _remedy(name: str, found: Judgement, own_code: bool) -> str:
 
 
 def recall(fingerprint: str, maps: Collection[str]) -> tuple[str, ...] | None:
-    """The unproven ones among `maps` of a teacher that was checked before; None where it was not."""
+    """The unproven ones among `maps` of a teacher that was checked before; None if it was not."""
     try:
         found: Any = json.loads(_place(fingerprint).read_bytes())["unproven"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -38,7 +38,7 @@ class Quantised:
 
     `stored` is of the features' shape. Per row: `squared_error` float64 [B], the mean of ((decoded - x) / std)^2;
     `cosine` float64 [B], the mean over tokens, of standardised vectors; `saturated` int64 [B], values out of range;
-    `finite` bool [B], False where the features hold NaN or infinity (the row's costs mean nothing then).
+    `finite` bool [B], False if the features hold NaN or infinity (the row's costs mean nothing then).
     """
 
     stored: Tensor

@@ -20,7 +20,7 @@ from pipeline.worker.quantise import DeviceGrid
 
 @dataclass
 class QuantisedFeatures:
-    """One teacher's outputs for a unit; `finite` bool [n] is False where any output holds NaN or infinity."""
+    """One teacher's outputs for a unit; `finite` bool [n] is False if any output holds NaN or infinity."""
 
     outputs: dict[str, EncodedOutput]
     finite: np.ndarray

@@ -187,7 +187,7 @@ def test_a_retry_at_a_file_url(out: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_no_cache_is_refused_untouched(command: str, tmp_path: Path) -> None:
+def test_rejects_other_places_without_touching_them(command: str, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 1)
     before = snapshot(tmp_path)
     for path in (folder, folder / "000.png", tmp_path / "none"):

@@ -143,7 +143,7 @@ def test_a_plot_on_a_full_disk(run: Path, tmp_path: Path) -> None:
     assert_refused(kpu_train("compare", run, "--plot", tmp_path / "p.png/q.png"), "q.png: cannot write")
 
 
-def test_a_run_that_is_none(tmp_path: Path) -> None:
+def test_an_empty_folder_is_not_a_run(tmp_path: Path) -> None:
     for command in (("eval",), ("export", "--out", tmp_path / "out"), ("compare",)):
         assert_refused(kpu_train(*command, tmp_path), "expected a run of kpu-train")
 

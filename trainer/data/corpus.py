@@ -74,7 +74,7 @@ class HostBatch:
 
     `rows` int64 [B] are rows of the corpus, `epochs` int64 [B] the epoch of each. `stored` holds one tensor for every
     (teacher, output) and cache `part` (places int64 [n] in the batch, values [n, ...]); masked rows hold 0. `weights`
-    float32 [B] by teacher is 0 where a row is masked or its cache lacks the teacher.
+    float32 [B] by teacher is 0 if a row is masked or its cache lacks the teacher.
     """
 
     rows: RowNumbers

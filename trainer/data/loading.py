@@ -79,7 +79,7 @@ class Stream:
 
 
 def loader_threads(device: torch.device, *, images: bool) -> int:
-    """How many read ahead where nobody says so: more where a GPU waits for images, which take longest to decode."""
+    """How many read ahead if nobody says so: more where a GPU waits for images, which take longest to decode."""
     return max(2, min(8, usable_cores() // 2)) if images and device.type == "cuda" else 2
 
 
@@ -173,7 +173,7 @@ class DeviceTransfer:
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor in host memory on `device`, which a GPU copies by itself: nobody waits. One that is there stays."""
+    """Copy a host tensor to `device`, asynchronously on a GPU; no-op if it is already there."""
     if device.type == "cpu" or tensor.device == device:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # as it is, where it is pinned already

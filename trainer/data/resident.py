@@ -100,6 +100,6 @@ class _Room:
 def free_memory(processes: int = 1) -> int:
     """Bytes that rows may take in each of so many processes of this machine: a share of what is free now.
 
-    0 where the system does not say.
+    0 if the system does not say.
     """
     return int(_SHARE * (available_memory() or 0) / processes)

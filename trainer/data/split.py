@@ -15,7 +15,7 @@ _BYTES: Final = 8
 
 
 def validation_mask(keys: Sequence[str] | pa.Array | pa.ChunkedArray, fraction: float) -> npt.NDArray[np.bool_]:
-    """True where a sample is held out.
+    """True if a sample is held out.
 
     It depends on the key and on nothing else, so that a sample is on the same side in every cache and every run, and
     a larger fraction only adds samples. Views of a sample share its key.

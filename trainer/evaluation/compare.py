@@ -27,7 +27,7 @@ _SCORES_KEYS: Final = ("teachers", "base", "caches", "rows")
 
 @dataclass(frozen=True)
 class Compared:
-    """One run. `scores` is what `kpu-train eval` kept, None where it was not run: then R2 is the summary's.
+    """One run. `scores` is what `kpu-train eval` kept, None if it was not run: then R2 is the summary's.
 
     `transfer` is by teacher rho = (R2 - R2_frozen) / (R2_solo - R2_frozen), R2 the mean over outputs, `solo` the run
     for that teacher alone, of a student of the same kind and model, evaluated on the same rows; of several one with
@@ -104,7 +104,7 @@ def compare(paths: Sequence[Path], caches: Sequence[str] = ()) -> list[Compared]
 
 
 def mean_r2(values: Mapping[str, float | None]) -> float | None:
-    """Mean over outputs; None where one is missing."""
+    """Mean over outputs; None if one is missing."""
     numbers = [value for value in values.values() if value is not None]
     return float(np.mean(numbers)) if numbers and len(numbers) == len(values) else None
 

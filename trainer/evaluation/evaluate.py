@@ -62,7 +62,7 @@ def evaluate(
         controls: whether to measure the frozen base and each teacher alone, too, which takes most of the time.
         images: replaces the root that the caches remember, for students that need images.
         same_labels: whether equal labels mean the same in all caches, whatever they call their classes.
-        progress: is told of rows, (done, total).
+        progress: is notified of rows, (done, total).
         trust: which code may run of what the run names; by default what the user's list has.
         phase: is told what begins.
 
@@ -133,7 +133,7 @@ def evaluation_file(digest: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How batches come: on which device, with which images, and who is told of it."""
+    """How batches come: on which device, with which images, and who is notified of it."""
 
     trained: Trained
     device: torch.device

@@ -33,7 +33,7 @@ class ProbeSplit:
 
 
 def open_training(trained: Trained, corpus: Corpus, notes: list[str]) -> Corpus | None:
-    """The training caches; None where one is gone. `corpus` is taken for them where it is, also where they moved."""
+    """The training caches; None if one is gone. `corpus` is taken for them where it is, also where they moved."""
     try:
         return corpus if trained.run.has_caches(corpus) else open_measured(trained, trained.caches, [])
     except KpuError as error:

@@ -19,7 +19,7 @@ class Numbering:
     """One number for each class of several caches, in the order in which their plans first name it.
 
     Labels of caches that name no classes, or all the same ones, are their own numbers. `why_not` says why labels of
-    these caches cannot be compared, None where they can. With `same` all labels are numbers that mean the same.
+    these caches cannot be compared, None if they can. With `same` all labels are numbers that mean the same.
     """
 
     def __init__(self, caches: Sequence[Cache], *, same: bool = False) -> None:
@@ -116,7 +116,7 @@ class Labels:
         return np.where(known, self.truth, NO_LABEL)
 
     def of_head(self, teacher: str) -> tuple[int, ...] | None:
-        """What the outputs of a teacher's head mean; None where nobody says, or two caches say different things.
+        """What the outputs of a teacher's head mean; None if nobody says, or two caches say different things.
 
         Numbers in a configuration mean other classes where the data has others: only those that all caches agree on
         are believed.

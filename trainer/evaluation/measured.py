@@ -57,7 +57,7 @@ def open_measured(trained: Trained, paths: Sequence[str], notes: list[str], *, m
 
 
 def _check_same(spec: TeacherSpec, teacher: CachedTeacher, who: str) -> None:
-    """Raises MismatchError where `teacher` has other features than the run's `spec` says."""
+    """Raises MismatchError if `teacher` has other features than the run's `spec` says."""
     expected, found = compared_part(spec), compared_part(teacher.spec)
     differing = [key for key in spec.model_differences(teacher.spec) if key != _NOT_COMPARED]
     if differing:

@@ -75,7 +75,7 @@ class HeadMeasures:
 
 
 def mapped_accuracy(answers: RowNumbers, truth: RowNumbers, labels: npt.NDArray[np.int64]) -> float | None:
-    """Share of answers whose label is the true one; None where no row can be judged.
+    """Share of answers whose label is the true one; None if no row can be judged.
 
     Args:
         answers: int64 [n], outputs of a classifier.
@@ -117,7 +117,7 @@ class TeacherMeasures:
 
 
 def value_of(r2: R2) -> float | None:
-    """R2, None where it is undefined."""
+    """R2, None if it is undefined."""
     try:
         return finite_or_none(r2.value())
     except ValueError:  # no valid row

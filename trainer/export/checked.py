@@ -80,7 +80,7 @@ def check_paths(trained: Trained, module: ExportedStudent, corpus: Corpus, rows:
 
 
 def require_near(found: dict[str, float], limit: float, who: str) -> None:
-    """Raises MismatchError where a figure by output is above the limit, or is no number."""
+    """Raises MismatchError if a figure by output is above the limit, or is no number."""
     for output, figure in found.items():
         if not figure <= limit:  # also where it is not a number
             raise MismatchError(

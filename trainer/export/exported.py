@@ -112,7 +112,7 @@ class ExportedStudent(nn.Module):
         return found
 
     def base_features(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """Normalised images to the base's standardised outputs; empty where the student looks at images itself."""
+        """Normalised images to the base's standardised outputs; empty if the student looks at images itself."""
         if self.base is None:
             return {}
         return {output: self.unit(output).inverse(y) for output, y in self.base(x_BCHW).items()}

@@ -145,7 +145,7 @@ def learn_space(
     *,
     resume: bool,
 ) -> None:
-    """Prepare the shared space, and keep its figures; a run that was begun just now is taken away if it is refused.
+    """Prepare the shared space, and keep its figures; delete a new run if the gates fail.
 
     Raises:
         MismatchError: the space collapsed, or lost the base.

@@ -64,7 +64,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, lr: float, warmup: float, st
 
 
 def make_average(model: nn.Module, config: OptimConfig, rows_per_step: int) -> ModelEmaV3 | None:
-    """An exponential moving average of the weights whose half-life is `optim.ema` rows; None where that is 0."""
+    """An exponential moving average of the weights whose half-life is `optim.ema` rows; None if that is 0."""
     if config.ema == 0:
         return None
     return ModelEmaV3(model, decay=0.5 ** (rows_per_step / config.ema), foreach=True)

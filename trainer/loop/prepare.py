@@ -60,7 +60,7 @@ def prepare_space(
     whole: Callable[[], Iterator[Batch]],
     watch: LogCallback | None = None,
 ) -> dict[str, float] | None:
-    """Bring the space of `model` to where the student may lean on it; what the gates measured, None where they do not.
+    """Fit, freeze and validate the shared space of `model`; what the gates measured, None if there is nothing to.
 
     A space of the base alone has nothing to learn.
 
@@ -68,7 +68,7 @@ def prepare_space(
         model: whose space it is.
         shares: this process's parts of the training batches, without end, which the maps learn from.
         whole: gives all training rows, the same in every process, in batches of any size.
-        watch: is told of the losses.
+        watch: is notified of the losses.
 
     Raises:
         MismatchError: a teacher's map collapsed, or lost the base.

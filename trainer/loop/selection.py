@@ -25,7 +25,7 @@ from trainer.run.runs import MODEL
 from trainer.util.files import publish_folder, remove_folder
 from trainer.util.sealed import ADVICE, DIGESTS, digests_in, open_json, read_sealed, seal_json
 
-VALIDATIONS: Final = 20  # in a training, where nobody says how many
+VALIDATIONS: Final = 20  # in a training, if nobody says how many
 _ROWS_BETWEEN: Final = 10  # training rows for each validation row, at least: scoring then costs about 3% of a training
 LAST: Final = "last.safetensors"
 """The weights after the last step, where others were chosen."""
@@ -163,7 +163,7 @@ def validation_interval(config: TrainConfig, steps: int, validation_rows: int) -
 
 
 def overall_r2(scores: Mapping[str, Any], teachers: Collection[str] | None = None) -> float:
-    """Mean R2 over outputs and teachers, or those named; NaN where one is missing."""
+    """Mean R2 over outputs and teachers, or those named; NaN if one is missing."""
     chosen = [each for name, each in scores["teachers"].items() if teachers is None or name in teachers]
     values = [v for each in chosen for k, v in each.items() if k.startswith("r2_")]
     return float(np.mean([np.nan if value is None else value for value in values])) if values else math.nan

@@ -116,7 +116,7 @@ class Training:
 
     @property
     def trained(self) -> Inheritance:
-        """The model to keep: the moving average, where there is one."""
+        """The model to keep: the moving average, if there is one."""
         kept = self.model if self.average is None else self.average.module
         assert isinstance(kept, Inheritance)
         return kept

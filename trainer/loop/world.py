@@ -17,7 +17,7 @@ from trainer.util.allocator import keep_freed_memory
 class World:
     """This process among `size` of them, `local_size` on this machine; the one of rank 0 writes.
 
-    `joined` says that this process met the others by itself, and must take its leave of them.
+    `joined` says that this process created the process group, and must destroy it.
     """
 
     rank: int

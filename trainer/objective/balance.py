@@ -40,7 +40,7 @@ def uniforms(seed: int, epoch: int, rows: npt.NDArray[np.int64], teacher: str) -
 
 
 def coefficients(config: BalanceConfig, losses_BN: Tensor, valid_BN: Tensor, randoms_BN: Tensor | None) -> Tensor:
-    """1 where a teacher counts in a row, 0 where it does not; to be divided by their sum over teachers in each row.
+    """1 where a teacher counts in a row, 0 if it does not; to be divided by their sum over teachers in each row.
 
     `dropping` (UNIC, Sariyildiz et al. 2024, "teacher dropping"): in each row the valid teacher with the largest loss
     counts, the first of equals; each other valid one counts where its random number is at least `config.p`.

@@ -30,7 +30,7 @@ class GateFigures:
 
     distance: l(z'_base, u_t), mean over rows.
     chance: the same with the base's rows exchanged for others of the batch: what a u_t that knows nothing of the row
-        would have. NaN where no batch had two rows.
+        would have. NaN if no batch had two rows.
     floor: l(mean_t u_t, u_t), the mean over the teachers that have the row: no student can be nearer to all of them.
     effective_rank: of the covariance of u_t, from 1 to `channels`.
     lowest_std: the smallest standard deviation of a channel of u_t.

@@ -65,7 +65,7 @@ def row_loss(p: Tensor, q: Tensor, weights: LossConfig) -> Tensor:
 
 
 def weighted_mean(loss_B: Tensor, weight_B: Tensor) -> Tensor:
-    """Sum of `loss_B * weight_B` over the sum of the weights, float32 []; 0 where all weights are 0.
+    """Sum of `loss_B * weight_B` over the sum of the weights, float32 []; 0 if all weights are 0.
 
     In a distributed run over the mean of the workers' sums: the mean over workers of what each gets, and of its
     gradient, is then that of the whole batch, however its masked rows are spread.
@@ -126,7 +126,7 @@ def weighted_moments(x: Tensor, weight_B: Tensor) -> tuple[Tensor, Tensor]:
         weight_B: row weights.
 
     Returns:
-        Mean and variance, float32 [C], both 0 where all weights are 0.
+        Mean and variance, float32 [C], both 0 if all weights are 0.
     """
     x_BTC, weight_B = _tokens(x), weight_B.float()
     total = over_workers(weight_B.sum()) * x_BTC.shape[1]
@@ -182,7 +182,7 @@ def over_workers(x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over workers; the gradient of a sum that all workers share is the sum of what all of them want of it."""
+    """All-reduce (sum) in forward and backward."""
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:

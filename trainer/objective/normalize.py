@@ -132,7 +132,7 @@ def rotation(covariance: F64, seed: int) -> F64:
 
 
 def hadamard(order: int) -> F64 | None:
-    """An orthonormal Hadamard matrix, every entry +-1/sqrt(order), or None where none is known here.
+    """An orthonormal Hadamard matrix, every entry +-1/sqrt(order), or None if none is known here.
 
     Sylvester's doubling of [[1]], or of Paley's first matrix, of an order q + 1 with a prime q = 3 (mod 4): all powers
     of two, and such widths as 192, 384, 640, 768, 1152, 1280 and 1408.

@@ -45,7 +45,7 @@ class _State(BaseModel):
 class Checkpoint:
     """A state of training after `step` steps; the next batch begins at `position` (see `trainer.data.loading.Stream`).
 
-    `average` is the moving average of the model's weights, None where none is kept; `generators` are the states of
+    `average` is the moving average of the model's weights, None if none is kept; `generators` are the states of
     torch's random generators by kind of device.
     """
 
@@ -93,7 +93,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The last checkpoint that is whole; None where none was made yet.
+    """The last checkpoint that is whole; None if none was made yet.
 
     Raises:
         CorruptError: there are checkpoints, and every one is damaged.

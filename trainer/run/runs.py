@@ -9,7 +9,7 @@ my-run/
   environment.json         versions, device, threads
   metrics.jsonl            one object a logged step
   tensorboard/             the same as events
-  space.json               what the gates measured of the shared space, where there is one
+  space.json               what the gates measured of the shared space, if there is one
   checkpoints/step-*/      see `trainer.run.checkpoint`
   best/step-*/             see `trainer.loop.selection`
   last.safetensors         the weights after the last step, where `keep` chose others; or best.safetensors, likewise
@@ -141,7 +141,7 @@ class RunFolder:
         return run
 
     def difference(self, config: TrainConfig, corpus: Corpus) -> str | None:
-        """Where `config` and the caches of `corpus` would train something else than the run's; None where nowhere.
+        """Where `config` and the caches of `corpus` would train something else than the run's; None if nowhere.
 
         Raises:
             ConfigError: there is no run here.
@@ -180,7 +180,7 @@ class RunFolder:
         return found
 
     def code(self) -> dict[str, str]:
-        """The digest by model of the code that the student was built with; empty where it has none, or none was kept.
+        """The digest by model of the code that the student was built with; empty if it has none, or none was kept.
 
         Raises as `sources`.
         """
@@ -277,7 +277,7 @@ class RunFolder:
         remove_folder(self.path, self.best.name)
 
     def summary(self) -> dict[str, Any] | None:
-        """How the run ended; None where it has not.
+        """How the run ended; None if it has not.
 
         Raises:
             CorruptError: the file is damaged.

@@ -26,7 +26,7 @@ class BaseInfo:
 class Student(nn.Module):
     """Maps a batch to z', its features in units of the base's standardised outputs.
 
-    `shapes` says what `forward` gives, by output. `input` is how images must be preprocessed, None where the student
+    `shapes` says what `forward` gives, by output. `input` is how images must be preprocessed, None if the student
     needs none.
     """
 

@@ -98,5 +98,5 @@ def _refuse_programs(module: nn.Module, model: str, section: str) -> None:
 
 
 def data_config(module: nn.Module) -> dict[str, Any]:
-    """A module's own preprocessing in timm's keys; empty where it has none."""
+    """A module's own preprocessing in timm's keys; empty if it has none."""
     return dict(getattr(module, "data_config", {}))

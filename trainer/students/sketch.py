@@ -105,7 +105,7 @@ def misfits(sketch: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list
 
 
 def check_depth(args: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> None:
-    """See that arguments of an architecture name no more blocks than there are tensors, for each has some.
+    """Check that arguments of an architecture name no more blocks than there are tensors, for each has some.
 
     Raises:
         TooLargeError: they do; some models compute with the number of blocks before they build the first.

@@ -153,7 +153,7 @@ def reach(differences: "np.ndarray[Any, Any]") -> float:
 def run_trial(
     trials: list[tuple[SweepTrial, Path]], number: int, beside: int = 1, trust: Trust | None = None
 ) -> str | None:
-    """Begin a training, or go on with it; why it failed, None where it did not.
+    """Begin a training, or go on with it; why it failed, None if it did not.
 
     `beside` trainings, this one included, share the memory of this machine; `trust` is as for `fit`.
     """

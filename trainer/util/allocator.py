@@ -11,7 +11,7 @@ _LARGEST: Final = 2**31 - 1
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed, in this process from now on; without effect where there is no glibc.
 
-    Else every tensor above some megabytes is mapped anew in each step, page by page: a tenth of a step of a side
+    Else every tensor above some megabytes is mapped again in each step, page by page: a tenth of a step of a side
     student on maps, and more than half of standardising a batch.
     """
     if sys.platform != "linux":

@@ -48,7 +48,7 @@ def digest_file(path: Path) -> str:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """See that no folder of ours in `folder`, if it is there, is a link to another place.
+    """Check that no folder of ours in `folder`, if it is there, is a link to another place.
 
     Raises:
         LinkError: naming it.
@@ -149,7 +149,7 @@ def lock(path: Path) -> Iterator[None]:
     except BlockingIOError:
         close_lock(descriptor)
         raise ConfigError(
-            f"{path.parent}: expected nobody else at work there, found another process; wait for its end, or choose "
+            f"{path.parent}: the directory is locked by another process; wait until that has ended, or choose "
             "another folder"
         ) from None
     except OSError:  # a file system without locks: nobody can be told apart

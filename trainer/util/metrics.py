@@ -101,7 +101,7 @@ class R2:
         self._count = count
 
     def channels(self) -> npt.NDArray[np.float64]:
-        """R2 of each channel, float64 [C]; NaN where the targets hardly vary.
+        """R2 of each channel, float64 [C]; NaN if the targets hardly vary.
 
         Raises:
             ValueError: Nothing was seen.
@@ -111,7 +111,7 @@ class R2:
         return values
 
     def value(self) -> float:
-        """Mean over the channels that vary; NaN where none does.
+        """Mean over the channels that vary; NaN if none does.
 
         Raises:
             ValueError: Nothing was seen.
@@ -134,7 +134,7 @@ def covariance_rank(covariance: npt.NDArray[np.float64]) -> float:
         covariance: float64 [C, C], symmetric.
 
     Returns:
-        From 1 to C; 0 where nothing varies.
+        From 1 to C; 0 if nothing varies.
     """
     eigenvalues = np.linalg.eigvalsh(covariance).clip(min=0)
     total = eigenvalues.sum()

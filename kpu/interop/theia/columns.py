@@ -192,7 +192,7 @@ class FeatureReader:
         """Of `embedding` and `cls_token`, and the dtype of both."""
 
     def read(self, entries: Sequence[ColumnEntry]) -> dict[str, npt.NDArray[np.float32]]:
-        """`patch` float32 [n, H * W, C] and, where there is one, `global` float32 [n, C].
+        """`patch` float32 [n, H * W, C] and, if there is one, `global` float32 [n, C].
 
         Raises:
             SourceError: naming tar and member: not a sound file, other shapes, or a value that is not finite.

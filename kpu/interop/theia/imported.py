@@ -69,7 +69,7 @@ def import_theia(
         run: whose temporary folder at `out` is used.
         unit_rows: chooses the rows of a unit, from their number and the teachers.
         progress: called with (samples done, samples in all), both passes over each model counted.
-        created: notes what is made at `out`, for whoever is to take it away if this fails.
+        created: notes what is made at `out`, for cleaning up if this fails.
 
     Raises:
         SourceError: the dataset is not sound; naming tar and member.

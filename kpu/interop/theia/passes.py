@@ -62,7 +62,7 @@ class Passes:
         return self._writer.teacher(spec, statistics, None)
 
     def units(self, teachers: dict[str, PublishedTeacher], readers: dict[str, FeatureReader]) -> tuple[int, int]:
-        """Commit every unit that is not; how many units of teachers that were, and how many rows are masked.
+        """Commit pending units; return how many units of teachers were committed, and how many rows are masked.
 
         Raises:
             MismatchError: a committed unit was made from other features than its tars hold now.

@@ -123,7 +123,7 @@ def _clear(place: Path, split: str, descriptor: int) -> None:
 
 
 def read_splits(folder: Path) -> dict[str, Any]:
-    """`splits.json` of a dataset: samples by split, empty where there is none.
+    """`splits.json` of a dataset: samples by split, empty if there is none.
 
     Raises:
         CorruptError: it is no JSON object.

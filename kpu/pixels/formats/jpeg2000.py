@@ -36,7 +36,7 @@ class _Segment(NamedTuple):
 
 
 def decode_deep(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image | None:
-    """The image with white for white; None where Pillow reads it rightly: up to 8 bits, and grey of 10 to 16.
+    """The image with white for white; None if Pillow reads it rightly: up to 8 bits, and grey of 10 to 16.
 
     `decode` is Pillow's part: the image in such bytes.
 

@@ -28,7 +28,7 @@ def image_column(schema: pa.Schema, file: str, wanted: str | None) -> str:
 
 
 def image_leaves(schema: pa.Schema, column: str) -> list[str]:
-    """The Parquet paths of the bytes and, where there is one, of the path in their place; no other is read."""
+    """The Parquet paths of the bytes and, if there is one, of the path in their place; no other is read."""
     field = schema.field(column)
     leaf = _leaf(field)
     assert leaf is not None, "checked when the file was listed"

@@ -143,7 +143,7 @@ class ParquetReader:
             while block.stop <= row:
                 block = cursor.advance()
         except OSError:
-            self._forget(file)  # the next attempt opens it anew
+            self._forget(file)  # the next attempt opens it again
             raise
         if cursor.next_row < cursor.rows:
             self._cursors[file, group] = cursor

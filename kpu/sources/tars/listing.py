@@ -145,7 +145,7 @@ class TarListing:
 
 
 def _target(link: Member, named: dict[str, Member]) -> Member | None:
-    """The regular file that a link leads to; None where there is none in the tar."""
+    """The regular file that a link leads to; None if there is none in the tar."""
     found: Member | None = link
     for _ in range(_LINKS_FOLLOWED):
         if found is None or found.kind == b"0":

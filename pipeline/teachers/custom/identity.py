@@ -27,7 +27,7 @@ _BLOCK: Final = 2**20
 
 
 def identify(module: nn.Module, factory: Callable[..., Any], own: ModuleType, folder: Path, who: str) -> str | None:
-    """Digest of what computes besides the state_dict of a module that `factory` gave; None where nothing does.
+    """Digest of what computes besides the state_dict of a module that `factory` gave; None if nothing does.
 
     Args:
         module: frozen, before its first forward pass.

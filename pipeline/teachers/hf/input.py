@@ -72,7 +72,7 @@ def _written(transformers: Any, place: str, options: Mapping[str, Any]) -> Mappi
 
 
 def _load(transformers: Any, place: str, options: Mapping[str, Any]) -> Any:
-    """The model's image processor: on Pillow, as pixels are made here, where there is one."""
+    """The model's image processor: on Pillow, as pixels are made here, if there is one."""
     backend: dict[str, Any] = {"backend": "pil"}
     if find_spec("transformers.image_processing_backends") is None:  # before transformers 5
         backend = {"use_fast": False}

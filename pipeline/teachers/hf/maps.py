@@ -78,7 +78,7 @@ def read_facts(config: Any) -> Facts:
 
 
 def count_layers(config: Any) -> int:
-    """Stages of a model in stages, blocks of a plain one; 0 where the configuration states neither."""
+    """Stages of a model in stages, blocks of a plain one; 0 if the configuration states neither."""
     for part in (config, getattr(config, "backbone_config", None)):
         blocks = getattr(part, "blocks_per_stage", None)
         if _is_list(blocks):

@@ -16,7 +16,7 @@ from pipeline.teachers.backbone import reason
 Values = npt.NDArray[np.float32]
 
 Levels = npt.NDArray[np.float32]
-"""[H, W, 3] of red, green and blue: 0 where the image would be black, 255 where white."""
+"""[H, W, 3] of red, green and blue: 0 if the image would be black, 255 where white."""
 
 SIZES: Final = ((312, 211), (196, 331), (473, 330), (81, 391), (53, 42), (137, 109))
 """Width and height of the fixed images, chosen so that with the usual crops the two ways of rounding differ."""

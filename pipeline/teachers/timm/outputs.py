@@ -92,7 +92,7 @@ class TimmFeatures(nn.Module):
         return final[:, 0] if has_one and tokens else None
 
     def _map(self, final: Any, image: tuple[int, int]) -> Tensor | None:
-        """The final features as [B, D, h, w]; None where they form no map."""
+        """The final features as [B, D, h, w]; None if they form no map."""
         if isinstance(final, Tensor) and final.ndim == 4:
             return final.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else final
         if isinstance(final, Tensor) and final.ndim == 3:

@@ -203,7 +203,7 @@ def test_a_sample_table_of_another_form_is_refused(
 
 
 @pytest.mark.parametrize("raw", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", None])
-def test_a_sample_table_that_is_none_is_refused(small_cache: SmallCache, raw: bytes | None) -> None:
+def test_rejects_files_that_are_not_a_sample_table(small_cache: SmallCache, raw: bytes | None) -> None:
     path = small_cache.path / PARQUET
     path.write_bytes(path.read_bytes()[:-300] + b"PAR1" if raw is None else raw)
     reseal(small_cache.path)

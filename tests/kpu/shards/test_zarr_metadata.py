@@ -141,7 +141,7 @@ def test_a_damaged_field_is_named_with_what_was_found(damage: Callable[[dict[str
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"{}", b"null", group_metadata({})])
-def test_what_is_no_array_is_refused(raw: bytes) -> None:
+def test_rejects_documents_that_are_not_an_array(raw: bytes) -> None:
     with pytest.raises(CorruptError):
         array_layout(raw, "f")
 

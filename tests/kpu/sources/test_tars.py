@@ -201,7 +201,7 @@ def test_hole_and_joined_tars_are_found(tmp_path: Path) -> None:
         listing(path)
 
 
-def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
+def test_names_files_that_are_not_a_tar(tmp_path: Path) -> None:
     for data in (b"", b"<html>not found</html>", b"\xff\xd8\xff" + bytes(5000)):
         (tmp_path / "s.tar").write_bytes(data)
         with pytest.raises(SourceError, match=r"s\.tar: is not a tar"):

@@ -194,7 +194,7 @@ def test_a_module_runs_as_the_bytes_that_are_trusted(tmp_path: Path, monkeypatch
         assert module.sqrt(4) == 2
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+def test_does_not_read_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "zeros.py").symlink_to("/dev/zero")
     for name in ("pipe.py", "zeros.py", "absent.py"):

@@ -152,7 +152,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         build(tmp_path, input=INPUT)
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_rejects_folders_that_are_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"expected a Hugging Face model id or a folder"):
         build(tmp_path)
 

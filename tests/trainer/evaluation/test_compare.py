@@ -169,7 +169,7 @@ def test_the_plot(tmp_path: Path) -> None:
         plot(runs, tmp_path / "p.nothing")
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_rejects_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a run of kpu-train, found an empty folder"):
         compare([tmp_path])
     run = write_run(tmp_path / "run", b=1.0)

@@ -230,7 +230,7 @@ def test_a_training_cache_is_known_where_another_is_gone(place: Path, tmp_path: 
     assert any("training caches cannot be read" in note for note in found["notes"])
 
 
-def test_what_is_refused(place: Path, tmp_path: Path) -> None:
+def test_rejects_runs_that_cannot_be_measured(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a run of kpu-train, found an empty folder"):
         evaluate(tmp_path)
     run = Path(shutil.copytree(small_run(place), tmp_path / "run"))

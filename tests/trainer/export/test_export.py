@@ -144,7 +144,7 @@ def test_one_image_or_several_however_they_come(exported: Path, place: Path) -> 
         ([b"", b"x"], MismatchError, ["images[0]: expected an image, found one that is EMPTY"]),
     ],
 )  # fmt: skip
-def test_what_is_no_image_is_told(
+def test_names_values_that_are_not_an_image(
     given: Any, kind: type[Exception], fragments: list[str], exported: Path, tmp_path: Path
 ) -> None:
     if isinstance(given, str):
@@ -281,7 +281,7 @@ def test_other_images_or_another_base_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_is_refused(exported: Path, place: Path, tmp_path: Path) -> None:
+def test_rejects_existing_places_and_damaged_exports(exported: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a path where nothing exists"):
         export(small_run(place), exported)
     with pytest.raises(ConfigError, match="expected a student of `kpu-train export`, found an empty folder"):

@@ -295,7 +295,7 @@ def test_two_trainings_at_once_in_one_folder(configure: Configure, tmp_path: Pat
 
     def again(_: dict[str, Any]) -> None:
         if not refused:
-            with pytest.raises(ConfigError, match="nobody else at work") as caught:
+            with pytest.raises(ConfigError, match="locked by another process") as caught:
                 fit(config, tmp_path / "run", resume=True)
             refused.append(str(caught.value))
 
