@@ -68,6 +68,7 @@ def test_exported_students_load_and_give_the_same(kept: Path) -> None:
     np.testing.assert_allclose(answer["global"].detach().numpy(), expected["student.global"], rtol=1e-5, atol=1e-6)
 
 
-def test_code_of_an_export_does_not_run_unasked(kept: Path) -> None:
+def test_code_of_an_export_does_not_run_unasked(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KPU_TRUSTED_CODE", str(kept / "trusted-code"))  # other tests may trust the same toy
     with pytest.raises(kpu.TrustError, match=r"base_model\.py"):
         kpu.load_student(kept / "exported")
