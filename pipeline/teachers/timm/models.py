@@ -22,6 +22,7 @@ from pipeline.teachers.timm.outputs import TimmFeatures
 from pipeline.teachers.weights import can_reach, load_strictly, read_weights
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # before a colon, where timm is to find a model; the second is an old name
 
 
 def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
@@ -68,7 +69,9 @@ def load_timm(name: str, config: TeacherConfig, seed: int) -> Backbone:
 
 
 def _require_known(model_name: str, who: str) -> None:
-    if ":" in model_name:  # hf-hub:, local-dir:
+    """Refuse a name that timm does not know, before anything is built or fetched."""
+    if ":" in model_name:
+        _require_source(model_name, who)
         return
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
@@ -82,6 +85,16 @@ def _require_known(model_name: str, who: str) -> None:
         near = difflib.get_close_matches(model_name, timm.list_pretrained(f"{architecture}.*"), n=3, cutoff=0)
         advice = f"did you mean {', '.join(near)}?" if near else f"write {architecture}"
         raise TeacherError(f"{who}: timm {timm.__version__} has no weights tagged {tag!r}; {advice}") from None
+
+
+def _require_source(model_name: str, who: str) -> None:
+    """Refuse a name with a colon that does not say where timm finds the model."""
+    source, _, place = model_name.partition(":")
+    if source.lower() not in _SOURCES or not place:
+        raise TeacherError(
+            f"{who}: model: expected timm:<model>, as timm:vit_small_patch16_224, timm:<model>.<tag>, "
+            f"timm:hf-hub:<owner>/<name> or timm:local-dir:<folder>, found timm:{model_name}, which names no model"
+        )
 
 
 def _require_pooling(model: Any, config: TeacherConfig, who: str) -> None:

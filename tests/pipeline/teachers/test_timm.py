@@ -162,6 +162,14 @@ def test_an_unknown_model_is_named_with_its_neighbours() -> None:
         build("resnet18.a1_in1", weights="random")
 
 
+@pytest.mark.parametrize("weights", ["random", None])
+@pytest.mark.parametrize("name", ["x:y", "hf-hub:", "local-dir:", "resnet18:a1_in1k", ":resnet18"])
+def test_a_name_with_a_stray_colon_is_no_model(name: str, weights: str | None) -> None:
+    with pytest.raises(TeacherError, match=rf"model: expected timm:<model>, .* found timm:{name}, which names no") as e:
+        build(name, weights=weights)
+    assert "weights" not in str(e.value)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     _, path = saved(tmp_path, "test_vit2")
     with pytest.raises(TeacherError, match=r"timm:test_vit\): weights: .* does not fit: .*expected .*found"):
