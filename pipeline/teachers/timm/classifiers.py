@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers.classifier import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
+_WHOLE_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)  # `global` is what their `fc` takes
 _WITHOUT_EFFECT = (nn.Dropout, nn.Identity)
 
 
@@ -13,9 +15,11 @@ def linear_head(classifier: Any) -> tuple[nn.Linear | None, str | None]:
     """A linear layer that may give a model's answers, or why there is none; neither where there is no classifier.
 
     Besides a linear layer that is a 1 x 1 convolution, a linear layer behind a batch normalisation, and the mean of
-    several of these, on the same features or each on a part of them.
+    several of these, on the same features or each on a part of them. Of a whole head of timm's, with its pooling, it
+    is the last layer.
     """
     parts = [*classifier] if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
+    parts = [part.fc if isinstance(part, _WHOLE_HEADS) else part for part in parts]
     parts = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
     if not parts:
         return None, None

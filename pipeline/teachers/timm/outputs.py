@@ -16,6 +16,7 @@ from pipeline.teachers.pooling import CLASS, MEAN, name_pool, pool_tokens
 
 _MOST_PREFIX_TOKENS = 16
 _ATTENTION_POOL = "AttentionPool"  # in the name of a module's class
+_CLASS_TOKEN = "cls_token"  # begins the name of a parameter; CoaT has one a stage, with its number
 _NAMES = {
     "token": CLASS,
     "avg": MEAN,
@@ -87,7 +88,8 @@ class TimmFeatures(nn.Module):
 
     def _class(self, final: Any) -> Tensor | None:
         """The class token [B, D], the first of the prefix tokens, where the model has one."""
-        has_one = getattr(self.model, "cls_token", None) is not None or getattr(self.model, "has_class_token", False)
+        own = (name for name, _ in self.model.named_parameters(recurse=False))
+        has_one = any(name.startswith(_CLASS_TOKEN) for name in own) or getattr(self.model, "has_class_token", False)
         tokens = isinstance(final, Tensor) and final.ndim == 3 and getattr(self.model, "num_prefix_tokens", 1) > 0
         return final[:, 0] if has_one and tokens else None
 

@@ -107,6 +107,17 @@ def test_head_on_global_gives_the_logits(tmp_path: Path) -> None:
     assert teacher.labels == (3, -1, 0, 1, 2, 4, 5)
 
 
+def test_the_last_layer_of_a_whole_head_is_kept() -> None:
+    args = {"depth": 1, "global_attn_indexes": [0], "embed_dim": 96, "num_heads": 2}
+    teacher = build("samvit_base_patch16_224", weights="random", outputs=["global"], model_args=args)
+    assert teacher.no_head is None
+    images = noise(teacher)
+    weight, bias = teacher.head
+    with torch.inference_mode():
+        theirs = teacher._backbone.module(teacher._normalise(images)).numpy()
+    np.testing.assert_allclose(teacher(images)["global"].numpy() @ weight.T + bias, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_two_heads_are_no_head() -> None:
     teacher = build("deit_tiny_distilled_patch16_224", weights="random")
     assert teacher.head is None
@@ -203,6 +214,15 @@ def test_what_timm_pools_is_named_and_chosen(tmp_path: Path) -> None:
     both = build("test_vit", weights=path, pool="cls+mean", outputs=["global"])
     assert (both.pooling, both.outputs[0].shape) == ("class token and mean of patches", (128,))
     assert build("test_resnet", weights="random").pooling == "mean of patches"
+
+
+def test_a_class_token_of_each_stage_is_named_and_chosen() -> None:
+    options = {"weights": "random", "outputs": ["global"], "input": {"size": 64}}
+    small = {"model_args": {"serial_depths": [1] * 4, "embed_dims": [32] * 4}}
+    teacher, chosen = (build("coat_lite_tiny", **options, **small, pool=pool) for pool in ("auto", "cls"))
+    assert (teacher.pooling, chosen.pooling) == ("class token", "class token")
+    images = noise(teacher)
+    torch.testing.assert_close(chosen(images)["global"], teacher(images)["global"])
 
 
 def test_pool_that_timm_cannot_give_is_refused() -> None:
