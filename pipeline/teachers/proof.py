@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kpu.errors import TeacherError
-from pipeline.teachers.locality import CHECK, Judgement, judge
+from pipeline.teachers.locality import CHECK, HALVES, Judgement, judge, judge_halves
 
 _PIXELS_AT_ONCE = 2 * 518 * 518  # so that large inputs need no more memory than a small batch
 _DRIFT = 1e-2  # of a standard deviation: what another batch size may change in float32
@@ -45,18 +45,23 @@ def prove(
 ) -> tuple[str, ...]:
     """Hold the features of `pictures` against them; names of the maps whose order is taken on somebody's word.
 
-    `forward` gives the outputs of uint8 images, [B, D], [B, T, D] or [B, D, h, w]; `first` are those of the first two
-    pictures, where they are there already.
+    Only where a picture's halves do not show a map are its quarters run through the model as well. `forward` gives
+    the outputs of uint8 images, [B, D], [B, T, D] or [B, D, h, w]; `first` are those of the first two pictures, where
+    they are there already.
 
     Raises:
         TeacherError: an image's features depend on chance or on its batch; a map contradicts the order that it claims,
             or shows none and nobody states one.
     """
     first = _in_parts(forward, images_BHWC[:2]) if first is None else first
-    others = [0, *range(2, len(images_BHWC))] if claims.maps else [0]
-    again = _in_parts(forward, images_BHWC[others])
+    again = _in_parts(forward, images_BHWC[[0, HALVES] if claims.maps else [0]])
     _check_repeatable(who, first, again)
-    maps_BDhw = {name: as_map(torch.cat([first[name], again[name][1:]]), grid) for name, grid in claims.maps.items()}
+    halves = {name: as_map(torch.cat([first[name], again[name][1:]]), grid) for name, grid in claims.maps.items()}
+    left = [name for name, maps in halves.items() if maps[0, 0].numel() > 1 and not judge_halves(maps)]
+    if not left:
+        return ()
+    quarters = _in_parts(forward, images_BHWC[1 + HALVES :])
+    maps_BDhw = {name: torch.cat([halves[name][:1], as_map(quarters[name], claims.maps[name])]) for name in left}
     return _judge_maps(who, maps_BDhw, claims)
 
 
@@ -80,7 +85,7 @@ def _check_repeatable(who: str, features: Mapping[str, Tensor], again: Mapping[s
 
 
 def _judge_maps(who: str, maps_BDhw: Mapping[str, Tensor], claims: Claims) -> tuple[str, ...]:
-    judged = {name: judge(tensor) for name, tensor in maps_BDhw.items() if tensor[0, 0].numel() > 1}
+    judged = {name: judge(tensor) for name, tensor in maps_BDhw.items()}
     left = {name: found for name, found in judged.items() if found.finding != "proven"}
     if claims.accepted or not left:
         return tuple(left)
