@@ -12,6 +12,7 @@ from kpu.errors import TeacherError
 from kpu.torch.weights import RANDOM, initialise, seeded
 from pipeline.sections import TeacherConfig
 from pipeline.teachers.backbone import Backbone, describe, reason, resolve_layers
+from pipeline.teachers.hf.accepts import require_images
 from pipeline.teachers.hf.input import hf_input
 from pipeline.teachers.hf.maps import count_layers
 from pipeline.teachers.hf.outputs import HfFeatures, in_order
@@ -31,7 +32,8 @@ def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
     is left out.
 
     Raises:
-        TeacherError: transformers is not installed, the model or its weights cannot be had, or it has no such layer.
+        TeacherError: transformers is not installed, the model or its weights cannot be had, it takes
+            no images, or it has no such layer.
     """
     who = describe(name, config)
     place = config.model.removeprefix("hf:")
@@ -42,6 +44,7 @@ def load_hf(name: str, config: TeacherConfig, seed: int) -> Backbone:
     with _quiet(transformers):
         architecture = _architecture(transformers, place, options, who)
         model = _model(transformers, architecture, place, options, config, seed, who)
+        require_images(model, who)
         spec = hf_input(transformers, place, options, getattr(architecture, "image_size", None), config.input, who)
     in_order(model)
     layers = resolve_layers(config, count_layers(architecture), who)

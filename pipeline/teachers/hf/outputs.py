@@ -17,6 +17,7 @@ from pipeline.teachers.pooling import name_pool, pool_tokens
 
 _ATTENTION_POOL = "AttentionPool"  # in the name of a module's class
 _CLASS_TOKEN = re.compile("cls|class_(token|emb)")  # in the name of a parameter
+_CLASS_APART = "cls_token_value"  # CvT's class token, which is not before the map's; `auto` is the mean all the same
 _DECODED = "encoder_last_hidden_state"  # beside `last_hidden_state`, it says that the latter is the decoder's
 
 
@@ -83,8 +84,9 @@ class HfFeatures(nn.Module):
             raise self._no_map("global", final, image)
         map_BDhw = reading.map(final) if reading is not None else None
         has_class = reading is not None and reading.has_class and self._has_class_token
-        class_BD = final[:, 0] if has_class else None
-        pool = ("mean" if class_BD is None else "cls") if self._pool in ("auto", "pooler") else self._pool
+        apart = _first_of(found, _CLASS_APART)
+        class_BD = final[:, 0] if has_class else None if apart is None else apart.flatten(1)
+        pool = ("cls" if has_class else "mean") if self._pool in ("auto", "pooler") else self._pool
         result = own.flatten(1) if own is not None else pool_tokens(pool, class_BD, map_BDhw, self._who)
         if self.pooling is None:
             self.pooling = name_pool(result, class_BD, map_BDhw, self._name_of_pooler(found))
